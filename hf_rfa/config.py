@@ -1,0 +1,195 @@
+"""`RFAConfig`: everything that decides what a conversion does, validated where it is made, saved beside the weights."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_rfa.errors import ConfigError
+
+#: Version of the saved format. A file with a higher one is refused instead of half understood.
+FORMAT_VERSION = 1
+
+FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive")
+OMEGA_DRAWS = ("orthogonal", "gaussian")
+_RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RFAConfig:
+    """What `hf_rfa.convert` turns softmax attention into.
+
+    A query attends exactly to its near keys and through random features to all others, under one normaliser:
+
+        out_i = (sum_near exp(q.k) v + gamma psi(alpha q)^T S_far) / (sum_near exp(q.k) + gamma psi(alpha q)^T z_far)
+
+    Example:
+        >>> from hf_rfa import RFAConfig
+        >>> config = RFAConfig(feature_map="trigonometric", num_features=128, window=32)
+        >>> config.num_features, config.window
+        (128, 32)
+        >>> RFAConfig(num_features=0)
+        Traceback (most recent call last):
+        ...
+        hf_rfa.errors.ConfigError: `num_features` must be a positive integer. Got 0. Set it to, for example, 64.
+    """
+
+    feature_map: str = _help(
+        "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus and "
+        "minus), 'optimal_positive' (Likhosherstov et al. 2022).",
+        "positive",
+    )
+    num_features: int = _help(
+        "Number of omega vectors per key head (D_random). The trigonometric and hyperbolic maps make two components of "
+        "each.",
+        64,
+    )
+    omega: str = _help(
+        "How omega is drawn: 'orthogonal' (blocks of orthogonal directions) or 'gaussian' (i.i.d.).", "orthogonal"
+    )
+    window: int = _help(
+        "Chunk size C of the exact near part, tokens: a query sees its own chunk and the one before exactly. 0 = pure "
+        "RFA, every key goes through the features.",
+        64,
+    )
+    sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
+    softmax_heads: Any = _help(
+        "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by `calibrate`), a "
+        "fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
+        None,
+    )
+    layers: Any = _help(
+        "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
+    )
+    seed: int = _help("Seed of omega. One draw is a function of (seed, layer, draw number).", 0)
+    resample: Any = _help(
+        "When omega is redrawn in training: 'never', 'forward' (each training forward of the model, once), or an integer "
+        "k (every k optimiser steps, by `ResampleCallback`).",
+        "never",
+    )
+    alpha: float = _help(
+        "Tempering of the far kernel before calibration: far keys use psi(alpha q) psi(alpha k). 1 = the unbiased "
+        "estimate, 0 = the plain mean of the far values.",
+        0.25,
+    )
+    gamma: float = _help("Weight of the far part before calibration; 0 = none (the window alone).", 1.0)
+
+    def __post_init__(self) -> None:
+        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        _check_choice("omega", self.omega, OMEGA_DRAWS)
+        _check_int("num_features", self.num_features, 1, "a positive integer", "Set it to, for example, 64.")
+        _check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
+        _check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
+        _check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
+        if self.window and self.sink_tokens > self.window:
+            raise ConfigError(
+                f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or raise "
+                "the other."
+            )
+        for name in ("alpha", "gamma"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ConfigError(
+                    f"`{name}` must be a finite number >= 0. Got {value!r}. Set it to, for example, 0.25."
+                )
+        if not (self.resample in ("never", "forward") or (_is_int(self.resample) and self.resample >= 1)):
+            raise ConfigError(
+                f"`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
+                f"{self.resample!r}. Set RFAConfig(resample='never')."
+            )
+        object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
+        object.__setattr__(self, "layers", _normalise_layers(self.layers))
+
+    def converts_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (in the order in which the model calls them) becomes RFA."""
+        if self.layers == "all":
+            return True
+        if isinstance(self.layers, str):
+            match = _RULE.fullmatch(self.layers)
+            assert match is not None  # checked when the config was made
+            return (layer + 1) % int(match.group(1)) != 0
+        return layer in self.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with the format version."""
+        values = dataclasses.asdict(self)
+        if isinstance(self.softmax_heads, tuple):
+            values["softmax_heads"] = [list(pair) for pair in self.softmax_heads]
+        if isinstance(self.layers, tuple):
+            values["layers"] = list(self.layers)
+        return {"format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RFAConfig":
+        """The config that `to_dict` wrote. Raises `ConfigError` on a newer format or an unknown field."""
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if not _is_int(version) or version < 1:
+            raise ConfigError(
+                f"`format_version` must be a positive integer. Got {version!r}. The config is damaged: save it again."
+            )
+        if version > FORMAT_VERSION:
+            raise ConfigError(
+                f"The saved conversion has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. Upgrade "
+                "with `pip install -U hf_rfa`."
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"Unknown fields in the saved config: {unknown}. Known ones: {sorted(known)}. Remove them or save the model again."
+            )
+        return cls(**values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"`{name}` must be one of {list(choices)}. Got {value!r}. Set RFAConfig({name}={choices[0]!r})."
+        )
+
+
+def _check_int(name: str, value: Any, least: int, what: str, advice: str) -> None:
+    if not _is_int(value) or value < least:
+        raise ConfigError(f"`{name}` must be {what}. Got {value!r}. {advice}")
+
+
+def _normalise_heads(heads: Any) -> Any:
+    if heads is None or heads == "auto":
+        return heads
+    if isinstance(heads, float):
+        if not 0 <= heads <= 1:
+            raise ConfigError(
+                f"`softmax_heads` as a fraction must lie in [0, 1]. Got {heads}. Set, for example, 0.25."
+            )
+        return heads
+    if isinstance(heads, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(_is_int(n) and n >= 0 for n in pair)
+        for pair in heads
+    ):
+        return tuple(sorted({(pair[0], pair[1]) for pair in heads}))
+    raise ConfigError(
+        f"`softmax_heads` must be None, 'auto', a fraction (float) or a list of (layer, key_head). Got {heads!r}. Set, for "
+        "example, 0.25 or [(3, 1)]."
+    )
+
+
+def _normalise_layers(layers: Any) -> Any:
+    if isinstance(layers, str):
+        match = _RULE.fullmatch(layers)
+        if layers == "all" or (match and int(match.group(1)) >= 2):
+            return layers
+    elif isinstance(layers, (list, tuple)) and layers and all(_is_int(n) and n >= 0 for n in layers):
+        return tuple(sorted(set(layers)))
+    raise ConfigError(
+        f"`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
+        f"{layers!r}. Set RFAConfig(layers='all')."
+    )

@@ -1,0 +1,41 @@
+"""Draws of omega: all of the project's randomness is here.
+
+`omega` is a pure function of (seed, layer, draw number): it is drawn on the CPU in float32 from a generator of its own,
+so that every rank, device and recomputation of a forward sees the same directions.
+"""
+
+import numpy as np
+import torch
+
+
+def draw_omega(
+    num_heads: int, num_features: int, head_dim: int, *, kind: str, seed: int, layer: int, draw: int
+) -> torch.Tensor:
+    """omega (num_heads, num_features, head_dim), float32 on the CPU; every row is distributed as N(0, I).
+
+    `kind="gaussian"` draws the rows independently. `kind="orthogonal"` makes blocks of `head_dim` rows whose directions
+    are orthogonal (Choromanski et al. 2021, section 2.4): each row alone is still N(0, I), the estimate stays unbiased
+    and its variance falls.
+    """
+    words = np.random.SeedSequence((seed, layer, draw)).generate_state(2)
+    generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    make = _orthogonal if kind == "orthogonal" else _gaussian
+    # Head after head, so that the omega of a head does not depend on how many heads follow it.
+    return torch.stack([make(num_features, head_dim, generator) for _ in range(num_heads)])
+
+
+def _gaussian(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, dim, generator=generator)
+
+
+def _orthogonal(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    directions = torch.cat([_haar(dim, generator) for _ in range(-(-rows // dim))])[:rows]
+    # The length of a row of N(0, I) is chi-distributed with `dim` degrees of freedom.
+    return directions * _gaussian(rows, dim, generator).norm(dim=-1, keepdim=True)
+
+
+def _haar(dim: int, generator: torch.Generator) -> torch.Tensor:
+    """A uniformly distributed orthogonal matrix (dim, dim)."""
+    q, r = torch.linalg.qr(_gaussian(dim, dim, generator))
+    # LAPACK's Q alone is not uniform: the signs of R's diagonal must be moved into it (Mezzadri 2007, section 5).
+    return q * r.diagonal().sign()

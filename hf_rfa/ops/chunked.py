@@ -1,0 +1,178 @@
+"""The causal operator in chunks: O(N) time and memory, exactly the reference's numbers.
+
+Chunk c attends exactly to chunks c - 1 and c and to the sinks, and to all earlier keys through a running sum of
+features. `window = 0` has no exact part: the own chunk goes through the features too.
+"""
+
+import torch
+
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.chunks import (
+    BLOCK_CHUNKS,
+    PURE_CHUNK,
+    finish,
+    from_chunks,
+    previous,
+    queries_to_chunks,
+    sink_table,
+    take,
+    to_chunks,
+)
+from hf_rfa.ops.combine import FarStatistics, Part, near_part
+from hf_rfa.ops.layout import Plan, PlanSpec, TokenLayout
+from hf_rfa.ops.scan import append_ones, chunk_sums, scan_chunks
+from hf_rfa.ops.state import RFAState
+
+
+def chunked_causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    far: FarKernel,
+    *,
+    window: int,
+    sink_tokens: int,
+    scaling: float,
+    layout: TokenLayout,
+    initial_state: RFAState | None,
+    output_final_state: bool,
+    sink_logits: torch.Tensor | None,
+    statistics: FarStatistics | None,
+) -> tuple[torch.Tensor, RFAState | None]:
+    """Causal RFA of q (B, Hk, G, N, D) over k (B, Hk, N, D), v (B, Hk, N, M), all float32 or float64.
+
+    `sink_logits` is (Hk, G). Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
+    """
+    batch, heads, groups, length, _ = query.shape
+    chunk = window or PURE_CHUNK
+    sinks = sink_tokens if window else 0
+    state = initial_state
+    if state is None:
+        state = RFAState.empty(batch, key, value, far.num_components, window, sinks)
+    history = bool(window) and initial_state is not None
+    spec = PlanSpec(chunk, sinks, lag=2 if window else 1, history=history, final=output_final_state)
+    plan = layout.plan(length, spec, state.count, query.device)
+    if history:
+        near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)
+        key, value = torch.cat([near_key, key], dim=2), torch.cat([near_value, value], dim=2)
+        query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, query.shape[-1]), query], dim=3)
+    keys, values = (to_chunks(x, plan) for x in (key, value))
+    queries = queries_to_chunks(query, plan)
+    sink_keys = sink_table(keys, state.sink_key, sinks)
+    sink_values = sink_table(values, state.sink_value, sinks)
+    carry, carry_peak = state.kv_state.to(key.dtype), state.log_max.to(key.dtype)
+    outputs = []
+    for start in range(0, keys.shape[2], BLOCK_CHUNKS):
+        block = slice(start, min(start + BLOCK_CHUNKS, keys.shape[2]))
+        states, maxima = _far_states(keys, values, far, plan, block, spec.lag, scaling, carry, carry_peak)
+        features, log_scale = far.features(queries[:, :, block], scaling)
+        if window:
+            near = _near(queries, keys, values, sink_keys, sink_values, plan, block, scaling)
+            products = features @ states
+            far_part = Part(products[..., :-1], products[..., -1], log_scale + maxima.unsqueeze(-1))
+        else:
+            near = None
+            far_part = _pure_part(features, log_scale, states, maxima, keys, values, far, plan, block, scaling)
+        outputs.append(finish(near, far_part, far, plan, block, groups, sink_logits, statistics))
+        carry, carry_peak = states[:, :, -1], maxima[:, :, -1]
+    output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
+    if not output_final_state:
+        return output, None
+    return output, _final_state(state, plan, keys, values, sink_keys, sink_values, carry, carry_peak, window)
+
+
+def _far_states(
+    keys: torch.Tensor, values: torch.Tensor, far: FarKernel, plan: Plan, block: slice, lag: int, scaling: float,
+    carry: torch.Tensor, carry_peak: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What each chunk of the block reads: the sums over the chunks up to `lag` before it."""
+    first, last = max(0, block.start - lag), max(0, block.stop - lag)
+    document = plan.document
+    # The carry is what the chunk before the block read; before the first block, what the initial state holds.
+    before = document[:, block.start - 1 : block.start] if block.start else torch.zeros_like(document[:, :1])
+    keep = document[:, block] == before
+    if first == last:
+        shape = (*keys.shape[:2], block.stop - block.start)
+        maximum = carry_peak.unsqueeze(-1).masked_fill(~keep.unsqueeze(1), -torch.inf).expand(shape)
+        kept = torch.where(keep[:, None, :, None, None], carry.unsqueeze(2), 0.0)
+        return kept.expand(*shape, *carry.shape[2:]), maximum
+    features, log_scale = far.features(keys[:, :, first:last], scaling)
+    sums, peak = chunk_sums(features, log_scale, values[:, :, first:last], plan.fold[:, first:last])
+    readers = torch.arange(block.start, block.stop, device=keys.device)
+    added = torch.arange(first, last, device=keys.device)
+    member = (added <= readers[:, None] - lag) & (document[:, block, None] == document[:, None, first:last])
+    return scan_chunks(sums, peak, member, carry, carry_peak, keep)
+
+
+def _near(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor, sink_values: torch.Tensor,
+    plan: Plan, block: slice, scaling: float,
+) -> Part:  # fmt: skip
+    """Exact attention of each chunk over the sinks, the chunk before and itself."""
+    near_keys = torch.cat(
+        [take(sink_keys, plan.sink_chunk[:, block] + 1), previous(keys, block), keys[:, :, block]], 3
+    )
+    near_values = torch.cat(
+        [take(sink_values, plan.sink_chunk[:, block] + 1), previous(values, block), values[:, :, block]], 3
+    )
+    scores = (queries[:, :, block] * scaling) @ near_keys.mT
+    chunk, groups = keys.shape[3], queries.shape[3] // keys.shape[3]
+    document, valid, rank = plan.document[:, block], plan.valid[:, block], plan.rank[:, block]
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
+    # Padding sees itself, so that no row is empty; nobody sees padding.
+    own = causal & (valid[:, :, None, :] | torch.eye(chunk, dtype=torch.bool, device=keys.device))
+    same = (previous(plan.document, block, 1) == document) & (
+        torch.arange(block.start, block.stop, device=keys.device) > 0
+    )
+    behind = (previous(plan.valid, block, 1) & same[..., None])[:, :, None, :].expand(-1, -1, chunk, -1)
+    sink = (rank > 1)[:, :, None, None].expand(-1, -1, chunk, sink_keys.shape[3])
+    visible = torch.cat([sink, behind, own], dim=-1).repeat(1, 1, groups, 1)
+    return near_part(scores, near_values, visible.unsqueeze(1))
+
+
+def _pure_part(
+    features: torch.Tensor, log_scale: torch.Tensor, states: torch.Tensor, maxima: torch.Tensor, keys: torch.Tensor,
+    values: torch.Tensor, far: FarKernel, plan: Plan, block: slice, scaling: float,
+) -> Part:  # fmt: skip
+    """`window = 0`: the sums of the chunks before, plus the own chunk's keys up to each query.
+
+    The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing.
+    """
+    key_features, key_log_scale = far.features(keys[:, :, block], scaling)
+    chunk, groups = keys.shape[3], features.shape[3] // keys.shape[3]
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
+    key_log_scale = key_log_scale.masked_fill(~plan.valid[:, None, block], -torch.inf)
+    maximum = torch.maximum(key_log_scale.detach().cummax(-1).values, maxima.unsqueeze(-1))
+    base = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    exponent = (key_log_scale.unsqueeze(-2) - base.unsqueeze(-1)).masked_fill(~causal, -torch.inf)
+    weights = exponent.exp().repeat(1, 1, 1, groups, 1) * (features @ key_features.mT)
+    base = base.repeat(1, 1, 1, groups)
+    products = weights @ append_ones(values[:, :, block])
+    products = products + (maxima.unsqueeze(-1) - base).exp().unsqueeze(-1) * (features @ states)
+    return Part(products[..., :-1], products[..., -1], log_scale + maximum.repeat(1, 1, 1, groups))
+
+
+def _final_state(
+    state: RFAState, plan: Plan, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
+    sink_values: torch.Tensor, carry: torch.Tensor, carry_peak: torch.Tensor, window: int,
+) -> RFAState:  # fmt: skip
+    count = plan.count.expand(carry.shape[0]).clone()
+    if not window:
+        return RFAState(carry, carry_peak, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
+    last = plan.last[:, None]
+    both = torch.cat([last - 1, last], dim=1)
+    # Slots that hold no token of the document are zero, so that the state is a function of the tokens alone.
+    belongs = (both >= 0) & (plan.document.gather(1, both.clamp_min(0)) == plan.document.gather(1, last))
+    filled = take(plan.valid.unsqueeze(1), both.clamp_min(0)) & belongs[:, None, :, None]
+    first = plan.sink_chunk.gather(1, last) + 1
+    given = (torch.arange(sink_keys.shape[3], device=last.device) < plan.count.to(last.device)[:, None])[
+        :, None, :, None
+    ]
+
+    def near(chunks: torch.Tensor) -> torch.Tensor:
+        return torch.where(filled.unsqueeze(-1), take(chunks, both.clamp_min(0)), 0.0).flatten(2, 3)
+
+    def sinks(table: torch.Tensor) -> torch.Tensor:
+        return torch.where(given, take(table, first).squeeze(2), 0.0)
+
+    return RFAState(carry, carry_peak, near(keys), near(values), sinks(sink_keys), sinks(sink_values), count)

@@ -1,0 +1,66 @@
+"""What the chunked operators share: tokens to chunks and back, and the end of a block."""
+
+import torch
+
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.combine import FarStatistics, Part, combine
+from hf_rfa.ops.layout import Plan
+
+#: Chunk size where there is no window to set it. Both costs of a chunk, C (D + M) and F (D + M), are then alike.
+PURE_CHUNK = 64
+#: Chunks handled at once. More makes larger products; the features and scores of a block must stay in the cache.
+BLOCK_CHUNKS = 8
+
+
+def to_chunks(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """(B, H, tokens, D) -> (B, H, n, C, D), aligned."""
+    return take(x, plan.source).unflatten(2, plan.valid.shape[1:])
+
+
+def queries_to_chunks(query: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """(B, H, G, tokens, D) -> (B, H, n, G * C, D): the queries of a key head's group lie beside each other."""
+    batch, heads, groups, _, dim = query.shape
+    chunks = take(query.flatten(1, 2), plan.source).view(batch, heads, groups, *plan.valid.shape[1:], dim)
+    return chunks.transpose(2, 3).flatten(3, 4)
+
+
+def from_chunks(output: torch.Tensor, plan: Plan, groups: int, length: int) -> torch.Tensor:
+    """(B, H, n, G * C, M) -> (B, H, G, N, M), padding set to zero."""
+    batch, heads, _, _, dim = output.shape
+    flat = output.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    tokens = take(flat, plan.place).view(batch, heads, groups, length, dim)
+    return tokens * plan.token_valid[:, None, None, :, None]
+
+
+def sink_table(chunks: torch.Tensor, sinks_of_state: torch.Tensor, sinks: int) -> torch.Tensor:
+    """(B, H, n + 1, s, D): the first s slots of every chunk, behind those that the state remembers."""
+    return torch.cat([sinks_of_state.to(chunks.dtype).unsqueeze(2), chunks[:, :, :, :sinks]], dim=2)
+
+
+def previous(x: torch.Tensor, block: slice, dim: int = 2) -> torch.Tensor:
+    """The chunk before each chunk of the block; the one before the first is a stand-in that nobody sees."""
+    if block.start:
+        return x.narrow(dim, block.start - 1, block.stop - block.start)
+    return torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, block.stop - 1)], dim=dim)
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries `index` (R, n) of dimension 2 of x (B, H, tokens or chunks, ...)."""
+    if index.shape[0] == 1:
+        return x.index_select(2, index[0])
+    index = index.view(index.shape[0], 1, index.shape[1], *(1,) * (x.dim() - 3))
+    return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+
+
+def finish(
+    near: Part | None, far_part: Part, far: FarKernel, plan: Plan, block: slice, groups: int,
+    sink_logits: torch.Tensor | None, statistics: FarStatistics | None,
+) -> torch.Tensor:  # fmt: skip
+    """Both parts of a block under one normaliser, (B, H, n, G * C, M); the far part still lacks its gamma."""
+    heads = far.alive().view(-1, 1, 1)
+    far_part = Part(far_part.numerator, far_part.denominator, far_part.log_scale + far.log_gamma().view(-1, 1, 1))
+    if sink_logits is not None:
+        chunk = plan.valid.shape[-1]
+        sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(far_part.denominator.dtype)
+    counted = plan.asked[:, None, block].repeat(1, 1, 1, groups)
+    return combine(near, far_part, heads, sink_logits, statistics, counted)

@@ -1,0 +1,111 @@
+"""Exact softmax attention for the heads and layers that stay what they were, without an N x N tensor.
+
+Scaled dot-product attention does the work. Its causal flag covers the plain case; otherwise (padding, packing, a cache
+before the queries) the queries are taken in blocks, so that the mask is a block of rows and memory stays linear.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.ops.layout import TokenLayout
+
+#: Rows of the mask made at once, when one is needed.
+QUERY_BLOCK = 256
+
+
+def exact_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    causal: bool,
+    layout: TokenLayout,
+    past_valid: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
+
+    `layout` describes the new tokens (the last N keys), `past_valid` (B, T - N) the older ones (None: all are tokens).
+    `sink_logits` (H,) add to the denominator only. Padding rows get zeros.
+    """
+    length, total = query.shape[2], key.shape[2]
+    past = total - length
+    groups = query.shape[1] // key.shape[1]
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": groups > 1}
+    if sink_logits is not None:
+        # A key of its own, whose logit is the learned one and whose value is zero.
+        key, value, query = _with_sink(key, value, query, sink_logits, scaling, groups)
+        options["enable_gqa"] = False
+    simple = layout.is_plain and past_valid is None and sink_logits is None
+    if simple and (not causal or length == 1):
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    if simple and past == 0:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    device = query.device
+    valid = _key_valid(layout, past_valid, query.shape[0], length, past, device)
+    outputs = []
+    for start in range(0, length, QUERY_BLOCK):
+        rows = torch.arange(start, min(start + QUERY_BLOCK, length), device=device)
+        visible = valid[:, None, :].expand(-1, len(rows), -1)
+        columns = torch.arange(total, device=device)
+        if causal:
+            visible = visible & (columns <= rows[:, None] + past)
+        if layout.document is not None:
+            document = layout.document.to(device)
+            # The past continues the row's first document.
+            everyone = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
+            visible = visible & (document[:, rows, None] == everyone[:, None, :])
+        # Padding sees itself, so that no row is empty.
+        visible = visible | (columns == rows[:, None] + past)
+        if sink_logits is not None:
+            visible = torch.cat([visible, visible.new_ones(*visible.shape[:-1], 1)], dim=-1)
+        mask = visible.unsqueeze(1)
+        outputs.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask, **options))
+    output = torch.cat(outputs, dim=2)
+    return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
+
+
+def cross_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    key_valid: torch.Tensor | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention of q (B, H, N, D) over keys of another sequence (B, Hk, T, D); key_valid (B, T) bool or None."""
+    mask = None if key_valid is None else key_valid.to(query.device)[:, None, None, :]
+    enable_gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=enable_gqa
+    )
+
+
+def _key_valid(
+    layout: TokenLayout, past_valid: torch.Tensor | None, batch: int, length: int, past: int, device: torch.device
+) -> torch.Tensor:
+    new = (
+        torch.ones(batch, length, dtype=torch.bool, device=device) if layout.valid is None else layout.valid.to(device)
+    )
+    old = torch.ones(batch, past, dtype=torch.bool, device=device) if past_valid is None else past_valid.to(device)
+    return torch.cat([old, new], dim=1)
+
+
+def _with_sink(
+    key: torch.Tensor, value: torch.Tensor, query: torch.Tensor, sink_logits: torch.Tensor, scaling: float, groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = query.shape
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    # q gets one more component, 1 / scaling; k has 0 there and the sink key has nothing but its logit.
+    query = torch.cat([query, query.new_full((batch, heads, length, 1), 1 / scaling)], dim=-1)
+    key = torch.cat([key, key.new_zeros(*key.shape[:-1], 1)], dim=-1)
+    sink = key.new_zeros(batch, heads, 1, key.shape[-1])
+    sink[..., -1] = sink_logits.to(key.dtype).view(1, heads, 1)
+    return (
+        torch.cat([key, sink], dim=2),
+        torch.cat([value, value.new_zeros(batch, heads, 1, value.shape[-1])], dim=2),
+        query,
+    )

@@ -1,0 +1,216 @@
+"""Where tokens lie: padding and packed documents, laid out in chunks.
+
+The definition of near and far counts a document's own tokens, so that a padded or packed row gives what the bare
+sequence gives. The chunked operators therefore work on an *aligned* sequence in which every document begins at a chunk
+boundary and padding is gone; `TokenLayout.plan` says where each token goes, and all layers of a forward share it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hf_rfa.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Indices of an aligned sequence of n chunks of C slots; R = 1 when all rows are alike, else the batch.
+
+    The source is `cat([near keys of the state (2C, if there is a state and C > 0), new tokens (N)])`.
+
+    Attributes:
+        source: (R, n * C) slot of the source that each aligned slot takes (0 where there is none).
+        valid: (R, n, C) whether an aligned slot holds a token.
+        asked: (R, n, C) whether that token is a new one, whose output is wanted.
+        fold: (R, n, C) whether its key ever moves into the far sums: not a sink, and far to the tokens that follow.
+        document: (R, n) number of the document that a chunk belongs to; 0 continues the initial state.
+        rank: (R, n) number of the chunk within its document.
+        sink_chunk: (R, n) aligned chunk that holds the document's first tokens, -1 where only the state has them.
+        last: (R,) aligned chunk that the next token would fall into.
+        place: (R, N) aligned slot of each token (0 for padding).
+        token_valid: (R, N) whether a token is none of padding.
+        count: (R,) tokens seen afterwards in the row's last document, on the CPU.
+    """
+
+    source: torch.Tensor
+    valid: torch.Tensor
+    asked: torch.Tensor
+    fold: torch.Tensor
+    document: torch.Tensor
+    rank: torch.Tensor
+    sink_chunk: torch.Tensor
+    last: torch.Tensor
+    place: torch.Tensor
+    token_valid: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What a plan depends on besides the tokens.
+
+    Args:
+        chunk: Chunk size C, tokens.
+        sinks: The first tokens of a document that are never folded into the far sums.
+        lag: Distance in chunks from which keys are far: 2 beside a window, 1 without.
+        history: Whether the source begins with the 2C near slots of a state.
+        final: Whether a final state is wanted, which needs the chunk that the next token falls into.
+    """
+
+    chunk: int
+    sinks: int
+    lag: int
+    history: bool
+    final: bool
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Padding and packing of the N new tokens of a batch.
+
+    Args:
+        valid: (B, N) bool, False for padding (left, right or holes); None if there is none.
+        document: (B, N) int, equal within a packed document and different in neighbours; None for one document a row.
+    """
+
+    valid: torch.Tensor | None = None
+    document: torch.Tensor | None = None
+    _plans: dict[tuple, Plan] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("valid", "document"):
+            value = getattr(self, name)
+            if value is not None and value.dim() != 2:
+                raise ConfigError(
+                    f"`{name}` must have shape (batch, tokens). Got {tuple(value.shape)}. Pass one entry a token."
+                )
+
+    @property
+    def is_plain(self) -> bool:
+        """No padding, no packing."""
+        return self.valid is None and self.document is None
+
+    def check(self, batch: int, length: int) -> None:
+        """Raise `ConfigError` unless the layout describes (batch, length) tokens."""
+        for name in ("valid", "document"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != (batch, length):
+                raise ConfigError(
+                    f"`{name}` must have shape (batch, tokens) = {(batch, length)}. Got {tuple(value.shape)}. Pass one "
+                    "entry for each new token."
+                )
+
+    def plan(self, length: int, spec: "PlanSpec", counts: torch.Tensor, device: torch.device) -> Plan:
+        """The aligned layout of `length` new tokens after `counts` (B,) earlier ones."""
+        key = (length, spec, tuple(counts.tolist()), device)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(*key)
+        return self._plans[key]
+
+    def _make_plan(self, length: int, spec: "PlanSpec", before: tuple[int, ...], device: torch.device) -> Plan:
+        chunk = spec.chunk
+        if self.is_plain and len(set(before)) <= 1:
+            documents = [[np.arange(length)]]
+            before = before[:1]
+        else:
+            documents = [self._documents(row, length) for row in range(len(before))]
+        rows = [_align_row(docs, seen, spec) for docs, seen in zip(documents, before, strict=True)]
+        chunks = max(len(row.rank) for row in rows)
+        shape = (len(rows), chunks)
+        source = np.zeros((*shape, chunk), dtype=np.int64)
+        valid = np.zeros((*shape, chunk), dtype=bool)
+        fold = np.zeros((*shape, chunk), dtype=bool)
+        document, rank, sink_chunk = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        for r, row in enumerate(rows):
+            n = len(row.rank)
+            source[r, :n], valid[r, :n], fold[r, :n] = row.source, row.valid, row.fold
+            if spec.final:
+                # These are near to the next token: folding them would put them into the final state.
+                fold[r, max(0, n - spec.lag) :] = False
+            for whole, part in ((document, row.document), (rank, row.rank), (sink_chunk, row.sink_chunk)):
+                whole[r, :n], whole[r, n:] = part, part[-1]
+        offset = 2 * chunk if spec.history else 0
+        place = np.zeros((len(rows), length), dtype=np.int64)
+        token_valid = np.zeros((len(rows), length), dtype=bool)
+        asked = valid & (source >= offset)
+        for r in range(len(rows)):
+            slots = np.flatnonzero(asked[r])
+            tokens = source[r].reshape(-1)[slots] - offset
+            place[r, tokens], token_valid[r, tokens] = slots, True
+
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        last = np.array([len(row.rank) - 1 for row in rows])
+        counts = torch.tensor([row.count for row in rows])
+        return Plan(
+            put(source.reshape(len(rows), -1)),
+            put(valid),
+            put(asked),
+            put(fold),
+            put(document),
+            put(rank),
+            put(sink_chunk),
+            put(last),
+            put(place),
+            put(token_valid),
+            counts,
+        )
+
+    def _documents(self, row: int, length: int) -> list[np.ndarray]:
+        """The slots of each document of a row, in order, padding left out."""
+        slots = np.arange(length) if self.valid is None else np.flatnonzero(self.valid[row].cpu().numpy())
+        if self.document is None or len(slots) == 0:
+            return [slots]
+        numbers = self.document[row].cpu().numpy()[slots]
+        return np.split(slots, np.flatnonzero(np.diff(numbers)) + 1)
+
+
+@dataclass(frozen=True)
+class _Row:
+    source: np.ndarray
+    valid: np.ndarray
+    fold: np.ndarray
+    document: np.ndarray
+    rank: np.ndarray
+    sink_chunk: np.ndarray
+    count: int
+
+
+def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
+    """Lay out one row: each document from a chunk boundary on, the first one behind the near keys of the state."""
+    chunk = spec.chunk
+    offset = 2 * chunk if spec.history else 0
+    sources, valids, ranks, numbers, sink_chunks, begins = [], [], [], [], [], 0
+    count = 0
+    for number, slots in enumerate(documents):
+        continues = spec.history and number == 0
+        before = seen if number == 0 else 0  # counts on without a window too, where nothing is aligned to it
+        first = before // chunk - 1 if continues else 0  # rank of the first chunk laid out
+        lead = before - first * chunk if continues else 0
+        count = before + len(slots)
+        filled = lead + len(slots)
+        chunks = max(1, -(-filled // chunk))
+        if spec.final and spec.lag == 1:
+            chunks += 1  # an empty one, whose far keys are all keys
+        elif spec.final:
+            chunks = filled // chunk + 1  # up to the chunk that the document's next token falls into
+        source = np.zeros(chunks * chunk, dtype=np.int64)
+        valid = np.zeros(chunks * chunk, dtype=bool)
+        source[:lead], valid[:lead] = np.arange(lead), True
+        if first < 0:
+            valid[:chunk] = False
+        source[lead : lead + len(slots)], valid[lead : lead + len(slots)] = slots + offset, True
+        sources.append(source)
+        valids.append(valid)
+        rank = first + np.arange(chunks)
+        ranks.append(rank)
+        numbers.append(np.full(chunks, number))
+        # Chunk 0 of the document, where it is laid out.
+        sink_chunks.append(np.full(chunks, begins - first if first <= 0 else -1))
+        begins += chunks
+    source, valid = (np.concatenate(parts).reshape(-1, chunk) for parts in (sources, valids))
+    rank, number, sink_chunk = (np.concatenate(parts) for parts in (ranks, numbers, sink_chunks))
+    fold = valid & ~((rank[:, None] == 0) & (np.arange(chunk) < spec.sinks))
+    return _Row(source, valid, fold, number, rank, sink_chunk, count)

@@ -1,0 +1,134 @@
+"""The definition: quadratic, in float64, written to be read. Every fast path is held to it.
+
+out_i = (sum_{j in near(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_near e_ij + gamma sum_far f_ij)
+e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j),       x' = x sqrt(scaling)
+"""
+
+import torch
+
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.state import RFAState
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    far: FarKernel,
+    *,
+    causal: bool,
+    window: int,
+    sink_tokens: int,
+    scaling: float,
+    layout: TokenLayout,
+    initial_state: RFAState | None,
+    output_final_state: bool,
+    sink_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, RFAState | None]:
+    """RFA of q (B, Hk, G, N, D) over k (B, Hk, N, D), v (B, Hk, N, M), all float64, row by row and document by document."""
+    batch, _, _, length, _ = query.shape
+    output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+    finals = []
+    for row in range(batch):
+        state = None if initial_state is None else initial_state.select_rows(torch.tensor([row]))
+        valid = torch.ones(length, dtype=torch.bool) if layout.valid is None else layout.valid[row].cpu()
+        number = torch.zeros(length) if layout.document is None else layout.document[row].cpu()
+        slots = valid.nonzero().squeeze(-1)
+        borders = (number[slots].diff() != 0).nonzero().squeeze(-1) + 1
+        for document in torch.tensor_split(slots, borders.tolist()):
+            one = slice(row, row + 1)
+            q, k, v = query[one, ..., document, :], key[one, :, document], value[one, :, document]
+            sequence = _Sequence(k, v, state, window, sink_tokens, causal)
+            output[one, ..., document, :] = sequence.attend(q, far, scaling, sink_logits)
+            state = None
+        finals.append(sequence.final_state(far, scaling) if output_final_state else None)
+    if not output_final_state:
+        return output, None
+    fields = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
+    return output, RFAState(**{name: torch.cat([getattr(f, name) for f in finals]) for name in fields})
+
+
+class _Sequence:
+    """The keys of one document: those that the state remembers one by one, the new ones, and the far sums."""
+
+    def __init__(
+        self, key: torch.Tensor, value: torch.Tensor, state: RFAState | None, window: int, sinks: int, causal: bool
+    ) -> None:
+        self.window, self.sinks, self.causal, self.state = window, sinks if window else 0, causal, state
+        self.seen = int(state.count) if state is not None else 0
+        self.key, self.value = key, value
+        self.rank = self.seen + torch.arange(key.shape[2])
+        self.new_rank = self.rank
+        if state is None or not (window and causal):
+            return
+        # Sinks that are no longer among the near keys, then chunks c0 - 1 and c0.
+        first = (self.seen // window - 1) * window
+        old = torch.arange(max(first, 0), self.seen)
+        sinks_left = torch.arange(min(self.sinks, max(first, 0)))
+        self.rank = torch.cat([sinks_left, old, self.rank])
+        self.key = torch.cat([state.sink_key[:, :, sinks_left], state.near_key[:, :, old - first], key], dim=2).to(key)
+        self.value = torch.cat([state.sink_value[:, :, sinks_left], state.near_value[:, :, old - first], value], 2).to(
+            value
+        )
+
+    def attend(
+        self, query: torch.Tensor, far: FarKernel, scaling: float, sink_logits: torch.Tensor | None
+    ) -> torch.Tensor:
+        query_rank, key_rank = self.new_rank[:, None], self.rank[None]
+        visible = key_rank <= query_rank if self.causal else torch.ones_like(key_rank <= query_rank)
+        near = visible & self._near(query_rank, key_rank)
+        keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): a group shares them
+        exact = torch.where(near, (query @ keys.mT * scaling).exp(), 0.0)
+        query_features, query_scale = far.features(query, scaling)
+        key_features, key_scale = far.features(keys, scaling)
+        kernel = (query_features @ key_features.mT) * (query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2)).exp()
+        estimated = torch.where(visible & ~near, kernel, 0.0)
+        far_numerator, far_denominator = estimated @ values, estimated.sum(-1)
+        if self.state is not None:
+            psi = query_features * query_scale.unsqueeze(-1).exp()
+            sums = self.state.kv_state.to(query) * self.state.log_max.to(query).exp()[..., None, None]
+            carried = psi @ sums.unsqueeze(2)
+            far_numerator, far_denominator = far_numerator + carried[..., :-1], far_denominator + carried[..., -1]
+        gamma = far.gamma.view(-1, 1, 1) * (far_denominator > 0)
+        numerator = exact @ values + gamma.unsqueeze(-1) * far_numerator
+        denominator = exact.sum(-1) + gamma * far_denominator
+        if sink_logits is not None:
+            denominator = denominator + sink_logits.to(query).exp().unsqueeze(-1)
+        # Zero where nothing answers: window = 0 and an estimate that is not positive.
+        return torch.where((denominator > 0).unsqueeze(-1), numerator / denominator.unsqueeze(-1), 0.0)
+
+    def _near(self, query_rank: torch.Tensor, key_rank: torch.Tensor) -> torch.Tensor:
+        if not self.window:
+            return torch.zeros_like(key_rank <= query_rank)
+        distance = (query_rank // self.window - key_rank // self.window).abs()
+        return (distance <= 1) | (key_rank < self.sinks)
+
+    def final_state(self, far: FarKernel, scaling: float) -> RFAState:
+        count = self.seen + self.key.shape[2] if self.state is None else int(self.new_rank[-1:].sum()) + 1
+        if len(self.new_rank) == 0:
+            count = self.seen
+        batch, heads, _, dim = self.key.shape
+        window = self.window if self.causal else 0
+        sinks = self.sinks if self.causal else 0
+        state = RFAState.empty(batch, self.key, self.value, far.num_components, window, sinks)
+        chunk = self.rank // window if window else self.rank
+        is_far = (self.rank >= sinks) & (chunk <= count // window - 2) if window else torch.ones_like(self.rank).bool()
+        features, log_scale = far.features(self.key, scaling)
+        weights = torch.where(is_far, log_scale.exp(), 0.0)
+        ones = torch.cat([self.value, torch.ones_like(self.value[..., :1])], dim=-1)
+        sums = (features * weights.unsqueeze(-1)).mT @ ones
+        if self.state is not None:
+            sums = sums + self.state.kv_state.to(sums) * self.state.log_max.to(sums).exp()[..., None, None]
+        near_key, near_value = state.near_key.clone(), state.near_value.clone()
+        sink_key, sink_value = state.sink_key.clone(), state.sink_value.clone()
+        for index, rank in enumerate(self.rank.tolist()):
+            if window and rank >= (count // window - 1) * window:
+                slot = rank - (count // window - 1) * window
+                near_key[:, :, slot], near_value[:, :, slot] = self.key[:, :, index], self.value[:, :, index]
+            if rank < sinks:
+                sink_key[:, :, rank], sink_value[:, :, rank] = self.key[:, :, index], self.value[:, :, index]
+        # The reference keeps its sums unscaled: log_max = 0 (-inf while no key is far).
+        some = bool(is_far.any()) or (self.state is not None and bool((self.state.log_max > -torch.inf).any()))
+        log_max = torch.full_like(state.log_max, 0.0 if some else -torch.inf)
+        return RFAState(sums, log_max, near_key, near_value, sink_key, sink_value, torch.tensor([count]))

@@ -1,0 +1,90 @@
+"""`RFAState`: what a layer must remember of the tokens it has seen; its size does not depend on their number."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RFAState:
+    """Decoding state of one layer after `count` tokens. Immutable: every step returns a new one.
+
+    With C = window, c0 = count // C the chunk that the next token falls into, B rows, Hk linear key heads, D / M the
+    dims of keys / values, F the components of psi and s the sink tokens:
+
+    Attributes:
+        kv_state: (B, Hk, F, M + 1) sums over the far keys, `sum_j psi(k_j) [v_j, 1]`, divided by exp(log_max): the
+            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks (all keys if C = 0).
+        log_max: (B, Hk) running maximum of the far keys' log-scale, -inf while there are none.
+        near_key, near_value: (B, Hk, 2C, D or M), the keys of chunks c0 - 1 and c0, in their places.
+        sink_key, sink_value: (B, Hk, s, D or M), the first tokens of the sequence.
+        count: (B,) int64 on the CPU, tokens seen by each row (without padding).
+        exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if none do.
+        exact_valid: (B, T) bool, which of its slots hold a token; None if all do.
+    """
+
+    kv_state: torch.Tensor
+    log_max: torch.Tensor
+    near_key: torch.Tensor
+    near_value: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+    count: torch.Tensor
+    exact_key: torch.Tensor | None = None
+    exact_value: torch.Tensor | None = None
+    exact_valid: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int
+    ) -> "RFAState":
+        """The state before the first token, shaped and placed like key (_, Hk, _, D) and value (_, Hk, _, M)."""
+        heads, dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
+        sinks = sink_tokens if window else 0
+        wide = accumulation_dtype(key.dtype)
+        return cls(
+            kv_state=key.new_zeros(batch, heads, components, value_dim + 1, dtype=wide),
+            log_max=key.new_full((batch, heads), -torch.inf, dtype=wide),
+            near_key=key.new_zeros(batch, heads, 2 * window, dim),
+            near_value=value.new_zeros(batch, heads, 2 * window, value_dim),
+            sink_key=key.new_zeros(batch, heads, sinks, dim),
+            sink_value=value.new_zeros(batch, heads, sinks, value_dim),
+            count=torch.zeros(batch, dtype=torch.int64),
+        )
+
+    @property
+    def z_state(self) -> torch.Tensor:
+        """z (B, Hk, F): the denominators' sums, divided by exp(log_max)."""
+        return self.kv_state[..., -1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RFAState":
+        """The state with `function` applied to every tensor (all have the batch as first dimension)."""
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def select_rows(self, rows: torch.Tensor) -> "RFAState":
+        """The state of some rows, for beams and batch selection; `rows` (n,) int64."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def to(self, device: torch.device) -> "RFAState":
+        """The state on another device; `count` stays on the CPU."""
+        return dataclasses.replace(self.map(lambda tensor: tensor.to(device)), count=self.count)
+
+    def detach(self) -> "RFAState":
+        """The state cut from autograd, for truncated backpropagation through time."""
+        return self.map(torch.Tensor.detach)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Features, S, z and the division are at least float32, whatever the model computes in."""
+    return torch.promote_types(dtype, torch.float32)
