@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +219,8 @@ def greedy_continuations(
         )
     prompts = torch.stack([ids[i * stride : i * stride + prompt] for i in range(samples)]).to(model.device)
     with evaluation_mode(model):
-        return model.generate(
+        generate: Any = model.generate  # Transformers' types say Tensor
+        return generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,

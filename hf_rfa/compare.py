@@ -1,0 +1,290 @@
+"""The main job: an original, its window-only model and its conversions, measured side by side on the same tokens.
+
+from hf_rfa.compare import compare, default_model
+from hf_rfa.results import CompareSettings
+comparison = compare(CompareSettings(model=default_model()))
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_rfa
+from hf_rfa import evaluation
+from hf_rfa.data import evaluation_windows, load_documents, tokenize_documents, training_batches
+from hf_rfa.errors import ConfigError
+from hf_rfa.results import (
+    EXACT,
+    LINEAR,
+    ORIGINAL,
+    VARIANTS,
+    WINDOW_ONLY,
+    CompareSettings,
+    Comparison,
+    Quality,
+    Training,
+)
+from hf_rfa.speed import measure_speed
+from hf_rfa.training import finetune
+
+GREEDY_PROMPT, GREEDY_NEW, GREEDY_SAMPLES = 512, 100, 4  # tokens, tokens, prompts
+
+# Steps of the progress bar, about a second each on two cores: what one measurement of quality, one calibration and
+# one turn of the speed measurement count beside one step of fine-tuning.
+_QUALITY_UNITS, _CALIBRATION_UNITS, _SPEED_UNITS = 8, 8, 1
+_BAR = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
+
+
+def default_model() -> str:
+    """Folder of the embedded model: `examples/stdlib-llama` of a clone, or the copy inside an installed package.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    folders = (package.parent / "examples" / "stdlib-llama", package / "_embedded" / "stdlib-llama")
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise FileNotFoundError(
+        "The embedded model is missing: no config.json in "
+        + " or ".join(f"{folder.parent.name}/{folder.name}" for folder in folders)
+        + ". Install the package again, train it with `python examples/train_stdlib_llama.py`, or name a model with "
+        "`--model`."
+    )
+
+
+def compare(
+    settings: CompareSettings, *, progress: bool = True
+) -> tuple[Comparison, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Converts, calibrates, measures, fine-tunes and measures again.
+
+    Four models are compared: the original; `window only`, which sees the exact window and the sinks and nothing else;
+    `every head linear`; and `retrieval heads exact`, which keeps the key heads that calibration ranks worst as
+    softmax. Fine-tuning is the same for all four: same batches, same steps. The KL divergence and the greedy
+    agreement of every model, before and after, are with the untouched original.
+
+    Returns:
+        The figures, the model of the last column as it is at the end, and the tokenizer. All four models are in
+        memory at the same time.
+
+    Raises:
+        ConfigError, ValueError, OSError: settings, data or a model that cannot be used; the message says why.
+        UnsupportedModelError: the model cannot be converted.
+        FloatingPointError: logits or a loss that are not finite.
+    """
+    started = time.perf_counter()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    units = (_QUALITY_UNITS * len(VARIANTS) * (2 if settings.steps else 1)) + _CALIBRATION_UNITS * 2
+    units += _SPEED_UNITS * len(VARIANTS) * len(settings.contexts) * settings.speed_repeats
+    bar = tqdm(total=units + settings.steps * len(VARIANTS), disable=not progress, desc="loading", bar_format=_BAR)
+    with bar:
+        original, tokenizer = _load(settings)
+        tokens = _Tokens(settings, tokenizer)
+        models = {ORIGINAL: original, **_conversions(settings, original)}
+        comparison = Comparison(
+            settings=settings,
+            environment=_environment(original.device),
+            parameters=original.num_parameters(),
+            key_heads=0,
+            bytes_per_token=tokens.bytes_per_token,
+            eval_tokens=len(tokens.evaluated),
+        )
+
+        for name in (LINEAR, EXACT):
+            bar.set_description(f"calibrating {name}")
+            report = hf_rfa.calibrate(models[name], tokens.calibration_batches())
+            comparison.calibration[name] = report.to_dict()
+            bar.update(_CALIBRATION_UNITS)
+            comparison.key_heads = len(report.ranking)
+            comparison.softmax_heads = [(layer, head) for layer, head in report.softmax_heads or ()]
+
+        measure = _Measurer(original, tokens, settings)
+        for name in VARIANTS:
+            bar.set_description(f"measuring {name}")
+            comparison.calibrated[name] = measure(models[name])
+            bar.update(_QUALITY_UNITS)
+        comparison.calibrated = _with_far_recovery(comparison.calibrated, tokens.longest)
+
+        for context in settings.contexts:
+            bar.set_description(f"speed at {context} tokens")
+            speeds = measure_speed(
+                models, tokens.evaluated, context, settings.new_tokens, settings.speed_repeats, bar.update
+            )
+            for name, speed in speeds.items():
+                comparison.speed.setdefault(name, []).append(speed)
+
+        if settings.steps:
+            models[ORIGINAL] = copy.deepcopy(original)  # the KL divergence needs the untouched one
+            for name in VARIANTS:
+                bar.set_description(f"fine-tuning {name}")
+                comparison.training[name] = _finetune(models[name], settings, tokens, bar)
+                bar.set_description(f"measuring {name}")
+                comparison.finetuned[name] = measure(models[name])
+                bar.update(_QUALITY_UNITS)
+            comparison.finetuned = _with_far_recovery(comparison.finetuned, tokens.longest)
+        bar.set_description("done")
+    comparison.seconds = time.perf_counter() - started
+    return comparison, models[EXACT], tokenizer
+
+
+class _Tokens:
+    """The tokens that a comparison is made with; held-out ones are never trained or calibrated on."""
+
+    def __init__(self, settings: CompareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._settings = settings
+        self.longest = max(settings.contexts)
+        self.first_token = tokenizer.bos_token_id
+        self.train, _ = tokenize_documents(tokenizer, load_documents(settings.data, "train"))
+        held_out, num_bytes = tokenize_documents(tokenizer, load_documents(settings.data, "validation"))
+        self.held_out = torch.cat(held_out)
+        self.bytes_per_token = sum(num_bytes) / len(self.held_out)
+        # The same tokens for every context: shorter windows are parts of the longest ones.
+        self.evaluated = evaluation_windows(held_out, self.longest, settings.eval_windows).flatten()
+
+    def calibration_batches(self) -> list[Tensor]:
+        drawn = training_batches(self.train, self.longest, self._settings.batch_size, self._settings.seed + 1)
+        return list(itertools.islice(drawn, self._settings.calibration_batches))
+
+    def training_batches(self) -> Iterator[Tensor]:
+        s = self._settings
+        return training_batches(self.train, self.longest, s.batch_size, s.seed, s.repeat_probability)
+
+
+class _Measurer:
+    """Measures the quality of one model after the other on the same tokens, against the same original."""
+
+    def __init__(self, original: PreTrainedModel, tokens: _Tokens, settings: CompareSettings) -> None:
+        self._original, self._tokens, self._settings = original, tokens, settings
+        self._prompt = min(GREEDY_PROMPT, tokens.longest // 2)
+        new = min(GREEDY_NEW, tokens.longest - self._prompt)
+        self._continuations = evaluation.greedy_continuations(
+            original, tokens.held_out, self._prompt, new, GREEDY_SAMPLES
+        )
+
+    def __call__(self, model: PreTrainedModel) -> Quality:
+        tokens, contexts = self._tokens, self._settings.contexts
+        losses = {n: evaluation.token_nll(model, tokens.evaluated, n) for n in contexts}
+        mean = {n: loss.double().mean().item() for n, loss in losses.items()}
+        kl, agreement = 0.0, 1.0  # of the original with itself, by definition
+        if model is not self._original:
+            kl = evaluation.kl_divergence(self._original, model, tokens.evaluated, tokens.longest)
+            agreement = evaluation.greedy_agreement(model, self._continuations, self._prompt)
+        return Quality(
+            perplexity={n: math.exp(nll) for n, nll in mean.items()},
+            bits_per_byte={n: evaluation.bits_per_byte(nll, tokens.bytes_per_token) for n, nll in mean.items()},
+            by_position=evaluation.perplexity_by_position(losses[tokens.longest], self._settings.window),
+            kl_to_original=kl,
+            far_recovery=None,
+            copy_perplexity={
+                gap: evaluation.copy_perplexity(model, tokens.held_out, gap, first_token=tokens.first_token)
+                for gap in self._settings.copy_gaps
+            },
+            greedy_agreement=agreement,
+        )
+
+
+def _with_far_recovery(qualities: dict[str, Quality], context: int) -> dict[str, Quality]:
+    """The same with `far_recovery` filled in, which needs the figures of the original and of the window alone."""
+    nll = {name: math.log(quality.perplexity[context]) for name, quality in qualities.items()}
+    return {
+        name: dataclasses.replace(
+            quality, far_recovery=evaluation.far_recovery(nll[ORIGINAL], nll[WINDOW_ONLY], nll[name])
+        )
+        for name, quality in qualities.items()
+    }
+
+
+def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval().to(device)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max(settings.contexts) > limit:
+        raise ConfigError(
+            f"The model's positions end at {limit} (`max_position_embeddings`). Got a context of "
+            f"{max(settings.contexts)}. Lower `contexts`."
+        )
+    return model, AutoTokenizer.from_pretrained(settings.model)
+
+
+def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Three converted copies of the original, not calibrated yet."""
+    config = hf_rfa.RFAConfig(
+        feature_map=settings.feature_map,
+        num_features=settings.num_features,
+        window=settings.window,
+        sink_tokens=settings.sink_tokens,
+        seed=settings.seed,
+    )
+    configs = {
+        WINDOW_ONLY: dataclasses.replace(config, gamma=0.0),
+        LINEAR: config,
+        EXACT: dataclasses.replace(config, softmax_heads=settings.softmax_heads),
+    }
+    return {name: hf_rfa.convert(copy.deepcopy(original), config) for name, config in configs.items()}
+
+
+class _BarHook:
+    """Moves the bar on with each optimiser step."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def step(self, model: PreTrainedModel) -> None:
+        self._bar.update()
+
+
+def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: _Tokens, bar: tqdm) -> Training:
+    bf16 = settings.mixed_precision == "bf16" or (settings.mixed_precision == "auto" and _has_bfloat16(model.device))
+    done = finetune(
+        model,
+        tokens.training_batches(),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        mixed_precision="bf16" if bf16 else "no",
+        hooks=[_BarHook(bar)],
+        progress=not bar.disable,
+    )
+    return Training(done.step, done.tokens, done.seconds, done.losses)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices; elsewhere autocast to it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    features = _cpu_features()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def _cpu_features() -> Mapping[str, Any]:
+    """What PyTorch knows about the processor; nothing where it is too old to tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    cpu = _cpu_features().get("cpu_name") or platform.machine()
+    return {
+        "hf_rfa": version("hf_rfa"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,209 @@
+"""The result of a comparison as tables, report.md, report.json and plots."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor asked for
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
+
+from hf_rfa.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality
+
+MIB = 2**20
+
+# Told apart in print without colour: by line and marker.
+_STYLES = dict(zip(VARIANTS, ("k-o", "C3:s", "C0--^", "C2-.D"), strict=True))
+
+_DEFINITIONS = """\
+All columns are measured on the same {tokens} held-out tokens. **window only** sees the exact window ({window} to \
+{window2} tokens) and the first {sinks} tokens, and nothing else; **every head linear** adds the far keys through \
+{features} random features ({feature_map}) a head; **retrieval heads exact** does so for all key heads but {heads} of \
+{key_heads}, which stay softmax: {head_list} as (layer, key head).
+
+- perplexity: exp(nats/token) over separate windows of that many tokens; bits per byte: the same, per byte of text.
+- KL to original: KL(original || model) of the next-token distributions, nats/token, at context {context}.
+- far recovery: (nll of the window - nll) / (nll of the window - nll of the original), at context {context}.
+- copy perplexity, gap g: of a span of 128 tokens at its second appearance, g other tokens after the first.
+- greedy agreement: share of the original's greedy tokens that the model ranks first, given the original's own prefix.
+"""
+
+
+def quality_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
+    """Header and rows of the table of figures, as text; one column a model."""
+    columns = list(qualities.values())
+    rows = [["", *qualities]]
+    for n in columns[0].perplexity:
+        rows.append([f"perplexity @ {n}", *(f"{q.perplexity[n]:.3f}" for q in columns)])
+    for n in columns[0].bits_per_byte:
+        rows.append([f"bits per byte @ {n}", *(f"{q.bits_per_byte[n]:.4f}" for q in columns)])
+    rows.append(["KL to original (nats/token)", *(f"{q.kl_to_original:.4f}" for q in columns)])
+    rows.append(["far recovery", *("-" if q.far_recovery is None else f"{q.far_recovery:.1%}" for q in columns)])
+    for gap in columns[0].copy_perplexity:
+        rows.append([f"copy perplexity, gap {gap}", *(f"{q.copy_perplexity[gap]:.2f}" for q in columns)])
+    rows.append(["greedy agreement", *(f"{q.greedy_agreement:.1%}" for q in columns)])
+    return rows
+
+
+def cost_table(comparison: Comparison) -> list[list[str]]:
+    """Header and rows of the table of times and bytes, as text; batch size 1."""
+    rows = [["", *comparison.speed]]
+    for at, context in enumerate(comparison.settings.contexts):
+        speeds = [per_context[at] for per_context in comparison.speed.values()]
+        rows += [
+            [f"prefill @ {context} (s)", *(f"{s.prefill_seconds:.3f}" for s in speeds)],
+            [f"decode @ {context} (tokens/s)", *(f"{s.decode_tokens_per_second:.1f}" for s in speeds)],
+            [f"cache @ {context} (MiB)", *(f"{s.cache_bytes / MIB:.3f}" for s in speeds)],
+        ]
+        if speeds[0].peak_bytes is not None:
+            rows += [[f"peak memory @ {context} (MiB)", *(f"{(s.peak_bytes or 0) / MIB:.0f}" for s in speeds)]]
+    return rows
+
+
+def position_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
+    """Header and rows of perplexity by position in the longest context."""
+    bins = [(b.start, b.end) for b in next(iter(qualities.values())).by_position]
+    return [["position", *qualities]] + [
+        [f"{start} to {end - 1}", *(f"{q.by_position[i].perplexity:.3f}" for q in qualities.values())]
+        for i, (start, end) in enumerate(bins)
+    ]
+
+
+def finetuned_title(comparison: Comparison) -> str:
+    """What was done to all columns of the second table."""
+    training = comparison.training[EXACT]
+    return f"After {training.steps} steps of fine-tuning ({training.tokens:,} tokens, the same for every column)"
+
+
+CALIBRATED_TITLE = "Right after calibration (no weight of the model trained)"
+
+
+def with_finetuned_original(qualities: Mapping[str, Quality]) -> dict[str, Quality]:
+    """The fine-tuned columns under names that say so: the original was fine-tuned too."""
+    return {f"{name}, same fine-tuning" if name == ORIGINAL else name: q for name, q in qualities.items()}
+
+
+def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Writes report.md, report.json, perplexity.png and cost.png into `folder` and returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("report.md", "report.json", "perplexity.png", "cost.png")]
+    paths[0].write_text(markdown(comparison), encoding="utf-8")
+    # JSON has no NaN: one that slipped through shall fail here rather than in every reader.
+    paths[1].write_text(json.dumps(as_dict(comparison), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    plot_perplexity(comparison, paths[2])
+    plot_cost(comparison, paths[3])
+    return paths
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """All figures as JSON-ready values; the fields are those of `hf_rfa.results.Comparison`."""
+    return dataclasses.asdict(comparison)
+
+
+def markdown(comparison: Comparison) -> str:
+    """The text of report.md."""
+    settings, environment = comparison.settings, comparison.environment
+    heads = comparison.softmax_heads
+    parts = [
+        "# hf_rfa compare",
+        f"{_name(settings.model)} ({comparison.parameters:,} parameters) on {_name(settings.data)}; "
+        + ", ".join(f"{key} {value}" for key, value in environment.items())
+        + f"; {comparison.seconds:.0f} s in all.",
+        _DEFINITIONS.format(
+            tokens=f"{comparison.eval_tokens:,}",
+            window=settings.window,
+            window2=2 * settings.window,
+            sinks=settings.sink_tokens,
+            features=settings.num_features,
+            feature_map=settings.feature_map,
+            heads=len(heads),
+            key_heads=comparison.key_heads,
+            head_list=", ".join(map(str, heads)) or "none",
+            context=max(settings.contexts),
+        ),
+        f"## {CALIBRATED_TITLE}",
+        _markdown_table(quality_table(comparison.calibrated)),
+    ]
+    if comparison.finetuned:
+        parts += [
+            f"## {finetuned_title(comparison)}",
+            _markdown_table(quality_table(with_finetuned_original(comparison.finetuned))),
+            "KL and greedy agreement are with the original as it came, before any fine-tuning. Tokens/s in training: "
+            + ", ".join(f"{name} {t.tokens / t.seconds:.0f}" for name, t in comparison.training.items())
+            + ".",
+        ]
+    else:
+        parts += ["Nothing was fine-tuned (`--steps 0`)."]
+    parts += [
+        "## Time and memory",
+        f"Batch size 1, medians of {settings.speed_repeats} interleaved runs; the cache after a prefill of that many "
+        "tokens.",
+        _markdown_table(cost_table(comparison)),
+        "## Perplexity by position",
+        f"Right after calibration, in windows of {max(settings.contexts)} tokens.",
+        _markdown_table(position_table(comparison.calibrated)),
+        "![Perplexity against context](perplexity.png)",
+        "![Prefill time and cache memory against context](cost.png)",
+        "All settings and figures, calibration included, are in report.json; the converted model is in model/ "
+        '(`hf_rfa.from_pretrained("model")`).',
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def plot_perplexity(comparison: Comparison, path: Path) -> None:
+    """Perplexity against context, one panel before and one after fine-tuning."""
+    stages = [("after calibration", comparison.calibrated), ("after fine-tuning", comparison.finetuned)]
+    stages = [(title, qualities) for title, qualities in stages if qualities]
+    figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), sharey=True, squeeze=False)
+    for axes, (title, qualities) in zip(panels[0], stages, strict=True):
+        for name, quality in qualities.items():
+            axes.plot(list(quality.perplexity), list(quality.perplexity.values()), _STYLES[name], label=name)
+        _context_axis(axes, comparison)
+        axes.set(title=title, ylabel="perplexity")
+    panels[0][0].legend()
+    _save(figure, path)
+
+
+def plot_cost(comparison: Comparison, path: Path) -> None:
+    """Prefill time and cache memory against context."""
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for name, speeds in comparison.speed.items():
+        contexts = [s.context for s in speeds]
+        time_axes.plot(contexts, [s.prefill_seconds for s in speeds], _STYLES[name], label=name)
+        memory_axes.plot(contexts, [s.cache_bytes / MIB for s in speeds], _STYLES[name], label=name)
+    for axes, title, unit in ((time_axes, "prefill time", "s"), (memory_axes, "cache after prefill", "MiB")):
+        _context_axis(axes, comparison)
+        axes.set(title=title, ylabel=unit)
+        axes.set_ylim(bottom=0)
+    time_axes.legend()
+    _save(figure, path)
+
+
+def _context_axis(axes: Axes, comparison: Comparison) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(comparison.settings.contexts))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("context (tokens)")
+    axes.grid(alpha=0.3)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _name(source: str) -> str:
+    """A local folder by its own name: a report that is passed on shall not carry a user's paths."""
+    return Path(source).name if Path(source).exists() else source
