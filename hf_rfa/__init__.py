@@ -1,16 +1,30 @@
 """hf_rfa: convert a pretrained Transformers model from softmax to random-feature attention with one call."""
 
+from hf_rfa.adapter import far_statistics
+from hf_rfa.attention import register
+from hf_rfa.cache import cache_bytes
 from hf_rfa.config import RFAConfig
+from hf_rfa.convert import convert, revert, set_softmax_heads
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
 from hf_rfa.ops.operator import rfa_attention, rfa_attention_reference
+from hf_rfa.resample import ResampleCallback, resample
+
+register()
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "RFAConfig",
     "RFAError",
+    "ResampleCallback",
     "StaleStateError",
     "UnsupportedModelError",
+    "cache_bytes",
+    "convert",
+    "far_statistics",
+    "resample",
+    "revert",
     "rfa_attention",
     "rfa_attention_reference",
+    "set_softmax_heads",
 ]

@@ -23,47 +23,64 @@ def exact_attention(
     layout: TokenLayout,
     past_valid: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
-    dropout: float = 0.0,
+    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
 
     `layout` describes the new tokens (the last N keys), `past_valid` (B, T - N) the older ones (None: all are tokens).
-    `sink_logits` (H,) add to the denominator only. Padding rows get zeros.
+    `sink_logits` (H,) add to the denominator only. `sliding_window` W: a token sees the W - 1 slots before it and itself
+    (causal only); time is then O(N W). Padding rows get zeros.
     """
     length, total = query.shape[2], key.shape[2]
     past = total - length
     groups = query.shape[1] // key.shape[1]
-    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": groups > 1}
+    value_dim = value.shape[-1]
+    options = {"scale": scaling, "enable_gqa": groups > 1}
+    if sliding_window is not None and sliding_window >= total:
+        sliding_window = None
     if sink_logits is not None:
         # A key of its own, whose logit is the learned one and whose value is zero.
         key, value, query = _with_sink(key, value, query, sink_logits, scaling, groups)
         options["enable_gqa"] = False
-    simple = layout.is_plain and past_valid is None and sink_logits is None
+    # Equal dims on both sides, padded by zeros: with unequal ones the CPU's linear-memory kernel is not taken.
+    widest = max(query.shape[-1], value_dim)
+    query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
+    simple = layout.is_plain and past_valid is None and sink_logits is None and sliding_window is None
     if simple and (not causal or length == 1):
-        return F.scaled_dot_product_attention(query, key, value, **options)
+        return F.scaled_dot_product_attention(query, key, value, **options)[..., :value_dim]
     if simple and past == 0:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)[..., :value_dim]
     device = query.device
     valid = _key_valid(layout, past_valid, query.shape[0], length, past, device)
     outputs = []
+    document = None
+    if layout.document is not None:
+        document = layout.document.to(device)
+        # The past continues the row's first document.
+        document = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
     for start in range(0, length, QUERY_BLOCK):
-        rows = torch.arange(start, min(start + QUERY_BLOCK, length), device=device)
-        visible = valid[:, None, :].expand(-1, len(rows), -1)
-        columns = torch.arange(total, device=device)
+        rows = past + torch.arange(start, min(start + QUERY_BLOCK, length), device=device)
+        low = 0 if sliding_window is None else max(0, past + start - sliding_window + 1)
+        high = past + start + len(rows) if causal else total
+        columns = torch.arange(low, high, device=device)
+        visible = valid[:, None, low:high].expand(-1, len(rows), -1)
         if causal:
-            visible = visible & (columns <= rows[:, None] + past)
-        if layout.document is not None:
-            document = layout.document.to(device)
-            # The past continues the row's first document.
-            everyone = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
-            visible = visible & (document[:, rows, None] == everyone[:, None, :])
+            visible = visible & (columns <= rows[:, None])
+        if sliding_window is not None:
+            visible = visible & (columns > rows[:, None] - sliding_window)
+        if document is not None:
+            visible = visible & (document[:, rows, None] == document[:, None, low:high])
         # Padding sees itself, so that no row is empty.
-        visible = visible | (columns == rows[:, None] + past)
+        visible = visible | (columns == rows[:, None])
+        block_key, block_value = key[:, :, low:high], value[:, :, low:high]
         if sink_logits is not None:
             visible = torch.cat([visible, visible.new_ones(*visible.shape[:-1], 1)], dim=-1)
+            block_key = torch.cat([block_key, key[:, :, total:]], dim=2)
+            block_value = torch.cat([block_value, value[:, :, total:]], dim=2)
+        block_query = query[:, :, start : start + len(rows)]
         mask = visible.unsqueeze(1)
-        outputs.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask, **options))
-    output = torch.cat(outputs, dim=2)
+        outputs.append(F.scaled_dot_product_attention(block_query, block_key, block_value, attn_mask=mask, **options))
+    output = torch.cat(outputs, dim=2)[..., :value_dim]
     return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
 
 

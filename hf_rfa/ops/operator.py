@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel, check_feature_map, optimal_proposal
+from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.bidirectional import chunked_bidirectional
+from hf_rfa.ops.call import OperatorCall, PerHead
 from hf_rfa.ops.chunked import chunked_causal
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.exact import exact_attention
@@ -15,8 +15,6 @@ from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.recurrent import recurrent_step
 from hf_rfa.ops.reference import reference_attention
 from hf_rfa.ops.state import RFAState, accumulation_dtype
-
-PerHead = float | torch.Tensor
 
 
 def rfa_attention(
@@ -37,6 +35,7 @@ def rfa_attention(
     document: torch.Tensor | None = None,
     layout: TokenLayout | None = None,
     softmax_heads: Sequence[int] = (),
+    sliding_window: int | None = None,
     sink_logits: torch.Tensor | None = None,
     initial_state: RFAState | None = None,
     output_final_state: bool = False,
@@ -68,6 +67,7 @@ def rfa_attention(
         document: (B, N) int, equal within each packed document; nothing is seen across documents.
         layout: `valid` and `document` in one object, which layers may share; excludes both.
         softmax_heads: Key heads that are computed by exact softmax instead.
+        sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
         sink_logits: (H,) learned logits that add exp(logit) to the denominator (gpt-oss).
         initial_state: The state to continue from; the first document of each row continues it.
         output_final_state: Return the state after the last token, too.
@@ -89,8 +89,8 @@ def rfa_attention(
         >>> out.shape, int(state.count)
         (torch.Size([1, 8, 300, 64]), 300)
     """
-    call = _Call.check(query, key, value, omega, feature_map, window, sink_tokens, alpha, gamma, proposal, scaling,
-                       valid, document, layout, softmax_heads, sink_logits, initial_state)  # fmt: skip
+    call = OperatorCall.check(query, key, value, omega, feature_map, window, sink_tokens, alpha, gamma, proposal, scaling,
+                       valid, document, layout, softmax_heads, sliding_window, sink_logits, initial_state, causal)  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, causal, initial_state, output_final_state, statistics)
     return (output, state) if state is not None else output
@@ -129,8 +129,8 @@ def rfa_attention_reference(
         >>> bool((fast - slow).abs().max() < 1e-5)
         True
     """
-    call = _Call.check(query.double(), key.double(), value.double(), omega, feature_map, window, sink_tokens, alpha,
-                       gamma, proposal, scaling, valid, document, None, (), sink_logits, initial_state)  # fmt: skip
+    call = OperatorCall.check(query.double(), key.double(), value.double(), omega, feature_map, window, sink_tokens, alpha,
+                       gamma, proposal, scaling, valid, document, None, (), None, sink_logits, initial_state, causal)  # fmt: skip
     output, state = reference_attention(
         call.grouped(call.query, key.shape[1]), call.key, call.value, call.far.to(torch.float64), causal=causal,
         window=window, sink_tokens=sink_tokens, scaling=call.scaling, layout=call.layout, initial_state=initial_state,
@@ -140,123 +140,8 @@ def rfa_attention_reference(
     return (output, state) if state is not None else output
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The checked arguments of one call."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    far: FarKernel
-    window: int
-    sink_tokens: int
-    scaling: float
-    layout: TokenLayout
-    softmax_heads: tuple[int, ...]
-    sink_logits: torch.Tensor | None
-
-    @classmethod
-    def check(
-        cls, query, key, value, omega, feature_map, window, sink_tokens, alpha, gamma, proposal, scaling, valid,
-        document, layout, softmax_heads, sink_logits, initial_state,
-    ) -> "_Call":  # fmt: skip
-        check_feature_map(feature_map)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
-                got = (
-                    f"{tensor.dtype} {tuple(tensor.shape)}"
-                    if isinstance(tensor, torch.Tensor)
-                    else type(tensor).__name__
-                )
-                raise ConfigError(
-                    f"`{name}` must be a floating-point tensor (batch, heads, seq, dim). Got {got}. Reshape it."
-                )
-        batch, heads, length, dim = query.shape
-        key_heads = key.shape[1]
-        _expect("key", key.shape, (batch, key_heads, length, dim), "(batch, key_heads, seq, head_dim of query)")
-        _expect(
-            "value", value.shape, (batch, key_heads, length, value.shape[-1]), "(batch, key_heads, seq, value_dim)"
-        )
-        if length == 0 or key_heads == 0 or heads % key_heads:
-            raise ConfigError(
-                f"There must be at least one token and a number of query heads that key heads divide. Got {length} tokens, "
-                f"{heads} query heads, {key_heads} key heads. Pass key and value without repetition."
-            )
-        if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
-            raise ConfigError(
-                f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
-                f"{tuple(omega.shape)}. Draw it with `hf_rfa.omega.draw_omega`."
-            )
-        if window < 0 or not sink_tokens >= 0 or (window and sink_tokens > window):
-            raise ConfigError(
-                f"`window` must be >= 0 and `sink_tokens` between 0 and `window`. Got window={window}, "
-                f"sink_tokens={sink_tokens}. Set, for example, window=64, sink_tokens=4."
-            )
-        if layout is None:
-            layout = TokenLayout(None if valid is None else valid.bool(), document)
-        elif valid is not None or document is not None:
-            raise ConfigError("`layout` already holds `valid` and `document`. Got both. Pass one or the other.")
-        layout.check(batch, length)
-        if sink_logits is not None:
-            _expect("sink_logits", sink_logits.shape, (heads,), "(query heads,)")
-        if any(not 0 <= head < key_heads for head in softmax_heads):
-            raise ConfigError(
-                f"`softmax_heads` must be key heads 0..{key_heads - 1}. Got {list(softmax_heads)}. Remove the others."
-            )
-        if initial_state is not None and len(initial_state.count) != batch:
-            raise ConfigError(
-                f"`initial_state` must have as many rows as query. Got {len(initial_state.count)} instead of {batch}. "
-                "Use `state.select_rows`."
-            )
-        wide = accumulation_dtype(query.dtype)
-
-        def per_head(number: PerHead) -> torch.Tensor:
-            tensor = torch.as_tensor(number, dtype=wide, device=query.device)
-            return tensor.expand(key_heads) if tensor.dim() == 0 else tensor
-
-        if proposal is None:
-            proposal = optimal_proposal(torch.tensor(dim / 2), dim)
-        far = FarKernel(
-            feature_map, omega.to(query.device, wide), per_head(alpha), per_head(gamma), per_head(proposal)
-        )
-        for name in ("alpha", "gamma", "proposal"):
-            _expect(name, getattr(far, name).shape, (key_heads,), "(key heads,)")
-        scaling = dim**-0.5 if scaling is None else float(scaling)
-        if scaling <= 0:
-            raise ConfigError(
-                f"`scaling` must be positive. Got {scaling}. Pass the factor that the model applies to q.k."
-            )
-        return cls(
-            query,
-            key,
-            value,
-            far,
-            window,
-            sink_tokens,
-            scaling,
-            layout,
-            tuple(sorted(set(softmax_heads))),
-            sink_logits,
-        )
-
-    def grouped(self, query: torch.Tensor, key_heads: int) -> torch.Tensor:
-        """(B, H, N, D) -> (B, Hk, G, N, D)."""
-        return query.unflatten(1, (key_heads, -1))
-
-    def grouped_logits(self, key_heads: int) -> torch.Tensor | None:
-        """(H,) -> (Hk, G)."""
-        return None if self.sink_logits is None else self.sink_logits.unflatten(0, (key_heads, -1))
-
-
-def _expect(name: str, got: Sequence[int], want: Sequence[int], meaning: str) -> None:
-    if tuple(got) != tuple(want):
-        raise ConfigError(
-            f"`{name}` must have shape {meaning} = {tuple(want)}. Got {tuple(got)}. Reshape or slice it."
-        )
-
-
 def _run(
-    call: _Call,
+    call: OperatorCall,
     causal: bool,
     initial_state: RFAState | None,
     output_final_state: bool,
@@ -295,7 +180,7 @@ def _run(
 
 
 def _linear(
-    call: _Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, far: FarKernel, logits: torch.Tensor | None,
+    call: OperatorCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, far: FarKernel, logits: torch.Tensor | None,
     causal: bool, initial_state: RFAState | None, output_final_state: bool, statistics: FarStatistics | None,
 ) -> tuple[torch.Tensor, RFAState | None]:  # fmt: skip
     """The linear heads: one token by the recurrent step, more by the chunked forms."""
@@ -331,7 +216,7 @@ def _linear(
 
 
 def _exact(
-    call: _Call,
+    call: OperatorCall,
     query: torch.Tensor,
     heads: torch.Tensor,
     logits: torch.Tensor | None,
@@ -348,9 +233,13 @@ def _exact(
     groups = query.shape[2]
     output = exact_attention(
         query.flatten(1, 2), key, value, scaling=call.scaling, causal=causal, layout=layout, past_valid=past_valid,
+        sliding_window=call.sliding_window,
         sink_logits=None if logits is None else logits.flatten(),
     ).unflatten(1, (-1, groups))  # fmt: skip
     valid = _cache_valid(layout, past_valid, key.shape[2], len(query), key.device)
+    if call.sliding_window is not None:  # no later token sees more
+        kept = slice(max(0, key.shape[2] - call.sliding_window + 1), None)
+        key, value, valid = key[:, :, kept], value[:, :, kept], None if valid is None else valid[:, kept]
     return output, key, value, valid
 
 
@@ -372,7 +261,7 @@ def _cache_valid(
     return valid
 
 
-def _count_only(call: _Call, initial_state: RFAState | None) -> RFAState:
+def _count_only(call: OperatorCall, initial_state: RFAState | None) -> RFAState:
     """The state of a layer without linear heads: nothing but the number of tokens."""
     none = torch.zeros(0, dtype=torch.int64, device=call.key.device)
     key, value = call.key[:, none], call.value[:, none]

@@ -49,7 +49,7 @@ def recurrent_step(
     state = dataclasses.replace(state, count=state.count + steps)
     if window:
         state = _roll(state, window, far, scaling, moved=steps > 0)
-    return output * counted, state
+    return output * counted.unsqueeze(-1), state
 
 
 def _write(state: RFAState, key: torch.Tensor, value: torch.Tensor, window: int, present: torch.Tensor) -> RFAState:

@@ -1,0 +1,154 @@
+"""`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rfa.config import RFAConfig
+from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.feature_maps import FarKernel, optimal_proposal
+from hf_rfa.omega import draw_omega
+from hf_rfa.ops.combine import FarStatistics
+
+#: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
+ADAPTER_NAME = "rfa"
+
+
+class RFAAdapter(nn.Module):
+    """Random features of one attention layer. Its tensors stay float32 whatever the model is cast to.
+
+    Attributes:
+        omega: (key_heads, m, head_dim) rows N(0, I), a function of (config.seed, layer, draw).
+        alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
+        softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
+        draw: () int64, the number of the draw that omega came from.
+        statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
+        calls: How often the attention function ran for this layer; `convert` checks it.
+    """
+
+    omega: torch.Tensor
+    alpha: torch.Tensor
+    gamma: torch.Tensor
+    proposal: torch.Tensor
+    softmax_mask: torch.Tensor
+    draw: torch.Tensor
+
+    def __init__(self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.config, self.layer, self.converted, self.cross = config, layer, converted, cross
+        ones = torch.ones(key_heads)
+        self.register_buffer("omega", torch.empty(key_heads, config.num_features, head_dim))
+        self.register_buffer("alpha", ones * config.alpha)
+        self.register_buffer("gamma", ones * config.gamma)
+        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
+        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted))
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
+        self.statistics = FarStatistics()
+        self.calls = 0
+        self.cache_layer: Any = None  # what the attention module was called with, see `attention.stash_cache`
+        self.observer: Any = None  # set by `calibrate`: sees q, k, v while the layer answers with exact softmax
+        self._python: dict[str, Any] = {}
+        self.redraw(0)
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads."""
+        return self.omega.shape[0]
+
+    @property
+    def kernel(self) -> FarKernel:
+        """The far kernel of all key heads."""
+        return FarKernel(self.config.feature_map, self.omega, self.alpha, self.gamma, self.proposal)
+
+    @property
+    def softmax_heads(self) -> tuple[int, ...]:
+        """Key heads that stay exact softmax."""
+        if "softmax_heads" not in self._python:  # read once: a GPU would wait for it in every forward
+            self._python["softmax_heads"] = tuple(self.softmax_mask.nonzero().flatten().tolist())
+        return self._python["softmax_heads"]
+
+    @property
+    def draw_number(self) -> int:
+        """The number of omega's draw, which a cache remembers."""
+        if "draw" not in self._python:
+            self._python["draw"] = int(self.draw)
+        return self._python["draw"]
+
+    def set_softmax_heads(self, heads: tuple[int, ...]) -> None:
+        """Keep exactly these key heads as softmax."""
+        wrong = [head for head in heads if not 0 <= head < self.key_heads]
+        if wrong:
+            raise ConfigError(
+                f"Layer {self.layer} has key heads 0..{self.key_heads - 1}. Got {wrong}. Correct `softmax_heads`."
+            )
+        mask = torch.zeros_like(self.softmax_mask)
+        mask[list(heads)] = True
+        self.softmax_mask.copy_(mask)
+        self._python.clear()
+
+    def redraw(self, draw: int) -> None:
+        """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
+        heads, features, dim = self.omega.shape
+        omega = draw_omega(
+            heads, features, dim, kind=self.config.omega, seed=self.config.seed, layer=self.layer, draw=draw
+        )
+        self.omega = omega.to(self.omega.device)
+        self.draw.fill_(draw)
+        self._python.clear()
+
+    def extra_repr(self) -> str:
+        heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
+        return (
+            f"{self.config.feature_map}, num_features={self.config.num_features}, window={self.config.window}, "
+            f"key_heads={self.key_heads}, draw={self.draw_number}{heads}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RFAAdapter":
+        # `model.to(bfloat16)` moves the adapter but does not round it: features are computed in float32.
+        kept = {name: (tensor, tensor.dtype) for name, tensor in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, (tensor, dtype) in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._python.clear()
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
+    """(name of the attention module, the module, its adapter) of every layer, in the model's order."""
+    for name, module in model.named_modules():
+        adapter = module._modules.get(ADAPTER_NAME)
+        if isinstance(adapter, RFAAdapter):
+            yield name, module, adapter
+
+
+def require_adapters(model: nn.Module) -> list[RFAAdapter]:
+    """The adapters of a converted model; `UnsupportedModelError` if it is not converted."""
+    adapters = [adapter for _, _, adapter in named_adapters(model)]
+    if not adapters:
+        raise UnsupportedModelError(
+            f"The model is not converted. Got a {type(model).__name__} without adapters. Call `hf_rfa.convert(model)` first."
+        )
+    return adapters
+
+
+def far_statistics(model: nn.Module) -> dict[int, float]:
+    """Per converted layer, the share of far estimates that were not positive and so were dropped (since conversion).
+
+    Only the trigonometric map can drop any; the positive maps always answer 0.
+
+    Example:
+        >>> import hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)))
+        >>> hf_rfa.far_statistics(model)
+        {0: 0.0}
+    """
+    return {a.layer: a.statistics.dropped_fraction for a in require_adapters(model) if a.converted}

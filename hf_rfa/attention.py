@@ -1,0 +1,204 @@
+"""The attention function that Transformers calls for `attn_implementation="rfa"`."""
+
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
+from hf_rfa.cache import RFACacheLayer, adopt_cache_layer
+from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.mask import RFAMask, rfa_mask
+from hf_rfa.ops.exact import cross_attention
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.operator import rfa_attention
+from hf_rfa.ops.state import RFAState
+
+#: The name of the implementation in Transformers.
+IMPLEMENTATION = "rfa"
+
+#: Extra inputs of attention functions that change the scores in ways that random features cannot express.
+REFUSED = {
+    "softcap": "logit soft-capping",
+    "position_bias": "a position bias added to the scores",
+    "relative_position_bias": "a position bias added to the scores",
+    "attention_bias": "a bias added to the scores",
+    "block_table": "continuous batching",
+    "head_mask": "a head mask",
+    "topk_indices": "sparse attention indices",
+    "indices": "sparse attention indices",
+}
+
+
+class Recorder(Protocol):
+    """Sees every call of the attention function during `convert`'s dry run, in which all heads are exact."""
+
+    def record(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, extras: dict[str, Any]) -> None:
+        """Note one call."""
+
+
+recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+def register() -> None:
+    """Register the attention and the mask function under "rfa"; doing it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, rfa_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, rfa_mask)
+
+
+def rfa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: RFAMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M), no weights."""
+    adapter = module._modules.get(ADAPTER_NAME)
+    watch = recorder.get()
+    if watch is not None:
+        watch.record(module, query, key, value, attention_mask, kwargs)
+    elif not isinstance(adapter, RFAAdapter):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a model. "
+            "Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for a saved one."
+        )
+    check_inputs(module, attention_mask, kwargs)
+    mask = attention_mask if isinstance(attention_mask, RFAMask) else None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if isinstance(adapter, RFAAdapter):
+        adapter.calls += 1
+    if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
+        output = _cross(module, query, key, value, mask, scaling, dropout)
+        return output.transpose(1, 2).contiguous(), None
+    causal = mask.causal if mask is not None else _is_causal(module, is_causal)
+    sliding = kwargs.get("sliding_window")
+    if mask is not None and mask.limited and sliding is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} hides old tokens by its mask without naming a `sliding_window`. Keep softmax for this model."
+        )
+    layout = _layout(mask, kwargs, query.shape[2], query.device)
+    sinks = kwargs.get("s_aux")
+    options: dict[str, Any] = {"scaling": scaling, "causal": causal, "sink_logits": sinks}
+    if not isinstance(adapter, RFAAdapter) or adapter.observer is not None:
+        options |= exact_options(key)
+        output = rfa_attention(query, key, value, layout=layout, sliding_window=sliding, **options)
+        if isinstance(adapter, RFAAdapter):
+            adapter.observer(adapter, module, query, key, value, layout, options, output)
+        return output.transpose(1, 2).contiguous(), None
+    options |= {
+        "omega": adapter.omega,
+        "feature_map": adapter.config.feature_map,
+        "window": adapter.config.window,
+        "sink_tokens": adapter.config.sink_tokens,
+        "alpha": adapter.alpha,
+        "gamma": adapter.gamma,
+        "proposal": adapter.proposal,
+        "softmax_heads": adapter.softmax_heads,
+        "sliding_window": sliding,
+    }
+    counts = adapter.statistics if adapter.config.feature_map == "trigonometric" else None
+    cache_layer, adapter.cache_layer = adapter.cache_layer, None
+    if cache_layer is None:
+        output = rfa_attention(query, key, value, layout=layout, statistics=counts, **options)
+    else:
+        output = _cached(adapter, cache_layer, query, key, value, layout, options, counts)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def exact_options(key: torch.Tensor) -> dict[str, Any]:
+    """Operator arguments with which every key head is exact softmax."""
+    heads = key.shape[1]
+    return {"omega": key.new_zeros(heads, 1, key.shape[-1], dtype=torch.float32), "softmax_heads": tuple(range(heads))}
+
+
+def _cached(
+    adapter: RFAAdapter, cache_layer: RFACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    layout: TokenLayout, options: dict[str, Any], counts: Any,
+) -> torch.Tensor:  # fmt: skip
+    cache_layer.check_draw(adapter.draw_number)
+    state: RFAState | None = cache_layer.state
+    output, state = rfa_attention(
+        query, key, value, layout=layout, statistics=counts, initial_state=state, output_final_state=True, **options
+    )
+    assert isinstance(state, RFAState)
+    cache_layer.advance(state, adapter.draw_number, key, value, layout, options)
+    return output
+
+
+def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted attention module: remember the cache, which the function is not handed."""
+    adapter = module._modules[ADAPTER_NAME]
+    assert isinstance(adapter, RFAAdapter)
+    adapter.cache_layer = None
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if cache is None or adapter.cross or recorder.get() is not None or adapter.observer is not None:
+        return
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model with "
+            "use_cache=False."
+        )
+    adapter.cache_layer = adopt_cache_layer(cache, index)
+
+
+def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
+    """Raise `UnsupportedModelError`, naming the feature, if the call has what random features cannot express."""
+    if isinstance(mask, torch.Tensor):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got a mask tensor of shape {tuple(mask.shape)}: masks of one's own (4-D) cannot be "
+            "followed by random features. Describe padding by a 2-D `attention_mask` and packing by `position_ids`."
+        )
+    for name, meaning in REFUSED.items():
+        if extras.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {meaning} (`{name}`), which random features cannot express. Keep softmax "
+                "attention for this model."
+            )
+    if extras.get("output_attentions"):
+        raise UnsupportedModelError(
+            "Random-feature attention never makes the attention weights. Got output_attentions=True. Call "
+            "`hf_rfa.revert(model)` first, or drop the argument."
+        )
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    # The convention of Transformers' own sdpa function.
+    return bool(is_causal) if is_causal is not None else bool(getattr(module, "is_causal", True))
+
+
+def _cross(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: RFAMask | None, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Attention over another sequence stays softmax: near and far have no meaning there."""
+    if mask is not None and (mask.causal or mask.document is not None or mask.limited):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} queries under a causal mask (prefix tuning, "
+            "or a cache of its own), which is not supported. Keep softmax attention for it."
+        )
+    if mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (prefix tuning, or a cache "
+            "of its own), which is not supported. Keep softmax attention for it."
+        )
+    valid = None if mask is None or mask.valid is None else mask.valid
+    return cross_attention(query, key, value, scaling=scaling, key_valid=valid, dropout=dropout if module.training else 0.0)
+
+
+def _layout(mask: RFAMask | None, extras: dict[str, Any], length: int, device: torch.device) -> TokenLayout:
+    lengths = extras.get("cu_seq_lens_q")
+    if lengths is not None and (mask is None or mask.document is None):
+        slots = torch.arange(length, device=device)
+        document = torch.searchsorted(lengths.to(device, torch.int64), slots, right=True)
+        return TokenLayout(None if mask is None or mask.valid is None else mask.valid[:, -length:], document[None])
+    return TokenLayout() if mask is None else mask.layout(length)

@@ -1,0 +1,193 @@
+"""The cache of a converted model: per layer one `RFAState`, whose linear heads need the same bytes after any length."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_rfa.errors import StaleStateError, UnsupportedModelError
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.operator import rfa_attention
+from hf_rfa.ops.state import RFAState
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward that `crop` can take back: the state before it and what it added."""
+
+    before: RFAState | None
+    key: torch.Tensor
+    value: torch.Tensor
+    layout: TokenLayout
+    options: dict[str, Any]
+
+
+class RFACacheLayer(CacheLayerMixin):
+    """Cache layer of a converted attention module, used by plain `model.generate`.
+
+    `update` hands the new keys and values through; the attention function reads `state` and calls `advance`.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: RFAState | None = None
+        self.seen = 0  # token slots, padding included
+        self.draw: int | None = None
+        self.record_past = False
+        self._steps: list[_Step] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def check_draw(self, draw: int) -> None:
+        """Raise `StaleStateError` if the cache was filled with another draw of omega."""
+        if self.draw is not None and self.seen and draw != self.draw:
+            raise StaleStateError(
+                f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new sequence "
+                "after `hf_rfa.resample`."
+            )
+
+    def advance(
+        self, state: RFAState, draw: int, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, options: dict[str, Any]
+    ) -> None:
+        """Store the state after new tokens; `options` are the operator's arguments, for taking steps back."""
+        if self.record_past:
+            self._steps.append(_Step(self.state, key, value, layout, options))
+        self.state, self.draw = state, draw
+        self.seen += key.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen, self.draw = None, 0, None
+        self._steps.clear()
+
+    def activate_past_recording(self) -> None:
+        """Remember each forward until the next `crop`, which can then take tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number); 0 confirms all of them."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` takes the number of tokens to remove as a negative number. Got {tokens_to_remove}. Pass "
+                f"{-tokens_to_remove}."
+            )
+        remove = -tokens_to_remove
+        if remove and remove >= self.seen:
+            self.reset()
+            return
+        recorded = sum(step.key.shape[2] for step in self._steps)
+        if remove > recorded:
+            raise RuntimeError(
+                f"`crop` can take back what was recorded since the last `crop`: {recorded} tokens. Got {remove}. A state of "
+                "constant size forgets; call `activate_past_recording()` before the forward that you want to undo."
+            )
+        while remove:
+            step = self._steps.pop()
+            length = step.key.shape[2]
+            kept = max(0, length - remove)
+            self.state = step.before
+            self.seen -= length - kept
+            remove -= length - kept
+            if kept:
+                self.state = _replay(step, kept)
+        self._steps.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self._select(torch.arange(len(self.state.count)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices)
+
+    def offload(self) -> None:
+        raise UnsupportedModelError("The RFA cache has constant size and is not offloaded. Drop `cache_implementation='offloaded'`.")
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.select_rows(rows)
+        self._steps.clear()
+
+
+def _replay(step: _Step, kept: int) -> RFAState:
+    """The state after the first `kept` tokens of a forward."""
+    valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
+    key, value = step.key[:, :, :kept], step.value[:, :, :kept]
+    options = {**step.options, "sink_logits": None}
+    _, state = rfa_attention(
+        key, key, value, layout=TokenLayout(valid), initial_state=step.before, output_final_state=True, **options
+    )
+    return state
+
+
+def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
+    """The `RFACacheLayer` number `index` of `cache`, put there in place of a fresh dynamic layer."""
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, RFACacheLayer):
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise UnsupportedModelError(
+            f"A converted layer keeps its own state of constant size. Got a cache with a {type(layer).__name__}. Leave "
+            "`cache_implementation` unset, or pass a `DynamicCache`."
+        )
+    if cache.offloading:
+        raise UnsupportedModelError("The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`.")
+    if layer.get_seq_length():
+        raise UnsupportedModelError(
+            f"This cache already holds {layer.get_seq_length()} tokens that the model saw before it was converted. Start "
+            "with an empty cache."
+        )
+    new = RFACacheLayer()
+    new.record_past = getattr(layer, "record_past", False)
+    cache.layers[index] = new
+    return new
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a Transformers cache holds, converted layers or not.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape))).eval()
+        >>> short, long = (model(torch.ones(1, n, dtype=torch.long), use_cache=True) for n in (200, 1000))
+        >>> hf_rfa.cache_bytes(short.past_key_values) == hf_rfa.cache_bytes(long.past_key_values)
+        True
+    """
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, RFACacheLayer):
+            total += layer.state.nbytes if layer.state is not None else 0
+        else:
+            for value in vars(layer).values():
+                tensors = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+                total += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+    return total

@@ -1,0 +1,310 @@
+"""`convert` and `revert`: swap the attention of a loaded model, verify it, and give the original back."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerationMixin
+
+from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
+from hf_rfa.attention import IMPLEMENTATION, stash_cache
+from hf_rfa.config import RFAConfig
+from hf_rfa.dry_run import AttentionCalls, DryRun, example_inputs, quiet_eval, watch
+from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
+from hf_rfa.generation import CachePreparer
+from hf_rfa.resample import resample_before_forward
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+#: Where the conversion is written in the model's own config, so that it is saved with it.
+CONFIG_FIELD = "rfa_config"
+_RECORD = "_rfa_conversion"
+
+
+@dataclass
+class Conversion:
+    """What `revert` needs: the config objects of the model and the implementation that each had."""
+
+    config: RFAConfig
+    implementations: list[tuple[Any, str]]
+
+
+def convert(
+    model: ModelT, config: RFAConfig | None = None, *, example_inputs: Mapping[str, Any] | None = None
+) -> ModelT:
+    """Convert a loaded model from softmax to random-feature attention, in place; its class stays what it is.
+
+    Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
+    `config.layers` leaves out, layers with a sliding window of their own and cross-attention stay exact softmax. The
+    result is verified by a second dry run; if anything fails, the model is put back as it was.
+
+    Args:
+        model: A loaded Transformers model (or a PEFT model around one).
+        config: None = `RFAConfig()`.
+        example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
+            something that random features cannot express; the message names it.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+        >>> model = LlamaForCausalLM(LlamaConfig(**shape))
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(num_features=32, window=16, sink_tokens=2))
+        >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
+        ('LlamaForCausalLM', torch.Size([1, 100, 64]))
+    """
+    config = RFAConfig() if config is None else config
+    if not isinstance(config, RFAConfig):
+        raise ConfigError(f"`config` must be an RFAConfig or None. Got {type(config).__name__}. Pass hf_rfa.RFAConfig(...).")
+    base = base_model(model)
+    if is_converted(base):
+        raise UnsupportedModelError("The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is.")
+    inputs = dict(example_inputs) if example_inputs is not None else _guess_inputs(base)
+    before = [(c, c._attn_implementation) for c in _configs(base)]
+    try:
+        _switch(base)
+        run = _watch(base, inputs)
+        _refuse_unrouted(base, run)
+        _attach(base, config, list(run.calls.values()))
+        setattr(base, _RECORD, Conversion(config, [(c, "sdpa" if i == IMPLEMENTATION else i) for c, i in before]))
+        _verify(base, run, inputs)
+    except BaseException:
+        _detach(base)
+        _restore(before)
+        raise
+    store_config(base, config)
+    for module in base.modules():
+        if isinstance(module, GenerationMixin):
+            module._prepare_cache_for_generation = CachePreparer(module)  # type: ignore[method-assign, assignment]
+    base.register_forward_pre_hook(resample_before_forward)
+    _warn_about_dropout(base)
+    return model
+
+
+def revert(model: ModelT) -> ModelT:
+    """Give the original attention back, in place: outputs are bit-identical to those before `convert`.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(**shape)).eval(), torch.ones(1, 300, dtype=torch.long)
+        >>> before = model(ids).logits
+        >>> torch.equal(hf_rfa.revert(hf_rfa.convert(model))(ids).logits, before)
+        True
+    """
+    base = base_model(model)
+    conversion = getattr(base, _RECORD, None)
+    if conversion is None:
+        raise UnsupportedModelError(f"This {type(base).__name__} is not converted, so there is nothing to revert.")
+    _detach(base)
+    _restore(conversion.implementations)
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert` was called on the model."""
+    return hasattr(base_model(model), _RECORD)
+
+
+def conversion_config(model: nn.Module) -> RFAConfig:
+    """The config that the model was converted with, its exact heads as calibration resolved them."""
+    base = base_model(model)
+    if not is_converted(base):
+        raise UnsupportedModelError(f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first.")
+    config: RFAConfig = getattr(base, _RECORD).config
+    return config
+
+
+def store_config(model: nn.Module, config: RFAConfig) -> None:
+    """Write `config` into the model's own config (saved with it) and its conversion record."""
+    base = base_model(model)
+    getattr(base, _RECORD).config = config
+    setattr(base.config, CONFIG_FIELD, config.to_dict())
+
+
+def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
+    """Keep exactly these (layer, key_head) pairs of the converted layers as exact softmax.
+
+    Example:
+        >>> import hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)))
+        >>> hf_rfa.set_softmax_heads(model, [(1, 0)])
+        >>> model.model.layers[1].self_attn.rfa.softmax_heads
+        (0,)
+    """
+    base = base_model(model)
+    config = dataclasses.replace(conversion_config(base), softmax_heads=heads)
+    _apply_heads(base, config)
+    store_config(base, config)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside PEFT or distributed wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            raise ConfigError(f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with `from_pretrained`.")
+    return model
+
+
+def _guess_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    return example_inputs(model)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config object in the model, outer ones first (setting an outer one sets the inner ones)."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                visit(getattr(config, name, None))
+
+    visit(model.config)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
+
+
+def _switch(model: PreTrainedModel) -> None:
+    for config in _configs(model):
+        config._attn_implementation = IMPLEMENTATION
+
+
+def _restore(implementations: list[tuple[Any, str]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
+
+
+def _watch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> DryRun:
+    try:
+        return watch(model, inputs)
+    except RFAError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The dry run of {type(model).__name__} failed with {type(error).__name__}: {error}. If its inputs were wrong, pass "
+            "`example_inputs={...}`; otherwise the model handles its attention mask in a way that is not supported."
+        ) from error
+
+
+def _refuse_unrouted(model: PreTrainedModel, run: DryRun) -> None:
+    name = type(model).__name__
+    if not run.calls:
+        raise UnsupportedModelError(
+            f"{name} computes attention of its own (none of it went through Transformers' attention interface), so it cannot "
+            "be converted. See the list of supported models in the README."
+        )
+    if run.foreign_attention():
+        raise UnsupportedModelError(
+            f"{name} computes some of its attention outside of Transformers' attention interface, so that a conversion would "
+            "leave softmax in it unseen. It cannot be converted."
+        )
+
+
+def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCalls]) -> None:
+    own = [call for call in calls if not call.cross]
+    numbers = {id(call.module): number for number, call in enumerate(own)}
+    if isinstance(config.layers, tuple) and max(config.layers) >= len(own):
+        raise ConfigError(
+            f"`layers` must name attention layers 0..{len(own) - 1} of this model. Got {list(config.layers)}. Correct "
+            "RFAConfig(layers=...)."
+        )
+    for call in calls:
+        number = numbers.get(id(call.module), -1)
+        chosen = not call.cross and call.sliding_window is None and config.converts_layer(number)
+        # Cross-attention has no number of its own; its adapter only says so.
+        adapter = RFAAdapter(
+            config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross
+        )
+        device = next(call.module.parameters(), torch.empty(0)).device
+        call.module.add_module(ADAPTER_NAME, adapter.to(device))
+        call.module.register_forward_pre_hook(stash_cache, with_kwargs=True)
+    if not any(adapter.converted for _, _, adapter in named_adapters(model)):
+        raise UnsupportedModelError(
+            f"No layer of {type(model).__name__} was left to convert: all have a sliding window of their own, are cross-"
+            "attention or are excluded by `layers`. Choose other layers."
+        )
+    _apply_heads(model, config)
+
+
+def _apply_heads(model: nn.Module, config: RFAConfig) -> None:
+    """Set the exact heads that the config lists; 'auto' and a fraction wait for `calibrate`."""
+    if not isinstance(config.softmax_heads, tuple):
+        return
+    adapters = {a.layer: a for _, _, a in named_adapters(model) if a.converted}
+    unknown = sorted({layer for layer, _ in config.softmax_heads} - set(adapters))
+    if unknown:
+        raise ConfigError(
+            f"`softmax_heads` names layers that are not converted: {unknown}. Converted ones: {sorted(adapters)}. Correct it."
+        )
+    for layer, adapter in adapters.items():
+        adapter.set_softmax_heads(tuple(head for number, head in config.softmax_heads if number == layer))
+
+
+def _verify(model: PreTrainedModel, run: DryRun, inputs: Mapping[str, Any]) -> None:
+    """Run the converted model: every adapter must be called as often as the module it hangs in was."""
+    adapters = {id(module): (name, adapter) for name, module, adapter in named_adapters(model)}
+    for _, adapter in adapters.values():
+        adapter.calls = 0
+    with quiet_eval(model):
+        model(**inputs)
+    for key, call in run.calls.items():
+        name, adapter = adapters[key]
+        if adapter.calls != call.count:
+            raise UnsupportedModelError(
+                f"The converted {name} ran its random features {adapter.calls} times instead of {call.count}: the model does not "
+                "use its attention modules as expected."
+            )
+
+
+def _detach(model: PreTrainedModel) -> None:
+    """Remove everything that `convert` added."""
+    for _, module, _ in list(named_adapters(model)):
+        del module._modules[ADAPTER_NAME]
+        _remove_hook(module, stash_cache)
+    _remove_hook(model, resample_before_forward)
+    for module in model.modules():
+        module.__dict__.pop("_prepare_cache_for_generation", None)
+    model.__dict__.pop(_RECORD, None)
+    if hasattr(model.config, CONFIG_FIELD):
+        delattr(model.config, CONFIG_FIELD)
+
+
+def _remove_hook(module: nn.Module, hook: Any) -> None:
+    # Handles are not kept: a model with a list of them would not survive a deepcopy with its hooks.
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _warn_about_dropout(model: PreTrainedModel) -> None:
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    rates = {name: getattr(model.config, name) for name in names if getattr(model.config, name, 0)}
+    if rates:
+        logger.warning(
+            "Random features never make the attention weights, so the attention dropout of this model (%s) is not applied in "
+            "training. Set it to 0 in the config to silence this.",
+            rates,
+        )
