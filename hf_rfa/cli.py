@@ -85,8 +85,14 @@ def compare_command(
     copy_gaps: Annotated[
         str, _option(_MEASUREMENT, "Tokens between the two appearances of a span that is to be copied.")
     ] = ",".join(map(str, _D.copy_gaps)),
+    speed_contexts: Annotated[
+        str,
+        _option(
+            _MEASUREMENT, "Prompts whose time and cache are measured, tokens; may exceed what the model has learnt."
+        ),
+    ] = ",".join(map(str, _D.speed_contexts)),
     speed_repeats: Annotated[
-        int, _option(_MEASUREMENT, "Timed runs of each model and context; medians are given.", min=1)
+        int, _option(_MEASUREMENT, "Timed runs of each model and prompt; medians are given.", min=1)
     ] = _D.speed_repeats,
     new_tokens: Annotated[int, _option(_MEASUREMENT, "Tokens decoded to measure the speed.", min=1)] = _D.new_tokens,
     calibration_batches: Annotated[
@@ -139,6 +145,7 @@ def compare_command(
         learning_rate=learning_rate,
         repeat_probability=repeat_probability,
         mixed_precision=mixed_precision,
+        speed_contexts=_parse_integers("--speed-contexts", speed_contexts),
         speed_repeats=speed_repeats,
         new_tokens=new_tokens,
         seed=seed,

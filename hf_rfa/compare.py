@@ -12,7 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,15 @@ def compare(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    units = (_QUALITY_UNITS * len(VARIANTS) * (2 if settings.steps else 1)) + _CALIBRATION_UNITS * 2
-    units += _SPEED_UNITS * len(VARIANTS) * len(settings.contexts) * settings.speed_repeats
-    bar = tqdm(total=units + settings.steps * len(VARIANTS), disable=not progress, desc="loading", bar_format=_BAR)
+    bar = tqdm(total=0, disable=not progress, desc="loading", bar_format=_BAR)
     with bar:
         original, tokenizer = _load(settings)
+        speed_contexts = _speed_contexts(settings, original)
+        bar.total = 2 * _CALIBRATION_UNITS + len(VARIANTS) * (
+            _QUALITY_UNITS * (2 if settings.steps else 1)
+            + _SPEED_UNITS * len(speed_contexts) * settings.speed_repeats
+            + settings.steps
+        )
         tokens = _Tokens(settings, tokenizer)
         models = {ORIGINAL: original, **_conversions(settings, original)}
         comparison = Comparison(
@@ -121,11 +125,10 @@ def compare(
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = _with_far_recovery(comparison.calibrated, tokens.longest)
 
-        for context in settings.contexts:
+        for context in speed_contexts:
             bar.set_description(f"speed at {context} tokens")
-            speeds = measure_speed(
-                models, tokens.evaluated, context, settings.new_tokens, settings.speed_repeats, bar.update
-            )
+            prompt = tokens.prompt(context)
+            speeds = measure_speed(models, prompt, context, settings.new_tokens, settings.speed_repeats, bar.update)
             for name, speed in speeds.items():
                 comparison.speed.setdefault(name, []).append(speed)
 
@@ -156,6 +159,10 @@ class _Tokens:
         self.bytes_per_token = sum(num_bytes) / len(self.held_out)
         # The same tokens for every context: shorter windows are parts of the longest ones.
         self.evaluated = evaluation_windows(held_out, self.longest, settings.eval_windows).flatten()
+
+    def prompt(self, length: int) -> Tensor:
+        """So many held-out tokens, over again if there are too few: what they say makes no difference to the speed."""
+        return self.held_out.repeat(-(-length // len(self.held_out)))[:length]
 
     def calibration_batches(self) -> list[Tensor]:
         drawn = training_batches(self.train, self.longest, self._settings.batch_size, self._settings.seed + 1)
@@ -224,6 +231,15 @@ def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, AutoTokenizer.from_pretrained(settings.model)
 
 
+def _speed_contexts(settings: CompareSettings, model: PreTrainedModel) -> list[int]:
+    """Rotary positions go on for ever, so that time can be measured past what was learnt; a table of them ends."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "rope_parameters", None) is not None:
+        return list(settings.speed_contexts)
+    return [n for n in settings.speed_contexts if n + settings.new_tokens <= limit]
+
+
 def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """Three converted copies of the original, not calibrated yet."""
     config = hf_rfa.RFAConfig(
@@ -278,10 +294,17 @@ def _cpu_features() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
+def _version() -> str:
+    try:
+        return version("hf_rfa")
+    except PackageNotFoundError:  # run from a clone that was not installed
+        return "unknown"
+
+
 def _environment(device: torch.device) -> dict[str, Any]:
     cpu = _cpu_features().get("cpu_name") or platform.machine()
     return {
-        "hf_rfa": version("hf_rfa"),
+        "hf_rfa": _version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -217,17 +216,15 @@ def greedy_continuations(
             f"Needs `samples` * `prompt` tokens, each at least 1, and `new` at least 1. Got {len(ids)} tokens, "
             f"samples={samples}, prompt={prompt}, new={new}."
         )
-    prompts = torch.stack([ids[i * stride : i * stride + prompt] for i in range(samples)]).to(model.device)
+    sequences = torch.stack([ids[i * stride : i * stride + prompt] for i in range(samples)]).to(model.device)
+    unseen, cache = sequences, None
     with evaluation_mode(model):
-        generate: Any = model.generate  # Transformers' types say Tensor
-        return generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=new,
-            min_new_tokens=new,
-        )
+        # Not `generate`: it would stop at an end-of-text token, or rank another one first.
+        for _ in range(new):
+            output = model(input_ids=unseen, past_key_values=cache, use_cache=True)
+            unseen, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            sequences = torch.cat([sequences, unseen], 1)
+    return sequences
 
 
 def greedy_agreement(converted: PreTrainedModel, continuations: Tensor, prompt: int = 512) -> float:

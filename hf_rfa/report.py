@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, nor asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
 
 from hf_rfa.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality
 
@@ -53,8 +52,8 @@ def quality_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
 def cost_table(comparison: Comparison) -> list[list[str]]:
     """Header and rows of the table of times and bytes, as text; batch size 1."""
     rows = [["", *comparison.speed]]
-    for at, context in enumerate(comparison.settings.contexts):
-        speeds = [per_context[at] for per_context in comparison.speed.values()]
+    for speeds in zip(*comparison.speed.values(), strict=True):  # those of all models at one context
+        context = speeds[0].context
         rows += [
             [f"prefill @ {context} (s)", *(f"{s.prefill_seconds:.3f}" for s in speeds)],
             [f"decode @ {context} (tokens/s)", *(f"{s.decode_tokens_per_second:.1f}" for s in speeds)],
@@ -164,7 +163,8 @@ def plot_perplexity(comparison: Comparison, path: Path) -> None:
     for axes, (title, qualities) in zip(panels[0], stages, strict=True):
         for name, quality in qualities.items():
             axes.plot(list(quality.perplexity), list(quality.perplexity.values()), _STYLES[name], label=name)
-        _context_axis(axes, comparison)
+        axes.set_xscale("log", base=2)
+        _context_axis(axes, comparison.settings.contexts)
         axes.set(title=title, ylabel="perplexity")
     panels[0][0].legend()
     _save(figure, path)
@@ -173,22 +173,21 @@ def plot_perplexity(comparison: Comparison, path: Path) -> None:
 def plot_cost(comparison: Comparison, path: Path) -> None:
     """Prefill time and cache memory against context."""
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.8))
+    contexts = [speed.context for speed in next(iter(comparison.speed.values()))]
     for name, speeds in comparison.speed.items():
-        contexts = [s.context for s in speeds]
         time_axes.plot(contexts, [s.prefill_seconds for s in speeds], _STYLES[name], label=name)
         memory_axes.plot(contexts, [s.cache_bytes / MIB for s in speeds], _STYLES[name], label=name)
     for axes, title, unit in ((time_axes, "prefill time", "s"), (memory_axes, "cache after prefill", "MiB")):
-        _context_axis(axes, comparison)
+        _context_axis(axes, contexts)
         axes.set(title=title, ylabel=unit)
         axes.set_ylim(bottom=0)
     time_axes.legend()
     _save(figure, path)
 
 
-def _context_axis(axes: Axes, comparison: Comparison) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(comparison.settings.contexts))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+def _context_axis(axes: Axes, contexts: Sequence[int]) -> None:
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.minorticks_off()
     axes.set_xlabel("context (tokens)")
     axes.grid(alpha=0.3)
 

@@ -38,6 +38,7 @@ class CompareSettings:
     learning_rate: float = 3e-4
     repeat_probability: float = 0.5  # share of training sequences with planted repeats, see hf_rfa.data
     mixed_precision: str = "auto"  # of fine-tuning: "no", "bf16", or "auto" = bf16 where the hardware has it
+    speed_contexts: tuple[int, ...] = (1024, 2048, 4096)  # may be longer than what the model has learnt
     speed_repeats: int = 3
     new_tokens: int = 32  # decoded when speed is measured
     seed: int = 0
@@ -49,6 +50,10 @@ class CompareSettings:
             raise ConfigError(
                 "Each of `contexts` must divide the longest, so that all are measured on the same tokens. Got "
                 f"{list(self.contexts)}. Set, for example, 512,1024,2048."
+            )
+        if not self.speed_contexts or min(self.speed_contexts) < 1:
+            raise ConfigError(
+                f"`speed_contexts` must be prompts of at least 1 token. Got {list(self.speed_contexts)}."
             )
         if self.window < 1:
             raise ConfigError(
@@ -104,6 +109,6 @@ class Comparison:
     calibrated: dict[str, Quality] = field(default_factory=dict)  # no weight trained
     finetuned: dict[str, Quality] = field(default_factory=dict)  # empty if steps = 0
     training: dict[str, Training] = field(default_factory=dict)
-    speed: dict[str, list[Speed]] = field(default_factory=dict)  # one per context
+    speed: dict[str, list[Speed]] = field(default_factory=dict)  # one per length of the prompt
     seconds: float = 0.0  # the whole job
     report_version: int = REPORT_VERSION
