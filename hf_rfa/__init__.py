@@ -3,6 +3,8 @@
 from hf_rfa.adapter import far_statistics
 from hf_rfa.attention import register
 from hf_rfa.cache import cache_bytes
+from hf_rfa.calibrate import CalibrationReport, calibrate
+from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import convert, revert, set_softmax_heads
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
@@ -12,6 +14,7 @@ from hf_rfa.resample import ResampleCallback, resample
 register()
 
 __all__ = [
+    "CalibrationReport",
     "CheckpointError",
     "ConfigError",
     "RFAConfig",
@@ -20,11 +23,14 @@ __all__ = [
     "StaleStateError",
     "UnsupportedModelError",
     "cache_bytes",
+    "calibrate",
     "convert",
     "far_statistics",
+    "from_pretrained",
     "resample",
     "revert",
     "rfa_attention",
     "rfa_attention_reference",
+    "save_pretrained",
     "set_softmax_heads",
 ]
