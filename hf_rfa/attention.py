@@ -84,6 +84,10 @@ def rfa_attention_forward(
         raise UnsupportedModelError(
             f"{type(module).__name__} hides old tokens by its mask without naming a `sliding_window`. Keep softmax for this model."
         )
+    if sliding is not None and not causal:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has a sliding window on both sides, which is not supported. Keep softmax for this model."
+        )
     layout = _layout(mask, kwargs, query.shape[2], query.device)
     sinks = kwargs.get("s_aux")
     options: dict[str, Any] = {"scaling": scaling, "causal": causal, "sink_logits": sinks}
