@@ -73,6 +73,14 @@ def position_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
     ]
 
 
+def calibration_table(comparison: Comparison) -> list[list[str]]:
+    """Header and rows of what calibration found, one row a key head."""
+    heads = comparison.calibration[EXACT]["heads"]
+    return [[key.replace("_", " ") for key in heads[0]]] + [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()] for head in heads
+    ]
+
+
 def finetuned_title(comparison: Comparison) -> str:
     """What was done to all columns of the second table."""
     training = comparison.training[EXACT]
@@ -102,7 +110,10 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All figures as JSON-ready values; the fields are those of `hf_rfa.results.Comparison`."""
-    return dataclasses.asdict(comparison)
+    values = dataclasses.asdict(comparison)
+    for key in ("model", "data", "output"):
+        values["settings"][key] = _name(values["settings"][key])
+    return values
 
 
 def markdown(comparison: Comparison) -> str:
@@ -147,6 +158,10 @@ def markdown(comparison: Comparison) -> str:
         "## Perplexity by position",
         f"Right after calibration, in windows of {max(settings.contexts)} tokens.",
         _markdown_table(position_table(comparison.calibrated)),
+        "## Calibration",
+        "Per key head; losses are shares of the squared norm of the layer's output, with the features and with the "
+        "window alone.",
+        _markdown_table(calibration_table(comparison)),
         "![Perplexity against context](perplexity.png)",
         "![Prefill time and cache memory against context](cost.png)",
         "All settings and figures, calibration included, are in report.json; the converted model is in model/ "

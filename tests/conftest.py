@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# Tiny models gain nothing from a second thread, and lose a lot to waiting for it on a machine that does other things.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
