@@ -35,7 +35,9 @@ class RFAAdapter(nn.Module):
     softmax_mask: torch.Tensor
     draw: torch.Tensor
 
-    def __init__(self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False) -> None:
+    def __init__(
+        self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.layer, self.converted, self.cross = config, layer, converted, cross
         ones = torch.ones(key_heads)
@@ -133,7 +135,8 @@ def require_adapters(model: nn.Module) -> list[RFAAdapter]:
     adapters = [adapter for _, _, adapter in named_adapters(model)]
     if not adapters:
         raise UnsupportedModelError(
-            f"The model is not converted. Got a {type(model).__name__} without adapters. Call `hf_rfa.convert(model)` first."
+            f"The model is not converted. Got a {type(model).__name__} without adapters. Call "
+            "`hf_rfa.convert(model)` first."
         )
     return adapters
 
@@ -146,8 +149,8 @@ def far_statistics(model: nn.Module) -> dict[int, float]:
     Example:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)))
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
         >>> hf_rfa.far_statistics(model)
         {0: 0.0}
     """

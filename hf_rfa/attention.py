@@ -36,7 +36,15 @@ REFUSED = {
 class Recorder(Protocol):
     """Sees every call of the attention function during `convert`'s dry run, in which all heads are exact."""
 
-    def record(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, extras: dict[str, Any]) -> None:
+    def record(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        extras: dict[str, Any],
+    ) -> None:
         """Note one call."""
 
 
@@ -67,8 +75,9 @@ def rfa_attention_forward(
         watch.record(module, query, key, value, attention_mask, kwargs)
     elif not isinstance(adapter, RFAAdapter):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a model. "
-            "Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for a saved one."
+            f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a "
+            "model. Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for "
+            "a saved one."
         )
     check_inputs(module, attention_mask, kwargs)
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None
@@ -82,11 +91,13 @@ def rfa_attention_forward(
     sliding = kwargs.get("sliding_window")
     if mask is not None and mask.limited and sliding is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} hides old tokens by its mask without naming a `sliding_window`. Keep softmax for this model."
+            f"{type(module).__name__} hides old tokens by its mask without naming a `sliding_window`. Keep softmax "
+            "for this model."
         )
     if sliding is not None and not causal:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has a sliding window on both sides, which is not supported. Keep softmax for this model."
+            f"{type(module).__name__} has a sliding window on both sides, which is not supported. Keep softmax for "
+            "this model."
         )
     layout = _layout(mask, kwargs, query.shape[2], query.device)
     sinks = kwargs.get("s_aux")
@@ -150,8 +161,8 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model with "
-            "use_cache=False."
+            f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model "
+            "with use_cache=False."
         )
     adapter.cache_layer = adopt_cache_layer(cache, index)
 
@@ -160,14 +171,15 @@ def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
     """Raise `UnsupportedModelError`, naming the feature, if the call has what random features cannot express."""
     if isinstance(mask, torch.Tensor):
         raise UnsupportedModelError(
-            f"{type(module).__name__} got a mask tensor of shape {tuple(mask.shape)}: masks of one's own (4-D) cannot be "
-            "followed by random features. Describe padding by a 2-D `attention_mask` and packing by `position_ids`."
+            f"{type(module).__name__} got a mask tensor of shape {tuple(mask.shape)}: masks of one's own (4-D) "
+            "cannot be followed by random features. Describe padding by a 2-D `attention_mask` and packing by "
+            "`position_ids`."
         )
     for name, meaning in REFUSED.items():
         if extras.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} uses {meaning} (`{name}`), which random features cannot express. Keep softmax "
-                "attention for this model."
+                f"{type(module).__name__} uses {meaning} (`{name}`), which random features cannot express. Keep "
+                "softmax attention for this model."
             )
     if extras.get("output_attentions"):
         raise UnsupportedModelError(
@@ -182,21 +194,29 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
 
 
 def _cross(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: RFAMask | None, scaling: float, dropout: float
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: RFAMask | None,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
     """Attention over another sequence stays softmax: near and far have no meaning there."""
     if mask is not None and (mask.causal or mask.document is not None or mask.limited):
         raise UnsupportedModelError(
-            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} queries under a causal mask (prefix tuning, "
-            "or a cache of its own), which is not supported. Keep softmax attention for it."
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} queries under a causal mask "
+            "(prefix tuning, or a cache of its own), which is not supported. Keep softmax attention for it."
         )
     if mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
         raise UnsupportedModelError(
-            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (prefix tuning, or a cache "
-            "of its own), which is not supported. Keep softmax attention for it."
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (prefix tuning, or "
+            "a cache of its own), which is not supported. Keep softmax attention for it."
         )
     valid = None if mask is None or mask.valid is None else mask.valid
-    return cross_attention(query, key, value, scaling=scaling, key_valid=valid, dropout=dropout if module.training else 0.0)
+    return cross_attention(
+        query, key, value, scaling=scaling, key_valid=valid, dropout=dropout if module.training else 0.0
+    )
 
 
 def _layout(mask: RFAMask | None, extras: dict[str, Any], length: int, device: torch.device) -> TokenLayout:

@@ -55,12 +55,18 @@ class RFACacheLayer(CacheLayerMixin):
         """Raise `StaleStateError` if the cache was filled with another draw of omega."""
         if self.draw is not None and self.seen and draw != self.draw:
             raise StaleStateError(
-                f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new sequence "
-                "after `hf_rfa.resample`."
+                f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
+                "sequence after `hf_rfa.resample`."
             )
 
     def advance(
-        self, state: RFAState, draw: int, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, options: dict[str, Any]
+        self,
+        state: RFAState,
+        draw: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: TokenLayout,
+        options: dict[str, Any],
     ) -> None:
         """Store the state after new tokens; `options` are the operator's arguments, for taking steps back."""
         if self.record_past:
@@ -99,8 +105,9 @@ class RFACacheLayer(CacheLayerMixin):
         recorded = sum(step.key.shape[2] for step in self._steps)
         if remove > recorded:
             raise RuntimeError(
-                f"`crop` can take back what was recorded since the last `crop`: {recorded} tokens. Got {remove}. A state of "
-                "constant size forgets; call `activate_past_recording()` before the forward that you want to undo."
+                f"`crop` can take back what was recorded since the last `crop`: {recorded} tokens. Got {remove}. A "
+                "state of constant size forgets; call `activate_past_recording()` before the forward that you want "
+                "to undo."
             )
         while remove:
             step = self._steps.pop()
@@ -126,7 +133,9 @@ class RFACacheLayer(CacheLayerMixin):
         self._select(indices)
 
     def offload(self) -> None:
-        raise UnsupportedModelError("The RFA cache has constant size and is not offloaded. Drop `cache_implementation='offloaded'`.")
+        raise UnsupportedModelError(
+            "The RFA cache has constant size and is not offloaded. Drop `cache_implementation='offloaded'`."
+        )
 
     def _select(self, rows: torch.Tensor) -> None:
         if self.state is not None:
@@ -154,15 +163,17 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UnsupportedModelError(
-            f"A converted layer keeps its own state of constant size. Got a cache with a {type(layer).__name__}. Leave "
-            "`cache_implementation` unset, or pass a `DynamicCache`."
+            f"A converted layer keeps its own state of constant size. Got a cache with a {type(layer).__name__}. "
+            "Leave `cache_implementation` unset, or pass a `DynamicCache`."
         )
     if cache.offloading:
-        raise UnsupportedModelError("The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`.")
+        raise UnsupportedModelError(
+            "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
+        )
     if layer.get_seq_length():
         raise UnsupportedModelError(
-            f"This cache already holds {layer.get_seq_length()} tokens that the model saw before it was converted. Start "
-            "with an empty cache."
+            f"This cache already holds {layer.get_seq_length()} tokens that the model saw before it was converted. "
+            "Start with an empty cache."
         )
     new = RFACacheLayer()
     new.record_past = getattr(layer, "record_past", False)
@@ -176,8 +187,8 @@ def cache_bytes(cache: Cache) -> int:
     Example:
         >>> import torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape))).eval()
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size))).eval()
         >>> short, long = (model(torch.ones(1, n, dtype=torch.long), use_cache=True) for n in (200, 1000))
         >>> hf_rfa.cache_bytes(short.past_key_values) == hf_rfa.cache_bytes(long.past_key_values)
         True

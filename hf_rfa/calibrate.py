@@ -1,8 +1,8 @@
 """`calibrate`: fit the far kernel of every key head to the original's own q, k, v, and rank the heads.
 
-One pass over a few texts, no gradients. While it runs every layer answers with exact softmax, so that each sees what it
-sees in the original model; beside that, each candidate (alpha, gamma) is tried on the same q, k, v. The error of a key
-head is measured behind the output projection, relative to what the whole layer gives:
+One pass over a few texts, no gradients. While it runs every layer answers with exact softmax, so that each sees what
+it sees in the original model; beside that, each candidate (alpha, gamma) is tried on the same q, k, v. The error of a
+key head is measured behind the output projection, relative to what the whole layer gives:
 
     loss(layer, head) = sum_tokens |W_head (out_rfa - out_softmax)|^2 / sum_tokens |W out_softmax|^2
 """
@@ -73,7 +73,8 @@ class CalibrationReport:
         for h in sorted(self.heads, key=lambda h: -h.loss):
             kind = "softmax" if h.softmax else "linear"
             lines.append(
-                f"{h.layer:5d}  {h.key_head:8d}  {h.alpha:5.2f}  {h.gamma:5.2f}  {h.loss:8.5f}  {h.window_loss:11.5f}  {kind}"
+                f"{h.layer:5d}  {h.key_head:8d}  {h.alpha:5.2f}  {h.gamma:5.2f}  {h.loss:8.5f}  "
+                f"{h.window_loss:11.5f}  {kind}"
             )
         return "\n".join(lines)
 
@@ -99,8 +100,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
         >>> import torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> _ = torch.manual_seed(0)
-        >>> shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = LlamaForCausalLM(LlamaConfig(**shape))
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size))
         >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(window=16, softmax_heads=0.25))
         >>> report = hf_rfa.calibrate(model, torch.randint(64, (2, 256)))
         >>> len(report.heads), len(report.softmax_heads)
@@ -122,8 +123,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
             adapter.observer = None
     if not all(observer.far_tokens for observer in observers.values()):
         raise ConfigError(
-            f"`batches` must hold sequences longer than two windows ({2 * config.window} tokens), or nothing is far. Got none. "
-            "Pass a few texts of 512 tokens or more."
+            f"`batches` must hold sequences longer than two windows ({2 * config.window} tokens), or nothing is far. "
+            "Got none. Pass a few texts of 512 tokens or more."
         )
     results = {layer: observer.choose() for layer, observer in observers.items()}
     losses = {(layer, head): row["loss"] for layer, rows in results.items() for head, row in enumerate(rows)}
@@ -227,7 +228,10 @@ class _Observer:
 def best_proposal(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """A (Hk,) of the optimal positive features for nu = E|q'+k'|^2 over all pairs, x' = x sqrt(scaling)."""
     heads = key.shape[1]
-    q, k = query.float().unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3), key.float().transpose(0, 1).flatten(1, 2)
+    q, k = (
+        query.float().unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3),
+        key.float().transpose(0, 1).flatten(1, 2),
+    )
     pair = q.square().sum(-1).mean(-1) + k.square().sum(-1).mean(-1) + 2 * (q.mean(1) * k.mean(1)).sum(-1)
     return optimal_proposal(pair * scaling, key.shape[-1])
 
@@ -236,7 +240,12 @@ def _output_projection(module: nn.Module, size: int) -> torch.Tensor | None:
     """The weight (hidden, size) that follows the attention in the same module, if it is there under a usual name."""
     for name in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj"):
         weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and size in weight.shape and weight.is_floating_point():
+        if (
+            isinstance(weight, torch.Tensor)
+            and weight.dim() == 2
+            and size in weight.shape
+            and weight.is_floating_point()
+        ):
             # GPT-2's Conv1D stores the transpose of a Linear.
             transposed = type(getattr(module, name)).__name__ == "Conv1D"
             weight = weight.T if transposed else weight
@@ -264,5 +273,7 @@ def _kept_heads(setting: Any, losses: Mapping[tuple[int, int], float]) -> list[t
         return order[: round(setting * len(order))]
     unknown = [pair for pair in setting if pair not in losses]
     if unknown:
-        raise UnsupportedModelError(f"`softmax_heads` names key heads that do not exist: {unknown}. Correct the config.")
+        raise UnsupportedModelError(
+            f"`softmax_heads` names key heads that do not exist: {unknown}. Correct the config."
+        )
     return list(setting)

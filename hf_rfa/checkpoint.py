@@ -48,8 +48,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
     Example:
         >>> import tempfile, torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model, ids = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape))).eval(), torch.ones(1, 300, dtype=torch.long)
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model, ids = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size))).eval(), torch.ones(1, 300, dtype=torch.long)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     hf_rfa.save_pretrained(model, folder)
         ...     again = hf_rfa.from_pretrained(folder).eval()
@@ -63,8 +63,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
     is_peft = model is not base and hasattr(model, "peft_config")
     if (adapter_only or is_peft) and origin is None:
         raise CheckpointError(
-            "Without the weights, the base model must be found again, but this one was not loaded from a folder or the hub. "
-            "Save the whole model: `save_pretrained(model, folder)`, for PEFT after `merge_and_unload()`."
+            "Without the weights, the base model must be found again, but this one was not loaded from a folder or "
+            "the hub. Save the whole model: `save_pretrained(model, folder)`, for PEFT after `merge_and_unload()`."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         save_file(_adapter_tensors(base), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
     except OSError as error:
-        raise CheckpointError(f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder.") from error
+        raise CheckpointError(
+            f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
+        ) from error
 
 
 def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
@@ -106,14 +108,14 @@ def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
     source = name if whole else described["origin"]
     if source is None:
         raise CheckpointError(
-            f"{name!r} holds a conversion without weights and does not say which base model it belongs to. Load that model "
-            "yourself and call `hf_rfa.convert`."
+            f"{name!r} holds a conversion without weights and does not say which base model it belongs to. Load that "
+            "model yourself and call `hf_rfa.convert`."
         )
     model_class = getattr(transformers, described["architecture"], None)
     if model_class is None:
         raise CheckpointError(
-            f"{name!r} was saved from a {described['architecture']}, which this version of Transformers does not have. "
-            "Upgrade Transformers."
+            f"{name!r} was saved from a {described['architecture']}, which this version of Transformers does not "
+            "have. Upgrade Transformers."
         )
     with _expecting_adapters(model_class):
         model = model_class.from_pretrained(source, **kwargs)
@@ -147,8 +149,8 @@ def _described(name: str) -> dict[str, Any]:
             raise CheckpointError(f"{str(path)!r} has no `format_version`. Got {version!r}. Save the model again.")
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{str(path)!r} has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. Upgrade with `pip "
-                "install -U hf_rfa`."
+                f"{str(path)!r} has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. Upgrade with "
+                "`pip install -U hf_rfa`."
             )
         missing = [key for key in ("rfa", "architecture") if key not in values]
         if missing:
@@ -159,8 +161,8 @@ def _described(name: str) -> dict[str, Any]:
         values = _read_json(path) if path is not None else {}
         if CONFIG_FIELD not in values:
             raise CheckpointError(
-                f"{name!r} holds no conversion: neither {CONFIG_FILE} nor a config.json with `{CONFIG_FIELD}` is there. Load it "
-                "with its own class and call `hf_rfa.convert(model)`."
+                f"{name!r} holds no conversion: neither {CONFIG_FILE} nor a config.json with `{CONFIG_FIELD}` is "
+                "there. Load it with its own class and call `hf_rfa.convert(model)`."
             )
         config, architecture, origin = values[CONFIG_FIELD], (values.get("architectures") or [""])[0], None
     try:
@@ -193,17 +195,19 @@ def _load_adapters(model: PreTrainedModel, tensors: dict[str, torch.Tensor], nam
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise CheckpointError(
-            f"The conversion in {name!r} does not fit the model: {len(missing)} tensors are missing {missing[:3]}, {len(extra)} "
-            f"do not belong there {extra[:3]}. Load it with the base model that it was saved from."
+            f"The conversion in {name!r} does not fit the model: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(extra)} do not belong there {extra[:3]}. Load it with the base model that it was saved from."
         )
     for key, tensor in tensors.items():
         if tensor.shape != wanted[key].shape:
             raise CheckpointError(
-                f"{key} in {name!r} has shape {tuple(tensor.shape)}; the model needs {tuple(wanted[key].shape)}. Load it with the "
-                "base model that it was saved from."
+                f"{key} in {name!r} has shape {tuple(tensor.shape)}; the model needs {tuple(wanted[key].shape)}. "
+                "Load it with the base model that it was saved from."
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{key} in {name!r} holds values that are not finite. The file is damaged: save the model again.")
+            raise CheckpointError(
+                f"{key} in {name!r} holds values that are not finite. The file is damaged: save the model again."
+            )
     for module_name, _, adapter in named_adapters(model):
         prefix = f"{module_name}.{ADAPTER_NAME}."
         adapter.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
@@ -215,7 +219,9 @@ def _find(name: str, file: str) -> Path | None:
         path = Path(name) / file
         return path if path.exists() else None
     if Path(name).exists() or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name!r} is not a folder. Pass the folder that `hf_rfa.save_pretrained` wrote, or a hub id.")
+        raise CheckpointError(
+            f"{name!r} is not a folder. Pass the folder that `hf_rfa.save_pretrained` wrote, or a hub id."
+        )
     try:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
@@ -227,9 +233,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}. The file is damaged: save the model again.") from error
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error}. The file is damaged: save the model again."
+        ) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{str(path)!r} must hold a JSON object. Got a {type(values).__name__}. Save the model again.")
+        raise CheckpointError(
+            f"{str(path)!r} must hold a JSON object. Got a {type(values).__name__}. Save the model again."
+        )
     return values
 
 

@@ -39,27 +39,27 @@ class RFAConfig:
     """
 
     feature_map: str = _help(
-        "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus and "
-        "minus), 'optimal_positive' (Likhosherstov et al. 2022).",
+        "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus "
+        "and minus), 'optimal_positive' (Likhosherstov et al. 2022).",
         "positive",
     )
     num_features: int = _help(
-        "Number of omega vectors per key head (D_random). The trigonometric and hyperbolic maps make two components of "
-        "each.",
+        "Number of omega vectors per key head (D_random). The trigonometric and hyperbolic maps make two components "
+        "of each.",
         64,
     )
     omega: str = _help(
         "How omega is drawn: 'orthogonal' (blocks of orthogonal directions) or 'gaussian' (i.i.d.).", "orthogonal"
     )
     window: int = _help(
-        "Chunk size C of the exact near part, tokens: a query sees its own chunk and the one before exactly. 0 = pure "
-        "RFA, every key goes through the features.",
+        "Chunk size C of the exact near part, tokens: a query sees its own chunk and the one before exactly. 0 = "
+        "pure RFA, every key goes through the features.",
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
     softmax_heads: Any = _help(
-        "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by `calibrate`), a "
-        "fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
+        "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
+        "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
         None,
     )
     layers: Any = _help(
@@ -67,8 +67,8 @@ class RFAConfig:
     )
     seed: int = _help("Seed of omega. One draw is a function of (seed, layer, draw number).", 0)
     resample: Any = _help(
-        "When omega is redrawn in training: 'never', 'forward' (each training forward of the model, once), or an integer "
-        "k (every k optimiser steps, by `ResampleCallback`).",
+        "When omega is redrawn in training: 'never', 'forward' (each training forward of the model, once), or an "
+        "integer k (every k optimiser steps, by `ResampleCallback`).",
         "never",
     )
     alpha: float = _help(
@@ -87,8 +87,8 @@ class RFAConfig:
         _check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
         if self.window and self.sink_tokens > self.window:
             raise ConfigError(
-                f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or raise "
-                "the other."
+                f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or "
+                "raise the other."
             )
         for name in ("alpha", "gamma"):
             value = getattr(self, name)
@@ -98,7 +98,7 @@ class RFAConfig:
                 )
         if not (self.resample in ("never", "forward") or (_is_int(self.resample) and self.resample >= 1)):
             raise ConfigError(
-                f"`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
+                "`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
                 f"{self.resample!r}. Set RFAConfig(resample='never')."
             )
         object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
@@ -134,14 +134,15 @@ class RFAConfig:
             )
         if version > FORMAT_VERSION:
             raise ConfigError(
-                f"The saved conversion has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. Upgrade "
-                "with `pip install -U hf_rfa`."
+                f"The saved conversion has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. "
+                "Upgrade with `pip install -U hf_rfa`."
             )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"Unknown fields in the saved config: {unknown}. Known ones: {sorted(known)}. Remove them or save the model again."
+                f"Unknown fields in the saved config: {unknown}. Known ones: {sorted(known)}. Remove them or save "
+                "the model again."
             )
         return cls(**values)
 
@@ -177,8 +178,8 @@ def _normalise_heads(heads: Any) -> Any:
     ):
         return tuple(sorted({(pair[0], pair[1]) for pair in heads}))
     raise ConfigError(
-        f"`softmax_heads` must be None, 'auto', a fraction (float) or a list of (layer, key_head). Got {heads!r}. Set, for "
-        "example, 0.25 or [(3, 1)]."
+        f"`softmax_heads` must be None, 'auto', a fraction (float) or a list of (layer, key_head). Got {heads!r}. "
+        "Set, for example, 0.25 or [(3, 1)]."
     )
 
 
@@ -190,6 +191,6 @@ def _normalise_layers(layers: Any) -> Any:
     elif isinstance(layers, (list, tuple)) and layers and all(_is_int(n) and n >= 0 for n in layers):
         return tuple(sorted(set(layers)))
     raise ConfigError(
-        f"`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
+        "`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
         f"{layers!r}. Set RFAConfig(layers='all')."
     )

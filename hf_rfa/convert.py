@@ -60,18 +60,22 @@ def convert(
     Example:
         >>> import torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = LlamaForCausalLM(LlamaConfig(**shape))
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size))
         >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(num_features=32, window=16, sink_tokens=2))
         >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
         ('LlamaForCausalLM', torch.Size([1, 100, 64]))
     """
     config = RFAConfig() if config is None else config
     if not isinstance(config, RFAConfig):
-        raise ConfigError(f"`config` must be an RFAConfig or None. Got {type(config).__name__}. Pass hf_rfa.RFAConfig(...).")
+        raise ConfigError(
+            f"`config` must be an RFAConfig or None. Got {type(config).__name__}. Pass hf_rfa.RFAConfig(...)."
+        )
     base = base_model(model)
     if is_converted(base):
-        raise UnsupportedModelError("The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is.")
+        raise UnsupportedModelError(
+            "The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is."
+        )
     inputs = dict(example_inputs) if example_inputs is not None else _guess_inputs(base)
     before = [(c, c._attn_implementation) for c in _configs(base)]
     try:
@@ -100,8 +104,8 @@ def revert(model: ModelT) -> ModelT:
     Example:
         >>> import torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model, ids = LlamaForCausalLM(LlamaConfig(**shape)).eval(), torch.ones(1, 300, dtype=torch.long)
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)).eval(), torch.ones(1, 300, dtype=torch.long)
         >>> before = model(ids).logits
         >>> torch.equal(hf_rfa.revert(hf_rfa.convert(model))(ids).logits, before)
         True
@@ -124,7 +128,9 @@ def conversion_config(model: nn.Module) -> RFAConfig:
     """The config that the model was converted with, its exact heads as calibration resolved them."""
     base = base_model(model)
     if not is_converted(base):
-        raise UnsupportedModelError(f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first.")
+        raise UnsupportedModelError(
+            f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first."
+        )
     config: RFAConfig = getattr(base, _RECORD).config
     return config
 
@@ -142,8 +148,8 @@ def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
     Example:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)))
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
         >>> hf_rfa.set_softmax_heads(model, [(1, 0)])
         >>> model.model.layers[1].self_attn.rfa.softmax_heads
         (0,)
@@ -162,7 +168,10 @@ def base_model(model: nn.Module) -> PreTrainedModel:
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         else:
-            raise ConfigError(f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with `from_pretrained`.")
+            raise ConfigError(
+                f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "
+                "`from_pretrained`."
+            )
     return model
 
 
@@ -204,7 +213,8 @@ def _watch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> DryRun:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"The dry run of {type(model).__name__} failed with {type(error).__name__}: {error}. If its inputs were wrong, pass "
+            f"The dry run of {type(model).__name__} failed with {type(error).__name__}: {error}. If its inputs were "
+            f"wrong, pass "
             "`example_inputs={...}`; otherwise the model handles its attention mask in a way that is not supported."
         ) from error
 
@@ -213,13 +223,13 @@ def _refuse_unrouted(model: PreTrainedModel, run: DryRun) -> None:
     name = type(model).__name__
     if not run.calls:
         raise UnsupportedModelError(
-            f"{name} computes attention of its own (none of it went through Transformers' attention interface), so it cannot "
-            "be converted. See the list of supported models in the README."
+            f"{name} computes attention of its own (none of it went through Transformers' attention interface), so "
+            "it cannot be converted. See the list of supported models in the README."
         )
     if run.foreign_attention():
         raise UnsupportedModelError(
-            f"{name} computes some of its attention outside of Transformers' attention interface, so that a conversion would "
-            "leave softmax in it unseen. It cannot be converted."
+            f"{name} computes some of its attention outside of Transformers' attention interface, so that a "
+            "conversion would leave softmax in it unseen. It cannot be converted."
         )
 
 
@@ -228,23 +238,21 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
     numbers = {id(call.module): number for number, call in enumerate(own)}
     if isinstance(config.layers, tuple) and max(config.layers) >= len(own):
         raise ConfigError(
-            f"`layers` must name attention layers 0..{len(own) - 1} of this model. Got {list(config.layers)}. Correct "
-            "RFAConfig(layers=...)."
+            f"`layers` must name attention layers 0..{len(own) - 1} of this model. Got {list(config.layers)}. "
+            "Correct RFAConfig(layers=...)."
         )
     for call in calls:
         number = numbers.get(id(call.module), -1)
         chosen = not call.cross and call.sliding_window is None and config.converts_layer(number)
         # Cross-attention has no number of its own; its adapter only says so.
-        adapter = RFAAdapter(
-            config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross
-        )
+        adapter = RFAAdapter(config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross)
         device = next(call.module.parameters(), torch.empty(0)).device
         call.module.add_module(ADAPTER_NAME, adapter.to(device))
         call.module.register_forward_pre_hook(stash_cache, with_kwargs=True)
     if not any(adapter.converted for _, _, adapter in named_adapters(model)):
         raise UnsupportedModelError(
-            f"No layer of {type(model).__name__} was left to convert: all have a sliding window of their own, are cross-"
-            "attention or are excluded by `layers`. Choose other layers."
+            f"No layer of {type(model).__name__} was left to convert: all have a sliding window of their own, are "
+            "cross-attention or are excluded by `layers`. Choose other layers."
         )
     _apply_heads(model, config)
 
@@ -257,7 +265,8 @@ def _apply_heads(model: nn.Module, config: RFAConfig) -> None:
     unknown = sorted({layer for layer, _ in config.softmax_heads} - set(adapters))
     if unknown:
         raise ConfigError(
-            f"`softmax_heads` names layers that are not converted: {unknown}. Converted ones: {sorted(adapters)}. Correct it."
+            f"`softmax_heads` names layers that are not converted: {unknown}. Converted ones: {sorted(adapters)}. "
+            "Correct it."
         )
     for layer, adapter in adapters.items():
         adapter.set_softmax_heads(tuple(head for number, head in config.softmax_heads if number == layer))
@@ -274,8 +283,8 @@ def _verify(model: PreTrainedModel, run: DryRun, inputs: Mapping[str, Any]) -> N
         name, adapter = adapters[key]
         if adapter.calls != call.count:
             raise UnsupportedModelError(
-                f"The converted {name} ran its random features {adapter.calls} times instead of {call.count}: the model does not "
-                "use its attention modules as expected."
+                f"The converted {name} ran its random features {adapter.calls} times instead of {call.count}: the "
+                "model does not use its attention modules as expected."
             )
 
 
@@ -304,7 +313,7 @@ def _warn_about_dropout(model: PreTrainedModel) -> None:
     rates = {name: getattr(model.config, name) for name in names if getattr(model.config, name, 0)}
     if rates:
         logger.warning(
-            "Random features never make the attention weights, so the attention dropout of this model (%s) is not applied in "
-            "training. Set it to 0 in the config to silence this.",
+            "Random features never make the attention weights, so the attention dropout of this model (%s) is not "
+            "applied in training. Set it to 0 in the config to silence this.",
             rates,
         )

@@ -1,7 +1,7 @@
 """The dry run of `convert`: which modules really send their attention through the interface, and with what.
 
-On a model that does not use the interface, any registered `attn_implementation` loads without complaint and the model's
-own attention runs. So nothing is believed: a short forward is watched, and softmax computed elsewhere is noticed.
+On a model that does not use the interface, any registered `attn_implementation` loads without complaint and the
+model's own attention runs. So nothing is believed: a short forward is watched, and softmax computed elsewhere is noticed.
 """
 
 import copy
@@ -46,7 +46,13 @@ class DryRun:
     foreign: list[tuple[int, int]] = field(default_factory=list)
 
     def record(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, extras: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        extras: dict[str, Any],
     ) -> None:
         self.lengths |= {query.shape[2], key.shape[2]}
         if id(module) not in self.calls:
@@ -57,7 +63,9 @@ class DryRun:
                 key.shape[3],
                 cross=key.shape[2] != query.shape[2],
                 sliding_window=extras.get("sliding_window"),
-                causal=mask.causal if mask is not None and hasattr(mask, "causal") else bool(getattr(module, "is_causal", True)),
+                causal=mask.causal
+                if mask is not None and hasattr(mask, "causal")
+                else bool(getattr(module, "is_causal", True)),
             )
         self.calls[id(module)].count += 1
 
@@ -75,7 +83,9 @@ class _SoftmaxWatch(TorchFunctionMode):
         super().__init__()
         self.run = run
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in self.NAMES and not _inside_interface():
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
@@ -140,10 +150,15 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
         dtype = next(model.parameters()).dtype
         inputs[name] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width, device=device, dtype=dtype)
     elif getattr(model, "dummy_inputs", None):
-        inputs |= {key: value.to(device) for key, value in copy.copy(model.dummy_inputs).items() if isinstance(value, torch.Tensor)}
+        inputs |= {
+            key: value.to(device)
+            for key, value in copy.copy(model.dummy_inputs).items()
+            if isinstance(value, torch.Tensor)
+        }
     if name not in inputs:
         raise UnsupportedModelError(
-            f"`convert` does not know what to feed {type(model).__name__} (its main input is {name!r}) in its dry run. Pass "
+            f"`convert` does not know what to feed {type(model).__name__} (its main input is {name!r}) in its dry "
+            f"run. Pass "
             "`convert(model, config, example_inputs={...})` with a small batch."
         )
     if config.is_encoder_decoder:

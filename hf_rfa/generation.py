@@ -45,5 +45,6 @@ def refuse_cache_implementation(name: str | None) -> None:
     """Raise `UnsupportedModelError` for caches that hold keys and values of every token."""
     if name not in (None, "dynamic"):
         raise UnsupportedModelError(
-            f"A converted model generates with its own cache of constant size. Got cache_implementation={name!r}. Leave it unset."
+            f"A converted model generates with its own cache of constant size. Got cache_implementation={name!r}. "
+            "Leave it unset."
         )

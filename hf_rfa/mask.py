@@ -51,8 +51,8 @@ def rfa_mask(
     """Called by Transformers' `create_causal_mask` and its relatives. None stands for nothing to say: no padding."""
     if use_vmap:
         raise UnsupportedModelError(
-            "The model combines its mask with a function of its own, which random features cannot follow. Keep softmax "
-            "for this model, or call it without that feature (for example without image tokens)."
+            "The model combines its mask with a function of its own, which random features cannot follow. Keep "
+            "softmax for this model, or call it without that feature (for example without image tokens)."
         )
     causal = mask_function is not bidirectional_mask_function
     document, limited = None, False
@@ -61,8 +61,8 @@ def rfa_mask(
     valid = attention_mask
     if valid is not None and valid.dim() != 2:
         raise UnsupportedModelError(
-            f"Only 2-D attention masks (batch, tokens) can be used with random features. Got shape {tuple(valid.shape)}. "
-            "Describe padding by a 2-D mask and packing by `position_ids`."
+            "Only 2-D attention masks (batch, tokens) can be used with random features. Got shape "
+            f"{tuple(valid.shape)}. Describe padding by a 2-D mask and packing by `position_ids`."
         )
     if valid is not None:
         valid = valid[:, -max(kv_length, q_length) :].bool()
@@ -87,16 +87,20 @@ def _probe(
         answer = mask_function(rows, torch.zeros_like(rows), query, key)
         return torch.as_tensor(answer, device=device).expand(batch, query.shape[1])
 
-    forward = sees(tokens[:, :-1], tokens[:, 1:]) if length > 1 else torch.zeros(batch, 0, dtype=torch.bool, device=device)
+    forward = (
+        sees(tokens[:, :-1], tokens[:, 1:]) if length > 1 else torch.zeros(batch, 0, dtype=torch.bool, device=device)
+    )
     joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
     causal = not bool(forward.any())
     if not causal and not bool(forward.all()):
         raise UnsupportedModelError(
-            "The model's mask is neither causal nor bidirectional (some tokens see ahead, others do not), which random "
-            "features cannot follow. Keep softmax for this model, or call it without that feature."
+            "The model's mask is neither causal nor bidirectional (some tokens see ahead, others do not), which "
+            "random features cannot follow. Keep softmax for this model, or call it without that feature."
         )
     document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
     first = torch.searchsorted(document, document)
-    limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (offset > 0 and not bool(sees(tokens, tokens * 0).all()))
+    limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (
+        offset > 0 and not bool(sees(tokens, tokens * 0).all())
+    )
     packed = bool((~joined).any())
     return causal, document if packed else None, limited

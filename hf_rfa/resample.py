@@ -19,8 +19,8 @@ def resample(model: nn.Module, draw: int | None = None) -> int:
     Example:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)))
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
         >>> hf_rfa.resample(model), hf_rfa.resample(model, draw=7)
         (1, 7)
     """
@@ -48,14 +48,14 @@ def resample_before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
 class ResampleCallback(TrainerCallback):
     """Redraws omega every k optimiser steps, as `RFAConfig(resample=k)` says; does nothing for other settings.
 
-    With a `Trainer`: `Trainer(..., callbacks=[ResampleCallback()])`. In a plain loop: `callback.step(model)` after each
-    `optimizer.step()`; its `state_dict` keeps the count (`accelerator.register_for_checkpointing(callback)`).
+    With a `Trainer`: `Trainer(..., callbacks=[ResampleCallback()])`. In a plain loop: `callback.step(model)` after
+    each `optimizer.step()`; its `state_dict` keeps the count (`accelerator.register_for_checkpointing(callback)`).
 
     Example:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**shape)), hf_rfa.RFAConfig(resample=2))
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), hf_rfa.RFAConfig(resample=2))
         >>> callback = hf_rfa.ResampleCallback()
         >>> [callback.step(model) for _ in range(4)]
         [False, True, False, True]

@@ -1,13 +1,13 @@
 """The bidirectional operator in chunks, for encoders: far keys lie on both sides.
 
-Chunk c attends exactly to chunks c - 1, c, c + 1 and to the sinks. Far sums are prefix plus suffix sums: subtracting the
-near chunks from a total would cancel digits.
+Chunk c attends exactly to chunks c - 1, c, c + 1 and to the sinks. Far sums are prefix plus suffix sums: subtracting
+the near chunks from a total would cancel digits.
 """
 
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import (
     BLOCK_CHUNKS,
     PURE_CHUNK,
@@ -19,7 +19,7 @@ from hf_rfa.ops.chunks import (
     to_chunks,
 )
 from hf_rfa.ops.combine import FarStatistics, Part, near_part
-from hf_rfa.ops.layout import Plan, PlanSpec, TokenLayout
+from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.scan import chunk_sums, merge_states, scan_chunks
 from hf_rfa.ops.state import RFAState
 
@@ -27,45 +27,33 @@ Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def chunked_bidirectional(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far: FarKernel,
-    *,
-    window: int,
-    sink_tokens: int,
-    scaling: float,
-    layout: TokenLayout,
-    initial_state: RFAState | None,
-    output_final_state: bool,
-    sink_logits: torch.Tensor | None,
-    statistics: FarStatistics | None,
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """Bidirectional RFA of q (B, Hk, G, N, D) over k (B, Hk, N, D), v (B, Hk, N, M), all float32 or float64.
+    """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M).
 
-    The keys of `initial_state` are far keys of the row's first document; the final state holds all keys of the row's
+    The keys of the initial state are far keys of the row's first document; the final state holds all keys of the row's
     last document (and of the initial state, if that is the first) in its sums. Such a state has no near keys.
     """
+    query, far, window, scaling = call.query, call.far, call.window, call.scaling
     batch, _, groups, length, _ = query.shape
     chunk = window or PURE_CHUNK
-    sinks = sink_tokens if window else 0
-    state = initial_state
-    if state is None:
-        state = RFAState.empty(batch, key, value, far.num_components, 0, 0)
+    sinks = call.sink_tokens if window else 0
+    state = call.state or call.empty_state()
     if state.near_key.shape[2]:
         raise ConfigError(
-            f"A bidirectional `initial_state` has no near keys. Got {state.near_key.shape[2]} of them, so it comes from the "
+            f"A bidirectional `initial_state` has no near keys. Got {state.near_key.shape[2]} of them, so it comes "
+            f"from the "
             "causal operator. Pass a state that `rfa_attention(..., causal=False)` returned."
         )
     spec = PlanSpec(chunk, sinks, lag=0, history=False, final=False)
-    plan = layout.plan(length, spec, torch.zeros_like(state.count), query.device)
-    keys, values = (to_chunks(x, plan) for x in (key, value))
+    plan = call.layout.plan(length, spec, torch.zeros_like(state.count), query.device)
+    keys, values = to_chunks(call.key, plan), to_chunks(call.value, plan)
     queries = queries_to_chunks(query, plan)
     sink_keys = sink_table(keys, keys.new_zeros(batch, keys.shape[1], sinks, keys.shape[-1]), sinks)
     sink_values = sink_table(values, values.new_zeros(batch, keys.shape[1], sinks, values.shape[-1]), sinks)
 
     features, log_scale = far.features(keys, scaling)
-    start = (state.kv_state.to(key.dtype), state.log_max.to(key.dtype))
+    start = (state.kv_state.to(keys.dtype), state.log_max.to(keys.dtype))
     nothing = (torch.zeros_like(start[0]), torch.full_like(start[1], -torch.inf))
     near_chunks = 1 if window else -1  # chunks on each side that are exact; -1: not even the own one
     sums = chunk_sums(features, log_scale, values, plan.fold)
@@ -80,7 +68,7 @@ def chunked_bidirectional(
         query_features, query_scale = far.features(queries[:, :, block], scaling)
         products = query_features @ states[:, :, block]
         part = Part(products[..., :-1], products[..., -1], query_scale + maxima[:, :, block].unsqueeze(-1))
-        outputs.append(finish(near, part, far, plan, block, groups, sink_logits, statistics))
+        outputs.append(finish(near, part, call, plan, block, statistics))
     output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
     if not output_final_state:
         return output, None
@@ -124,7 +112,8 @@ def _near(
     total, chunk, device = keys.shape[2], keys.shape[3], keys.device
     groups = queries.shape[3] // chunk
     center = torch.arange(block.start, block.stop, device=device)
-    near_keys, near_values = [], []
+    near_keys: list[torch.Tensor] = []
+    near_values: list[torch.Tensor] = []
     for table, sink, target in ((keys, sink_keys, near_keys), (values, sink_values, near_values)):
         target.append(take(sink, plan.sink_chunk[:, block] + 1))
         target.extend(table[:, :, (center + step).clamp(0, total - 1)] for step in (-1, 0, 1))

@@ -1,9 +1,8 @@
-"""The arguments of the operator, checked once, at the door."""
-
-from __future__ import annotations
+"""`OperatorCall`: the arguments of the operator, checked once at the door, in the shapes that all forms work on."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,12 +16,22 @@ PerHead = float | torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCall:
-    """The checked arguments of one call."""
+    """One call of the operator. B rows, Hk key heads, G query heads of each, N new tokens, D and M the head dims.
+
+    Attributes:
+        query: (B, Hk, G, N, D), the query heads that share a key head beside each other.
+        key, value: (B, Hk, N, D), (B, Hk, N, M).
+        far: The far kernel of the Hk key heads.
+        sink_logits: (Hk, G) or None.
+        state: What the call continues from; None at the beginning of a sequence.
+        softmax_heads, sliding_window: See `rfa_attention`.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     far: FarKernel
+    causal: bool
     window: int
     sink_tokens: int
     scaling: float
@@ -30,40 +39,22 @@ class OperatorCall:
     softmax_heads: tuple[int, ...]
     sliding_window: int | None
     sink_logits: torch.Tensor | None
+    state: RFAState | None
 
     @classmethod
     def check(
-        cls, query, key, value, omega, feature_map, window, sink_tokens, alpha, gamma, proposal, scaling, valid,
-        document, layout, softmax_heads, sliding_window, sink_logits, initial_state, causal,
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, omega: torch.Tensor, feature_map: str,
+        window: int, sink_tokens: int, alpha: PerHead, gamma: PerHead, proposal: PerHead | None, scaling: float | None,
+        causal: bool, valid: torch.Tensor | None, document: torch.Tensor | None, sink_logits: torch.Tensor | None,
+        state: RFAState | None, layout: TokenLayout | None = None, softmax_heads: Sequence[int] = (),
+        sliding_window: int | None = None,
     ) -> "OperatorCall":  # fmt: skip
+        """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
         check_feature_map(feature_map)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
-                got = (
-                    f"{tensor.dtype} {tuple(tensor.shape)}"
-                    if isinstance(tensor, torch.Tensor)
-                    else type(tensor).__name__
-                )
-                raise ConfigError(
-                    f"`{name}` must be a floating-point tensor (batch, heads, seq, dim). Got {got}. Reshape it."
-                )
+        _check_tensors(query, key, value, omega)
         batch, heads, length, dim = query.shape
         key_heads = key.shape[1]
-        _expect("key", key.shape, (batch, key_heads, length, dim), "(batch, key_heads, seq, head_dim of query)")
-        _expect(
-            "value", value.shape, (batch, key_heads, length, value.shape[-1]), "(batch, key_heads, seq, value_dim)"
-        )
-        if length == 0 or key_heads == 0 or heads % key_heads:
-            raise ConfigError(
-                f"There must be at least one token and a number of query heads that key heads divide. Got {length} tokens, "
-                f"{heads} query heads, {key_heads} key heads. Pass key and value without repetition."
-            )
-        if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
-            raise ConfigError(
-                f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
-                f"{tuple(omega.shape)}. Draw it with `hf_rfa.omega.draw_omega`."
-            )
-        if window < 0 or not sink_tokens >= 0 or (window and sink_tokens > window):
+        if window < 0 or sink_tokens < 0 or (window and sink_tokens > window):
             raise ConfigError(
                 f"`window` must be >= 0 and `sink_tokens` between 0 and `window`. Got window={window}, "
                 f"sink_tokens={sink_tokens}. Set, for example, window=64, sink_tokens=4."
@@ -75,59 +66,96 @@ class OperatorCall:
         layout.check(batch, length)
         if sink_logits is not None:
             _expect("sink_logits", sink_logits.shape, (heads,), "(query heads,)")
-        if any(not 0 <= head < key_heads for head in softmax_heads):
+            sink_logits = sink_logits.unflatten(0, (key_heads, -1))
+        exact = tuple(sorted(set(softmax_heads)))
+        if exact and not 0 <= exact[0] <= exact[-1] < key_heads:
             raise ConfigError(
-                f"`softmax_heads` must be key heads 0..{key_heads - 1}. Got {list(softmax_heads)}. Remove the others."
+                f"`softmax_heads` must be key heads 0..{key_heads - 1}. Got {list(exact)}. Remove the others."
             )
-        if sliding_window is not None and (len(set(softmax_heads)) < key_heads or not causal or sliding_window < 1):
+        if sliding_window is not None and (len(exact) < key_heads or not causal or sliding_window < 1):
             raise ConfigError(
-                f"`sliding_window` belongs to causal layers whose key heads are all exact. Got {sliding_window}, causal="
-                f"{causal}, softmax_heads={list(softmax_heads)}. Pass all key heads as `softmax_heads`."
+                f"`sliding_window` belongs to causal layers whose key heads are all exact. Got {sliding_window}, "
+                f"causal={causal}, softmax_heads={list(exact)}. Pass all key heads as `softmax_heads`."
             )
-        if initial_state is not None and len(initial_state.count) != batch:
+        if state is not None and len(state.count) != batch:
             raise ConfigError(
-                f"`initial_state` must have as many rows as query. Got {len(initial_state.count)} instead of {batch}. "
-                "Use `state.select_rows`."
+                f"`initial_state` must have as many rows as query. Got {len(state.count)} instead of {batch}. Use "
+                "`state.select_rows`."
             )
-        wide = accumulation_dtype(query.dtype)
-
-        def per_head(number: PerHead) -> torch.Tensor:
-            tensor = torch.as_tensor(number, dtype=wide, device=query.device)
-            return tensor.expand(key_heads) if tensor.dim() == 0 else tensor
-
-        if proposal is None:
-            proposal = optimal_proposal(torch.tensor(dim / 2), dim)
-        far = FarKernel(
-            feature_map, omega.to(query.device, wide), per_head(alpha), per_head(gamma), per_head(proposal)
-        )
-        for name in ("alpha", "gamma", "proposal"):
-            _expect(name, getattr(far, name).shape, (key_heads,), "(key heads,)")
         scaling = dim**-0.5 if scaling is None else float(scaling)
         if scaling <= 0:
-            raise ConfigError(
-                f"`scaling` must be positive. Got {scaling}. Pass the factor that the model applies to q.k."
-            )
+            raise ConfigError(f"`scaling` must be positive. Got {scaling}. Pass the factor that the model gives q.k.")
+        if proposal is None:
+            proposal = optimal_proposal(torch.tensor(dim / 2), dim)
+        wide = accumulation_dtype(query.dtype)
+
+        def per_head(name: str, number: PerHead) -> torch.Tensor:
+            tensor = torch.as_tensor(number, dtype=wide, device=query.device)
+            tensor = tensor.expand(key_heads) if tensor.dim() == 0 else tensor
+            _expect(name, tensor.shape, (key_heads,), "(key heads,)")
+            return tensor
+
+        far = FarKernel(
+            feature_map,
+            omega.to(query.device, wide),
+            per_head("alpha", alpha),
+            per_head("gamma", gamma),
+            per_head("proposal", proposal),
+        )
         return cls(
-            query,
-            key,
-            value,
-            far,
-            window,
-            sink_tokens,
-            scaling,
-            layout,
-            tuple(sorted(set(softmax_heads))),
-            sliding_window,
-            sink_logits,
+            query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
+            sliding_window, sink_logits, state,
+        )  # fmt: skip
+
+    def heads(self, index: torch.Tensor) -> "OperatorCall":
+        """The call of some key heads only (indices); the state is passed on as it is."""
+        logits = None if self.sink_logits is None else self.sink_logits[index]
+        return self.replace(
+            query=self.query[:, index],
+            key=self.key[:, index],
+            value=self.value[:, index],
+            far=self.far.select(index),
+            sink_logits=logits,
         )
 
-    def grouped(self, query: torch.Tensor, key_heads: int) -> torch.Tensor:
-        """(B, H, N, D) -> (B, Hk, G, N, D)."""
-        return query.unflatten(1, (key_heads, -1))
+    def to(self, dtype: torch.dtype) -> "OperatorCall":
+        """The call with q, k, v and the far kernel in `dtype`."""
+        return self.replace(
+            query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype), far=self.far.to(dtype)
+        )
 
-    def grouped_logits(self, key_heads: int) -> torch.Tensor | None:
-        """(H,) -> (Hk, G)."""
-        return None if self.sink_logits is None else self.sink_logits.unflatten(0, (key_heads, -1))
+    def replace(self, **changes: Any) -> "OperatorCall":
+        """The call with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def empty_state(self) -> RFAState:
+        """The state before the first token of this call's key heads."""
+        window = self.window if self.causal else 0  # the bidirectional form keeps no near keys
+        return RFAState.empty(len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens)
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, omega: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
+            is_tensor = isinstance(tensor, torch.Tensor)
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
+            raise ConfigError(
+                f"`{name}` must be a floating-point tensor (batch, heads, seq, dim). Got {got}. Reshape it."
+            )
+    batch, heads, length, dim = query.shape
+    key_heads, value_dim = key.shape[1], value.shape[-1]
+    _expect("key", key.shape, (batch, key_heads, length, dim), "(batch, key_heads, seq, head_dim of query)")
+    _expect("value", value.shape, (batch, key_heads, length, value_dim), "(batch, key_heads, seq, value_dim)")
+    if length == 0 or key_heads == 0 or heads % key_heads:
+        raise ConfigError(
+            f"There must be at least one token and a number of query heads that key heads divide. Got {length} "
+            f"tokens, {heads} query heads, {key_heads} key heads. Pass key and value without repetition."
+        )
+    if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
+        raise ConfigError(
+            f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
+            f"{tuple(omega.shape)}. Draw it with `hf_rfa.omega.draw_omega`."
+        )
 
 
 def _expect(name: str, got: Sequence[int], want: Sequence[int], meaning: str) -> None:

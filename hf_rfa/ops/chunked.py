@@ -7,6 +7,7 @@ features. `window = 0` has no exact part: the own chunk goes through the feature
 import torch
 
 from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import (
     BLOCK_CHUNKS,
     PURE_CHUNK,
@@ -19,44 +20,33 @@ from hf_rfa.ops.chunks import (
     to_chunks,
 )
 from hf_rfa.ops.combine import FarStatistics, Part, near_part
-from hf_rfa.ops.layout import Plan, PlanSpec, TokenLayout
+from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.scan import append_ones, chunk_sums, scan_chunks
 from hf_rfa.ops.state import RFAState
 
 
 def chunked_causal(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far: FarKernel,
-    *,
-    window: int,
-    sink_tokens: int,
-    scaling: float,
-    layout: TokenLayout,
-    initial_state: RFAState | None,
-    output_final_state: bool,
-    sink_logits: torch.Tensor | None,
-    statistics: FarStatistics | None,
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """Causal RFA of q (B, Hk, G, N, D) over k (B, Hk, N, D), v (B, Hk, N, M), all float32 or float64.
+    """Causal RFA of a call in float32 or float64.
 
-    `sink_logits` is (Hk, G). Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
+    Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
     """
-    batch, heads, groups, length, _ = query.shape
+    query, key, value, far, window, scaling = (
+        call.query, call.key, call.value, call.far, call.window, call.scaling,
+    )  # fmt: skip
+    batch, heads, groups, length, dim = query.shape
     chunk = window or PURE_CHUNK
-    sinks = sink_tokens if window else 0
-    state = initial_state
-    if state is None:
-        state = RFAState.empty(batch, key, value, far.num_components, window, sinks)
-    history = bool(window) and initial_state is not None
+    sinks = call.sink_tokens if window else 0
+    state = call.state or call.empty_state()
+    history = bool(window) and call.state is not None
     spec = PlanSpec(chunk, sinks, lag=2 if window else 1, history=history, final=output_final_state)
-    plan = layout.plan(length, spec, state.count, query.device)
+    plan = call.layout.plan(length, spec, state.count, query.device)
     if history:
         near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)
         key, value = torch.cat([near_key, key], dim=2), torch.cat([near_value, value], dim=2)
-        query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, query.shape[-1]), query], dim=3)
-    keys, values = (to_chunks(x, plan) for x in (key, value))
+        query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, dim), query], dim=3)
+    keys, values = to_chunks(key, plan), to_chunks(value, plan)
     queries = queries_to_chunks(query, plan)
     sink_keys = sink_table(keys, state.sink_key, sinks)
     sink_values = sink_table(values, state.sink_value, sinks)
@@ -73,7 +63,7 @@ def chunked_causal(
         else:
             near = None
             far_part = _pure_part(features, log_scale, states, maxima, keys, values, far, plan, block, scaling)
-        outputs.append(finish(near, far_part, far, plan, block, groups, sink_logits, statistics))
+        outputs.append(finish(near, far_part, call, plan, block, statistics))
         carry, carry_peak = states[:, :, -1], maxima[:, :, -1]
     output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
     if not output_final_state:

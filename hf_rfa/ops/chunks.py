@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics, Part, combine
 from hf_rfa.ops.layout import Plan
 
@@ -53,14 +53,14 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def finish(
-    near: Part | None, far_part: Part, far: FarKernel, plan: Plan, block: slice, groups: int,
-    sink_logits: torch.Tensor | None, statistics: FarStatistics | None,
-) -> torch.Tensor:  # fmt: skip
-    """Both parts of a block under one normaliser, (B, H, n, G * C, M); the far part still lacks its gamma."""
-    heads = far.alive().view(-1, 1, 1)
-    far_part = Part(far_part.numerator, far_part.denominator, far_part.log_scale + far.log_gamma().view(-1, 1, 1))
+    near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, block: slice, statistics: FarStatistics | None
+) -> torch.Tensor:
+    """Both parts of a block under one normaliser, (B, Hk, n, G * C, M); the far part comes without its gamma."""
+    far, groups, chunk = call.far, call.query.shape[2], plan.valid.shape[-1]
+    log_scale = far_part.log_scale + far.log_gamma().view(-1, 1, 1)
+    far_part = Part(far_part.numerator, far_part.denominator, log_scale)
+    sink_logits = call.sink_logits
     if sink_logits is not None:
-        chunk = plan.valid.shape[-1]
-        sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(far_part.denominator.dtype)
+        sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(log_scale.dtype)
     counted = plan.asked[:, None, block].repeat(1, 1, 1, groups)
-    return combine(near, far_part, heads, sink_logits, statistics, counted)
+    return combine(near, far_part, far.alive().view(-1, 1, 1), sink_logits, statistics, counted)

@@ -4,6 +4,8 @@ Scaled dot-product attention does the work. Its causal flag covers the plain cas
 before the queries) the queries are taken in blocks, so that the mask is a block of rows and memory stays linear.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -28,14 +30,14 @@ def exact_attention(
     """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
 
     `layout` describes the new tokens (the last N keys), `past_valid` (B, T - N) the older ones (None: all are tokens).
-    `sink_logits` (H,) add to the denominator only. `sliding_window` W: a token sees the W - 1 slots before it and itself
-    (causal only); time is then O(N W). Padding rows get zeros.
+    `sink_logits` (H,) add to the denominator only. `sliding_window` W: a token sees the W - 1 slots before it and
+    itself (causal only); time is then O(N W). Padding rows get zeros.
     """
     length, total = query.shape[2], key.shape[2]
     past = total - length
     groups = query.shape[1] // key.shape[1]
     value_dim = value.shape[-1]
-    options = {"scale": scaling, "enable_gqa": groups > 1}
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": groups > 1}
     if sliding_window is not None and sliding_window >= total:
         sliding_window = None
     if sink_logits is not None:

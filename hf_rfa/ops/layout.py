@@ -97,7 +97,8 @@ class TokenLayout:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != (batch, length):
                 raise ConfigError(
-                    f"`{name}` must have shape (batch, tokens) = {(batch, length)}. Got {tuple(value.shape)}. Pass one "
+                    f"`{name}` must have shape (batch, tokens) = {(batch, length)}. Got {tuple(value.shape)}. Pass "
+                    f"one "
                     "entry for each new token."
                 )
 
@@ -196,8 +197,7 @@ def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
             chunks += 1  # an empty one, whose far keys are all keys
         elif spec.final:
             chunks = filled // chunk + 1  # up to the chunk that the document's next token falls into
-        source = np.zeros(chunks * chunk, dtype=np.int64)
-        valid = np.zeros(chunks * chunk, dtype=bool)
+        source, valid = np.zeros(chunks * chunk, dtype=np.int64), np.zeros(chunks * chunk, dtype=bool)
         source[:lead], valid[:lead] = np.arange(lead), True
         if first < 0:
             valid[:chunk] = False
@@ -210,7 +210,7 @@ def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
         # Chunk 0 of the document, where it is laid out.
         sink_chunks.append(np.full(chunks, begins - first if first <= 0 else -1))
         begins += chunks
-    source, valid = (np.concatenate(parts).reshape(-1, chunk) for parts in (sources, valids))
-    rank, number, sink_chunk = (np.concatenate(parts) for parts in (ranks, numbers, sink_chunks))
+    source, valid = np.concatenate(sources).reshape(-1, chunk), np.concatenate(valids).reshape(-1, chunk)
+    rank = np.concatenate(ranks)
     fold = valid & ~((rank[:, None] == 0) & (np.arange(chunk) < spec.sinks))
-    return _Row(source, valid, fold, number, rank, sink_chunk, count)
+    return _Row(source, valid, fold, np.concatenate(numbers), rank, np.concatenate(sink_chunks), count)

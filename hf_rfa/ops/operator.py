@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall, PerHead
 from hf_rfa.ops.chunked import chunked_causal
@@ -28,7 +27,7 @@ def rfa_attention(
     sink_tokens: int = 4,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
-    proposal: torch.Tensor | None = None,
+    proposal: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -89,11 +88,14 @@ def rfa_attention(
         >>> out.shape, int(state.count)
         (torch.Size([1, 8, 300, 64]), 300)
     """
-    call = OperatorCall.check(query, key, value, omega, feature_map, window, sink_tokens, alpha, gamma, proposal, scaling,
-                       valid, document, layout, softmax_heads, sliding_window, sink_logits, initial_state, causal)  # fmt: skip
+    call = OperatorCall.check(
+        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
+        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
+        softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
+    )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
-        output, state = _run(call, causal, initial_state, output_final_state, statistics)
-    return (output, state) if state is not None else output
+        output, state = _run(call, output_final_state, statistics)
+    return (output, state) if output_final_state else output
 
 
 def rfa_attention_reference(
@@ -107,7 +109,7 @@ def rfa_attention_reference(
     sink_tokens: int = 4,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
-    proposal: torch.Tensor | None = None,
+    proposal: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -129,118 +131,80 @@ def rfa_attention_reference(
         >>> bool((fast - slow).abs().max() < 1e-5)
         True
     """
-    call = OperatorCall.check(query.double(), key.double(), value.double(), omega, feature_map, window, sink_tokens, alpha,
-                       gamma, proposal, scaling, valid, document, None, (), None, sink_logits, initial_state, causal)  # fmt: skip
-    output, state = reference_attention(
-        call.grouped(call.query, key.shape[1]), call.key, call.value, call.far.to(torch.float64), causal=causal,
-        window=window, sink_tokens=sink_tokens, scaling=call.scaling, layout=call.layout, initial_state=initial_state,
-        output_final_state=output_final_state, sink_logits=call.grouped_logits(key.shape[1]),
+    call = OperatorCall.check(
+        query.double(), key.double(), value.double(), omega=omega, feature_map=feature_map, window=window,
+        sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
+        valid=valid, document=document, sink_logits=sink_logits, state=initial_state,
     )  # fmt: skip
+    output, state = reference_attention(call, output_final_state)
     output = output.flatten(1, 2)
     return (output, state) if state is not None else output
 
 
 def _run(
-    call: OperatorCall,
-    causal: bool,
-    initial_state: RFAState | None,
-    output_final_state: bool,
-    statistics: FarStatistics | None,
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """Split the key heads into linear and exact ones, run each, and put them together again."""
-    key_heads = call.key.shape[1]
-    query = call.grouped(call.query, key_heads)
-    logits = call.grouped_logits(key_heads)
+    """Split the key heads into linear and exact ones, run each, and put them together again: (B, H, N, M)."""
     if not call.softmax_heads:
-        output, state = _linear(
-            call, query, call.key, call.value, call.far, logits, causal, initial_state, output_final_state, statistics
-        )
-        return output.flatten(1, 2).to(call.value.dtype), state if output_final_state else None
-    exact = torch.tensor(call.softmax_heads, device=query.device)
-    linear = torch.tensor(
-        [h for h in range(key_heads) if h not in call.softmax_heads], device=query.device, dtype=torch.int64
-    )
-    output = query.new_empty(*query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
+        output, state = _linear(call, output_final_state, statistics)
+        return output.flatten(1, 2).to(call.value.dtype), state
+    key_heads, device = call.key.shape[1], call.query.device
+    exact = torch.tensor(call.softmax_heads, device=device)
+    others = [head for head in range(key_heads) if head not in call.softmax_heads]
+    linear = torch.tensor(others, dtype=torch.int64, device=device)
+    output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
     state = None
-    if len(linear):
-        part, state = _linear(
-            call, query[:, linear], call.key[:, linear], call.value[:, linear], call.far.select(linear),
-            None if logits is None else logits[linear], causal, initial_state, output_final_state, statistics,
-        )  # fmt: skip
+    if others:
+        part, state = _linear(call.heads(linear), output_final_state, statistics)
         output = output.index_copy(1, linear, part.to(output.dtype))
-    exact_output, key, value, valid = _exact(
-        call, query[:, exact], exact, None if logits is None else logits[exact], causal, initial_state
-    )
-    output = output.index_copy(1, exact, exact_output.to(output.dtype))
-    if output_final_state:
-        state = state or _count_only(call, initial_state)
-        state = dataclasses.replace(state, exact_key=key, exact_value=value, exact_valid=valid)
-        return output.flatten(1, 2), state
-    return output.flatten(1, 2), None
+    part, cache = _exact(call.heads(exact))
+    output = output.index_copy(1, exact, part.to(output.dtype)).flatten(1, 2)
+    if not output_final_state:
+        return output, None
+    return output, dataclasses.replace(state or _count_only(call.heads(linear)), **cache)
 
 
 def _linear(
-    call: OperatorCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, far: FarKernel, logits: torch.Tensor | None,
-    causal: bool, initial_state: RFAState | None, output_final_state: bool, statistics: FarStatistics | None,
-) -> tuple[torch.Tensor, RFAState | None]:  # fmt: skip
-    """The linear heads: one token by the recurrent step, more by the chunked forms."""
-    wide = accumulation_dtype(query.dtype)
-    q, k, v = query.to(wide), key.to(wide), value.to(wide)
-    shared = {
-        "window": call.window,
-        "scaling": call.scaling,
-        "layout": call.layout,
-        "sink_logits": logits,
-        "statistics": statistics,
-    }
-    if causal and query.shape[3] == 1 and call.layout.document is None:
-        state = initial_state or RFAState.empty(
-            len(query), key, value, far.num_components, call.window, call.sink_tokens
-        )
-        return recurrent_step(q, k, v, far, initial_state=state, **shared)
-    run = chunked_causal if causal else chunked_bidirectional
-    output, state = run(
-        q,
-        k,
-        v,
-        far,
-        sink_tokens=call.sink_tokens,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        **shared,
-    )
-    if state is not None:  # the near keys are kept as they came: half the bytes for bfloat16
-        like = {"near_key": key, "sink_key": key, "near_value": value, "sink_value": value}
-        state = dataclasses.replace(state, **{name: getattr(state, name).to(t.dtype) for name, t in like.items()})
-    return output, state
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+) -> tuple[torch.Tensor, RFAState | None]:
+    """The linear heads: one token by the recurrent step, more by the chunked forms; (B, Hk, G, N, M)."""
+    wide = call.to(accumulation_dtype(call.query.dtype))
+    if call.causal and call.query.shape[3] == 1 and call.layout.document is None:
+        state = call.state or call.empty_state()
+        output, state = recurrent_step(wide.replace(state=state), statistics)
+        return output, state if output_final_state else None
+    run = chunked_causal if call.causal else chunked_bidirectional
+    output, final = run(wide, output_final_state, statistics)
+    if final is not None:  # the near keys are kept as they came: half the bytes for bfloat16
+        like = {"near_key": call.key, "sink_key": call.key, "near_value": call.value, "sink_value": call.value}
+        final = dataclasses.replace(final, **{name: getattr(final, name).to(t.dtype) for name, t in like.items()})
+    return output, final
 
 
-def _exact(
-    call: OperatorCall,
-    query: torch.Tensor,
-    heads: torch.Tensor,
-    logits: torch.Tensor | None,
-    causal: bool,
-    state: RFAState | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The exact heads over their whole KV cache; returns the output (B, He, G, N, M) and the cache."""
-    key, value, past_valid = call.key[:, heads], call.value[:, heads], None
-    layout = call.layout
+def _exact(call: OperatorCall) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The exact heads over their whole KV cache; the output (B, He, G, N, M) and the cache's fields of the state."""
+    key, value, past_valid = call.key, call.value, None
+    state, layout = call.state, call.layout
     if state is not None and state.exact_key is not None and state.exact_value is not None:
         past_valid = state.exact_valid
         key = torch.cat([state.exact_key.to(key.dtype), key], dim=2)
         value = torch.cat([state.exact_value.to(value.dtype), value], dim=2)
-    groups = query.shape[2]
     output = exact_attention(
-        query.flatten(1, 2), key, value, scaling=call.scaling, causal=causal, layout=layout, past_valid=past_valid,
+        call.query.flatten(1, 2),
+        key,
+        value,
+        scaling=call.scaling,
+        causal=call.causal,
+        layout=layout,
+        past_valid=past_valid,
         sliding_window=call.sliding_window,
-        sink_logits=None if logits is None else logits.flatten(),
-    ).unflatten(1, (-1, groups))  # fmt: skip
-    valid = _cache_valid(layout, past_valid, key.shape[2], len(query), key.device)
+        sink_logits=None if call.sink_logits is None else call.sink_logits.flatten(),
+    ).unflatten(1, (-1, call.query.shape[2]))
+    valid = _cache_valid(layout, past_valid, key.shape[2], len(key), key.device)
     if call.sliding_window is not None:  # no later token sees more
         kept = slice(max(0, key.shape[2] - call.sliding_window + 1), None)
         key, value, valid = key[:, :, kept], value[:, :, kept], None if valid is None else valid[:, kept]
-    return output, key, value, valid
+    return output, {"exact_key": key, "exact_value": value, "exact_valid": valid}
 
 
 def _cache_valid(
@@ -250,10 +214,10 @@ def _cache_valid(
     if layout.is_plain and past_valid is None:
         return None
     valid = torch.ones(batch, total, dtype=torch.bool, device=device)
-    for source, start in ((past_valid, 0), (layout.valid, None)):
-        if source is not None:
-            span = slice(0, source.shape[1]) if start == 0 else slice(total - source.shape[1], total)
-            valid[:, span] &= source.to(device)
+    if past_valid is not None:
+        valid[:, : past_valid.shape[1]] &= past_valid.to(device)
+    if layout.valid is not None:
+        valid[:, total - layout.valid.shape[1] :] &= layout.valid.to(device)
     if layout.document is not None:
         document = layout.document.to(device)
         past = total - document.shape[1]
@@ -261,13 +225,9 @@ def _cache_valid(
     return valid
 
 
-def _count_only(call: OperatorCall, initial_state: RFAState | None) -> RFAState:
+def _count_only(call: OperatorCall) -> RFAState:
     """The state of a layer without linear heads: nothing but the number of tokens."""
-    none = torch.zeros(0, dtype=torch.int64, device=call.key.device)
-    key, value = call.key[:, none], call.value[:, none]
-    state = initial_state or RFAState.empty(
-        len(call.query), key, value, call.far.num_components, call.window, call.sink_tokens
-    )
-    length = call.query.shape[2]
-    steps = torch.full_like(state.count, length) if call.layout.valid is None else call.layout.valid.sum(1).cpu()
+    state = call.state or call.empty_state()
+    valid = call.layout.valid
+    steps = torch.full_like(state.count, call.query.shape[3]) if valid is None else valid.sum(1).cpu()
     return dataclasses.replace(state, count=state.count + steps)

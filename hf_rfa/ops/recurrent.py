@@ -5,31 +5,23 @@ import dataclasses
 import torch
 
 from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics, Part, combine, near_part
-from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.scan import chunk_sums, merge_states
 from hf_rfa.ops.state import RFAState
 
 
-def recurrent_step(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far: FarKernel,
-    *,
-    window: int,
-    scaling: float,
-    layout: TokenLayout,
-    initial_state: RFAState,
-    sink_logits: torch.Tensor | None,
-    statistics: FarStatistics | None,
-) -> tuple[torch.Tensor, RFAState]:
-    """RFA of one new token: q (B, Hk, G, 1, D), k (B, Hk, 1, D), v (B, Hk, 1, M), all float32 or float64.
+def recurrent_step(call: OperatorCall, statistics: FarStatistics | None) -> tuple[torch.Tensor, RFAState]:
+    """RFA of one new token, whose call has a state, in float32 or float64; output (B, Hk, G, 1, M).
 
     Rows whose token is padding (`layout.valid`) get zeros and keep their state.
     """
-    state = initial_state
-    valid = layout.valid.to(query.device) if layout.valid is not None else None
+    assert call.state is not None
+    query, key, value, far, window, scaling, state = (
+        call.query, call.key, call.value, call.far, call.window, call.scaling, call.state,
+    )  # fmt: skip
+    sink_logits = call.sink_logits
+    valid = call.layout.valid.to(query.device) if call.layout.valid is not None else None
     present = torch.ones(1, 1, dtype=torch.bool, device=query.device) if valid is None else valid
     if window:
         state = _write(state, key, value, window, present)

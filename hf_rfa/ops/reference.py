@@ -6,27 +6,13 @@ e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j),      
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
-from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
 
 
-def reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far: FarKernel,
-    *,
-    causal: bool,
-    window: int,
-    sink_tokens: int,
-    scaling: float,
-    layout: TokenLayout,
-    initial_state: RFAState | None,
-    output_final_state: bool,
-    sink_logits: torch.Tensor | None,
-) -> tuple[torch.Tensor, RFAState | None]:
-    """RFA of q (B, Hk, G, N, D) over k (B, Hk, N, D), v (B, Hk, N, M), all float64, row by row and document by document."""
+def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[torch.Tensor, RFAState | None]:
+    """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M)."""
+    query, key, value, layout, initial_state = call.query, call.key, call.value, call.layout, call.state
     batch, _, _, length, _ = query.shape
     output = query.new_zeros(*query.shape[:-1], value.shape[-1])
     finals = []
@@ -39,10 +25,10 @@ def reference_attention(
         for document in torch.tensor_split(slots, borders.tolist()):
             one = slice(row, row + 1)
             q, k, v = query[one, ..., document, :], key[one, :, document], value[one, :, document]
-            sequence = _Sequence(k, v, state, window, sink_tokens, causal)
-            output[one, ..., document, :] = sequence.attend(q, far, scaling, sink_logits)
+            sequence = _Sequence(k, v, state, call)
+            output[one, ..., document, :] = sequence.attend(q)
             state = None
-        finals.append(sequence.final_state(far, scaling) if output_final_state else None)
+        finals.append(sequence.final_state() if output_final_state else None)
     if not output_final_state:
         return output, None
     fields = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
@@ -52,15 +38,15 @@ def reference_attention(
 class _Sequence:
     """The keys of one document: those that the state remembers one by one, the new ones, and the far sums."""
 
-    def __init__(
-        self, key: torch.Tensor, value: torch.Tensor, state: RFAState | None, window: int, sinks: int, causal: bool
-    ) -> None:
-        self.window, self.sinks, self.causal, self.state = window, sinks if window else 0, causal, state
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, state: RFAState | None, call: OperatorCall) -> None:
+        window = call.window
+        self.window, self.sinks, self.causal = window, call.sink_tokens if window else 0, call.causal
+        self.far, self.scaling, self.sink_logits, self.state = call.far, call.scaling, call.sink_logits, state
         self.seen = int(state.count) if state is not None else 0
         self.key, self.value = key, value
         self.rank = self.seen + torch.arange(key.shape[2])
         self.new_rank = self.rank
-        if state is None or not (window and causal):
+        if state is None or not (window and self.causal):
             return
         # Sinks that are no longer among the near keys, then chunks c0 - 1 and c0.
         first = (self.seen // window - 1) * window
@@ -72,9 +58,9 @@ class _Sequence:
             value
         )
 
-    def attend(
-        self, query: torch.Tensor, far: FarKernel, scaling: float, sink_logits: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        """Output (1, Hk, G, n, M) of the document's queries."""
+        far, scaling, sink_logits = self.far, self.scaling, self.sink_logits
         query_rank, key_rank = self.new_rank[:, None], self.rank[None]
         visible = key_rank <= query_rank if self.causal else torch.ones_like(key_rank <= query_rank)
         near = visible & self._near(query_rank, key_rank)
@@ -104,17 +90,17 @@ class _Sequence:
         distance = (query_rank // self.window - key_rank // self.window).abs()
         return (distance <= 1) | (key_rank < self.sinks)
 
-    def final_state(self, far: FarKernel, scaling: float) -> RFAState:
+    def final_state(self) -> RFAState:
+        """The state after the document's last token, its sums not rescaled."""
         count = self.seen + self.key.shape[2] if self.state is None else int(self.new_rank[-1:].sum()) + 1
         if len(self.new_rank) == 0:
             count = self.seen
-        batch, heads, _, dim = self.key.shape
         window = self.window if self.causal else 0
         sinks = self.sinks if self.causal else 0
-        state = RFAState.empty(batch, self.key, self.value, far.num_components, window, sinks)
+        state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks)
         chunk = self.rank // window if window else self.rank
         is_far = (self.rank >= sinks) & (chunk <= count // window - 2) if window else torch.ones_like(self.rank).bool()
-        features, log_scale = far.features(self.key, scaling)
+        features, log_scale = self.far.features(self.key, self.scaling)
         weights = torch.where(is_far, log_scale.exp(), 0.0)
         ones = torch.cat([self.value, torch.ones_like(self.value[..., :1])], dim=-1)
         sums = (features * weights.unsqueeze(-1)).mT @ ones
