@@ -268,6 +268,32 @@ def test_gradients_with_softmax_heads(causal):
         assert bool((mixed[name][rest] == 0).all()) == (name == "omega")
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)], ids=["", "sink"])
+@pytest.mark.parametrize("width", [1, 2, 64, 299, 300, 1000])
+def test_sliding_windows_of_exact_heads(width, sinks):
+    # 300 tokens: more than the block of queries that one mask is made for.
+    inputs = random_inputs(300, batch=1)
+    options = {"sliding_window": width, "softmax_heads": [0, 1], "sink_logits": sinks}
+    distance = torch.arange(300)[:, None] - torch.arange(300)
+    visible = (distance >= 0) & (distance < width)
+
+    def dense(query, key, value, omega):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        scores = (query @ key.mT / math.sqrt(8)).masked_fill(~visible, -torch.inf)
+        weights = scores.exp()
+        total = weights.sum(-1) + (0.0 if sinks is None else sinks.exp()[:, None])
+        return weights @ value / total.unsqueeze(-1) + 0 * omega.sum()
+
+    got, want = rfa_attention(**inputs, **options), dense(**inputs)
+    assert_near(got, want, 1e-12)
+    no_omega = {name: tensor for name, tensor in inputs.items() if name != "omega"}
+    _, got_gradients = with_gradients(rfa_attention, no_omega, omega=inputs["omega"], **options)
+    _, want_gradients = with_gradients(dense, no_omega, omega=inputs["omega"])
+    for name, gradient in want_gradients.items():
+        assert_near(got_gradients[name], gradient, 1e-10, name)
+
+
 # --- dtypes ---------------------------------------------------------------------------------------------------------
 
 

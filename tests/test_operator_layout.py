@@ -243,6 +243,18 @@ def test_the_document_number_of_padding_does_not_matter(number, extras, window, 
     assert_near(got, rfa_attention(**inputs, **options, document=document), 1e-12)
 
 
+@pytest.mark.parametrize("width", [1, 5, 16])
+@pytest.mark.parametrize("name", ["short", "long", "aligned", "numbers"])
+def test_sliding_windows_in_packed_documents(name, width):
+    document = torch.stack(PACKINGS[name])
+    inputs = random_inputs(N)
+    options = {"softmax_heads": [0, 1], "sliding_window": width}
+    valid = torch.stack([left(13), right(8)])
+    output = rfa_attention(**inputs, **options, document=document, valid=valid)
+    pieces = [slots_of_documents(*row) for row in zip(document, valid, strict=True)]
+    assert_rows_equal_bare_sequences(inputs, pieces, output, **options)
+
+
 # --- the layout object ----------------------------------------------------------------------------------------------
 
 

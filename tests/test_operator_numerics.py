@@ -263,6 +263,16 @@ def of_shape(*shape: int) -> torch.Tensor:
         ({"layout": TokenLayout(torch.ones(2, 5).bool())}, r"`valid` must have shape .*= \(2, 20\)\. Got \(2, 5\)\."),
         ({"softmax_heads": [2]}, r"`softmax_heads` must be key heads 0\.\.1\. Got \[2\]\."),
         ({"softmax_heads": [0, -1]}, r"`softmax_heads` must be key heads 0\.\.1\. Got \[0, -1\]\."),
+        (
+            {"sliding_window": 8},
+            r"`sliding_window` belongs to causal layers whose key heads are all exact\. Got 8, .*softmax_heads=\[\]\.",
+        ),
+        ({"sliding_window": 8, "softmax_heads": [0]}, r"`sliding_window` .*Got 8, .*softmax_heads=\[0\]\."),
+        ({"sliding_window": 0, "softmax_heads": [0, 1]}, r"`sliding_window` .*Got 0,"),
+        (
+            {"sliding_window": 8, "softmax_heads": [0, 1], "causal": False},
+            r"`sliding_window` .*Got 8, causal=False, softmax_heads=\[0, 1\]\.",
+        ),
         ({"sink_logits": torch.zeros(2)}, r"`sink_logits` must have shape .*= \(4,\)\. Got \(2,\)\."),
     ],
 )

@@ -432,6 +432,32 @@ def test_exact_heads_are_the_only_part_that_grows():
     assert rest == rest_long
 
 
+@pytest.mark.parametrize("width", [1, 5, 16, 59, 100])
+@pytest.mark.parametrize("cuts", CUTS)
+def test_sliding_windows_in_pieces(cuts, width):
+    inputs = random_inputs(N)
+    options = {"softmax_heads": [0, 1], "sliding_window": width}
+    output, state = run_in_pieces(inputs, CUTS[cuts], **options)
+    assert_near(output, rfa_attention(**inputs, **options), 1e-12)
+    kept = min(width - 1, N)  # no later token sees more
+    assert torch.equal(state.exact_key, inputs["key"][:, :, N - kept :])
+    assert state.count.tolist() == [N, N]
+
+
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize("cuts", ["first", "inside", "prompt_and_tokens"])
+def test_sliding_windows_after_left_padding(cuts, width):
+    inputs = random_inputs(N, batch=3)
+    padding = [0, 3, 30]
+    valid = torch.arange(N) >= torch.tensor(padding)[:, None]
+    options = {"softmax_heads": [0, 1], "sliding_window": width}
+    output, state = run_in_pieces(inputs, CUTS[cuts], **options, valid=valid)
+    for row, pad in enumerate(padding):
+        bare = rfa_attention(**tokens(inputs, slice(pad, N), slice(row, row + 1)), **options)
+        assert_near(output[row : row + 1, :, pad:], bare, 1e-12, f"row {row}")
+    assert state.exact_valid.shape == (3, width - 1)
+
+
 # --- bidirectional --------------------------------------------------------------------------------------------------
 
 RESTARTS = pytest.mark.xfail(
