@@ -1,5 +1,6 @@
 """The attention function that Transformers calls for `attn_implementation="rfa"`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -36,16 +37,10 @@ REFUSED = {
 class Recorder(Protocol):
     """Sees every call of the attention function during `convert`'s dry run, in which all heads are exact."""
 
-    def record(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        extras: dict[str, Any],
-    ) -> None:
-        """Note one call."""
+    def call(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, extras: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Note one call, which is computed inside the returned context."""
 
 
 recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -68,12 +63,20 @@ def rfa_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M), no weights."""
-    adapter = module._modules.get(ADAPTER_NAME)
+    """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M)."""
     watch = recorder.get()
-    if watch is not None:
-        watch.record(module, query, key, value, attention_mask, kwargs)
-    elif not isinstance(adapter, RFAAdapter):
+    with nullcontext() if watch is None else watch.call(module, query, key, attention_mask, kwargs):
+        output = _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+    scaling: float | None, dropout: float, is_causal: bool | None, kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Output (B, H, N, M) of a module: converted, kept as softmax, or not yet converted in the dry run."""
+    adapter = module._modules.get(ADAPTER_NAME)
+    if not isinstance(adapter, RFAAdapter) and recorder.get() is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a "
             "model. Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for "
@@ -85,8 +88,7 @@ def rfa_attention_forward(
     if isinstance(adapter, RFAAdapter):
         adapter.calls += 1
     if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
-        output = _cross(module, query, key, value, mask, scaling, dropout)
-        return output.transpose(1, 2).contiguous(), None
+        return _cross(module, query, key, value, mask, scaling, dropout)
     causal = mask.causal if mask is not None else _is_causal(module, is_causal)
     sliding = kwargs.get("sliding_window")
     if mask is not None and mask.limited and sliding is None:
@@ -104,10 +106,10 @@ def rfa_attention_forward(
     options: dict[str, Any] = {"scaling": scaling, "causal": causal, "sink_logits": sinks}
     if not isinstance(adapter, RFAAdapter) or adapter.observer is not None:
         options |= exact_options(key)
-        output = rfa_attention(query, key, value, layout=layout, sliding_window=sliding, **options)
+        output = _operator(query, key, value, layout=layout, sliding_window=sliding, **options)
         if isinstance(adapter, RFAAdapter):
             adapter.observer(adapter, module, query, key, value, layout, options, output)
-        return output.transpose(1, 2).contiguous(), None
+        return output
     options |= {
         "omega": adapter.omega,
         "feature_map": adapter.config.feature_map,
@@ -122,10 +124,15 @@ def rfa_attention_forward(
     counts = adapter.statistics if adapter.config.feature_map == "trigonometric" else None
     cache_layer, adapter.cache_layer = adapter.cache_layer, None
     if cache_layer is None:
-        output = rfa_attention(query, key, value, layout=layout, statistics=counts, **options)
-    else:
-        output = _cached(adapter, cache_layer, query, key, value, layout, options, counts)
-    return output.transpose(1, 2).contiguous(), None
+        return _operator(query, key, value, layout=layout, statistics=counts, **options)
+    return _cached(adapter, cache_layer, query, key, value, layout, options, counts)
+
+
+def _operator(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`rfa_attention` without a final state."""
+    output = rfa_attention(*args, **kwargs)
+    assert isinstance(output, torch.Tensor)
+    return output
 
 
 def exact_options(key: torch.Tensor) -> dict[str, Any]:

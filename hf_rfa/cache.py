@@ -1,4 +1,4 @@
-"""The cache of a converted model: per layer one `RFAState`, whose linear heads need the same bytes after any length."""
+"""The cache of a converted model: one `RFAState` a layer, whose linear heads need the same bytes at any length."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +170,10 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
         raise UnsupportedModelError(
             "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
         )
-    if layer.get_seq_length():
+    seen = cache.get_seq_length(index)
+    if seen:
         raise UnsupportedModelError(
-            f"This cache already holds {layer.get_seq_length()} tokens that the model saw before it was converted. "
+            f"This cache already holds {seen} tokens that the model saw before it was converted. "
             "Start with an empty cache."
         )
     new = RFACacheLayer()

@@ -1,9 +1,9 @@
 """Saving and loading a conversion: a small pair of files of its own, beside or without the model's weights.
 
-| file                    | holds                                                                                      |
-|-------------------------|--------------------------------------------------------------------------------------------|
-| `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where the base model came from         |
-| `rfa_model.safetensors` | the adapters: omega, draw number, alpha, gamma, proposal, exact heads of every layer       |
+| file                    | holds                                                                             |
+|-------------------------|-----------------------------------------------------------------------------------|
+| `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where the base model is from  |
+| `rfa_model.safetensors` | the adapters: omega, its draw number, alpha, gamma, proposal, exact heads         |
 
 A folder that `model.save_pretrained` or a `Trainer` wrote has the adapters among the model's weights and the config in
 `config.json`; `from_pretrained` reads both kinds.
@@ -49,7 +49,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         >>> import tempfile, torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model, ids = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size))).eval(), torch.ones(1, 300, dtype=torch.long)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size))).eval()
+        >>> ids = torch.ones(1, 300, dtype=torch.long)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     hf_rfa.save_pretrained(model, folder)
         ...     again = hf_rfa.from_pretrained(folder).eval()
@@ -90,7 +91,7 @@ def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
     """Load a model with its conversion, from a folder or the hub.
 
     Args:
-        folder_or_id: What `hf_rfa.save_pretrained`, `model.save_pretrained` or a `Trainer` wrote for a converted model.
+        folder_or_id: What `hf_rfa.save_pretrained`, `model.save_pretrained` or a `Trainer` wrote.
         kwargs: Passed to the model class's `from_pretrained` (dtype, device_map, revision, ...).
 
     Returns:

@@ -1,4 +1,4 @@
-"""`RFAConfig`: everything that decides what a conversion does, validated where it is made, saved beside the weights."""
+"""`RFAConfig`: everything that decides what a conversion does, checked where it is made, saved beside the weights."""
 
 import dataclasses
 import re

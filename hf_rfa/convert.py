@@ -92,7 +92,7 @@ def convert(
     store_config(base, config)
     for module in base.modules():
         if isinstance(module, GenerationMixin):
-            module._prepare_cache_for_generation = CachePreparer(module)  # type: ignore[method-assign, assignment]
+            module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)  # the class stays untouched
     base.register_forward_pre_hook(resample_before_forward)
     _warn_about_dropout(base)
     return model
@@ -163,10 +163,10 @@ def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Transformers model inside PEFT or distributed wrappers."""
     while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+        unwrap: Any = getattr(model, "get_base_model", None)
+        inner = unwrap() if unwrap is not None else getattr(model, "module", None)
+        if isinstance(inner, nn.Module):
+            model = inner
         else:
             raise ConfigError(
                 f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "

@@ -1,10 +1,11 @@
 """The dry run of `convert`: which modules really send their attention through the interface, and with what.
 
 On a model that does not use the interface, any registered `attn_implementation` loads without complaint and the
-model's own attention runs. So nothing is believed: a short forward is watched, and softmax computed elsewhere is noticed.
+model's own attention runs. So nothing is believed: a short forward is watched, and softmax elsewhere is noticed.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,16 +45,13 @@ class DryRun:
     calls: dict[int, AttentionCalls] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
     foreign: list[tuple[int, int]] = field(default_factory=list)
+    inside: bool = False
 
-    def record(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        extras: dict[str, Any],
-    ) -> None:
+    @contextmanager
+    def call(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, extras: dict[str, Any]
+    ) -> Iterator[None]:
+        """Note one call of the attention function; softmax in it is our own."""
         self.lengths |= {query.shape[2], key.shape[2]}
         if id(module) not in self.calls:
             self.calls[id(module)] = AttentionCalls(
@@ -68,6 +66,11 @@ class DryRun:
                 else bool(getattr(module, "is_causal", True)),
             )
         self.calls[id(module)].count += 1
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
 
     def foreign_attention(self) -> bool:
         """Whether a softmax over tokens was computed outside of the interface."""
@@ -87,24 +90,13 @@ class _SoftmaxWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self.NAMES and not _inside_interface():
+        if func in self.NAMES and not self.run.inside:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
             if func is F.scaled_dot_product_attention:
                 self.run.foreign.append((tensors[0].shape[-2], tensors[1].shape[-2]))
             elif tensors and tensors[0].dim() >= 3:
                 self.run.foreign.append((tensors[0].shape[-2], tensors[0].shape[-1]))
         return func(*args, **kwargs)
-
-
-def _inside_interface() -> bool:
-    import sys
-
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "rfa_attention_forward":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def watch(model: nn.Module, inputs: Mapping[str, Any]) -> DryRun:
@@ -133,7 +125,7 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Small inputs for a dry run, from the model's config. Raises `UnsupportedModelError` where they cannot be guessed."""
+    """Small inputs for a dry run, from the model's config; `UnsupportedModelError` where they cannot be guessed."""
     config = model.config
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -170,11 +162,9 @@ def _token_ids(config: Any, length: int, device: torch.device) -> torch.Tensor:
     longest = getattr(config, "max_position_embeddings", None) or length
     length = min(length, longest - 4) if longest > 8 else longest  # some models count positions from 2 on
     vocabulary = getattr(config, "vocab_size", 16) or 16
-    # Ordinary tokens: the first few are often padding, which some models mask, and image or audio placeholders are high.
+    # Ordinary tokens: the first few are often padding, which some models mask; image placeholders are high.
     return (5 + torch.arange(length) % max(1, min(vocabulary, 64) - 5)).clamp_max(vocabulary - 1)[None].to(device)
 
 
 def _accepts(model: nn.Module, argument: str) -> bool:
-    import inspect
-
     return argument in inspect.signature(model.forward).parameters

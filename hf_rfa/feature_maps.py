@@ -7,12 +7,15 @@ A map is a pure function that returns `psi` in two pieces,
 
 with bounded `features`, so that the caller can stabilise: the exponential is never taken here.
 
-| map              | F  | psi_i(x')                                                                                       |
-|------------------|----|-------------------------------------------------------------------------------------------------|
-| trigonometric    | 2m | exp(+|x'|^2/2) sqrt(1/m) [sin(w_i.x'), cos(w_i.x')] (Peng et al. 2021; Rahimi and Recht 2007)    |
-| positive         | m  | exp(-|x'|^2/2) sqrt(1/m) exp(w_i.x') (Choromanski et al. 2021, Lemma 1)                          |
-| hyperbolic       | 2m | exp(-|x'|^2/2) sqrt(1/2m) [exp(w_i.x'), exp(-w_i.x')] (the same lemma, cosh form)                |
-| optimal_positive | m  | (1-4A)^(D/4) sqrt(1/m) exp(A|w_i|^2 + sqrt(1-4A) w_i.x' - |x'|^2/2) (Likhosherstov et al. 2022)  |
+| map              | F  | psi_i(x')                                                                           |
+|------------------|----|-------------------------------------------------------------------------------------|
+| trigonometric    | 2m | exp(+|x'|^2/2) sqrt(1/m) [sin(w_i.x'), cos(w_i.x')]                                 |
+| positive         | m  | exp(-|x'|^2/2) sqrt(1/m) exp(w_i.x')                                                |
+| hyperbolic       | 2m | exp(-|x'|^2/2) sqrt(1/2m) [exp(w_i.x'), exp(-w_i.x')]                               |
+| optimal_positive | m  | (1-4A)^(D/4) sqrt(1/m) exp(A|w_i|^2 + sqrt(1-4A) w_i.x' - |x'|^2/2)                 |
+
+Sources: trigonometric, Rahimi and Recht 2007 and Peng et al. 2021; positive and hyperbolic, Choromanski et al. 2021,
+Lemma 1; optimal_positive, Likhosherstov et al. 2022.
 """
 
 import math

@@ -32,6 +32,8 @@ class RFAMask:
         """Padding and packing of the last `length` tokens, one object for all layers."""
         if length not in self._layouts:
             valid = None if self.valid is None else self.valid[:, -length:]
+            if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
+                valid = None  # the padding lies in the past, whose states know of it
             self._layouts[length] = TokenLayout(valid, self.document)
         return self._layouts[length]
 

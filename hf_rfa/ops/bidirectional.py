@@ -105,8 +105,8 @@ def _flip(sums: Sums) -> Sums:
 
 
 def _near(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor, sink_values: torch.Tensor,
-    plan: Plan, block: slice, scaling: float,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
+    sink_values: torch.Tensor, plan: Plan, block: slice, scaling: float,
 ) -> Part:  # fmt: skip
     """Exact attention of each chunk over the sinks, the chunks on both sides and itself."""
     total, chunk, device = keys.shape[2], keys.shape[3], keys.device

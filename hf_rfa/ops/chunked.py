@@ -95,8 +95,8 @@ def _far_states(
 
 
 def _near(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor, sink_values: torch.Tensor,
-    plan: Plan, block: slice, scaling: float,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
+    sink_values: torch.Tensor, plan: Plan, block: slice, scaling: float,
 ) -> Part:  # fmt: skip
     """Exact attention of each chunk over the sinks, the chunk before and itself."""
     near_keys = torch.cat(

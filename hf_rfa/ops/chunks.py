@@ -14,13 +14,16 @@ BLOCK_CHUNKS = 8
 
 def to_chunks(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B, H, tokens, D) -> (B, H, n, C, D), aligned."""
-    return take(x, plan.source).unflatten(2, plan.valid.shape[1:])
+    return (x if plan.identity else take(x, plan.source)).unflatten(2, plan.valid.shape[1:])
 
 
 def queries_to_chunks(query: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B, H, G, tokens, D) -> (B, H, n, G * C, D): the queries of a key head's group lie beside each other."""
     batch, heads, groups, _, dim = query.shape
-    chunks = take(query.flatten(1, 2), plan.source).view(batch, heads, groups, *plan.valid.shape[1:], dim)
+    flat = query.flatten(1, 2)
+    chunks = (flat if plan.identity else take(flat, plan.source)).view(
+        batch, heads, groups, *plan.valid.shape[1:], dim
+    )
     return chunks.transpose(2, 3).flatten(3, 4)
 
 
@@ -28,6 +31,8 @@ def from_chunks(output: torch.Tensor, plan: Plan, groups: int, length: int) -> t
     """(B, H, n, G * C, M) -> (B, H, G, N, M), padding set to zero."""
     batch, heads, _, _, dim = output.shape
     flat = output.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if plan.identity:
+        return flat.view(batch, heads, groups, length, dim)
     tokens = take(flat, plan.place).view(batch, heads, groups, length, dim)
     return tokens * plan.token_valid[:, None, None, :, None]
 

@@ -1,7 +1,7 @@
 """One normaliser for the exact near part and the estimated far part.
 
 Both parts estimate sums of `exp(q'.k')`, so they add up in the same units. Each comes as (numerator, denominator,
-log_scale) with the true sums being `exp(log_scale)` times the first two; the query's own factor is in the far log-scale.
+log_scale), the true sums being `exp(log_scale)` times the first two; the far log-scale holds the query's own factor.
 """
 
 from dataclasses import dataclass

@@ -95,7 +95,7 @@ def cross_attention(
     key_valid: torch.Tensor | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention of q (B, H, N, D) over keys of another sequence (B, Hk, T, D); key_valid (B, T) bool or None."""
+    """Softmax attention of q (B, H, N, D) over another sequence's keys (B, Hk, T, D); key_valid (B, T) or None."""
     mask = None if key_valid is None else key_valid.to(query.device)[:, None, None, :]
     enable_gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(

@@ -5,6 +5,7 @@ sequence gives. The chunked operators therefore work on an *aligned* sequence in
 boundary and padding is gone; `TokenLayout.plan` says where each token goes, and all layers of a forward share it.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,7 @@ class Plan:
         place: (R, N) aligned slot of each token (0 for padding).
         token_valid: (R, N) whether a token is none of padding.
         count: (R,) tokens seen afterwards in the row's last document, on the CPU.
+        identity: Whether the aligned sequence is the source itself, so that nothing need be gathered.
     """
 
     source: torch.Tensor
@@ -44,6 +46,7 @@ class Plan:
     place: torch.Tensor
     token_valid: torch.Tensor
     count: torch.Tensor
+    identity: bool
 
 
 @dataclass(frozen=True)
@@ -104,60 +107,15 @@ class TokenLayout:
 
     def plan(self, length: int, spec: "PlanSpec", counts: torch.Tensor, device: torch.device) -> Plan:
         """The aligned layout of `length` new tokens after `counts` (B,) earlier ones."""
-        key = (length, spec, tuple(counts.tolist()), device)
+        before = tuple(counts.tolist())
+        if self.is_plain and len(set(before)) == 1:
+            return _plain_plan(length, spec, before[0], device)
+        key = (length, spec, before, device)
         if key not in self._plans:
-            self._plans[key] = self._make_plan(*key)
-        return self._plans[key]
-
-    def _make_plan(self, length: int, spec: "PlanSpec", before: tuple[int, ...], device: torch.device) -> Plan:
-        chunk = spec.chunk
-        if self.is_plain and len(set(before)) <= 1:
-            documents = [[np.arange(length)]]
-            before = before[:1]
-        else:
             documents = [self._documents(row, length) for row in range(len(before))]
-        rows = [_align_row(docs, seen, spec) for docs, seen in zip(documents, before, strict=True)]
-        chunks = max(len(row.rank) for row in rows)
-        shape = (len(rows), chunks)
-        source = np.zeros((*shape, chunk), dtype=np.int64)
-        valid = np.zeros((*shape, chunk), dtype=bool)
-        fold = np.zeros((*shape, chunk), dtype=bool)
-        document, rank, sink_chunk = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        for r, row in enumerate(rows):
-            n = len(row.rank)
-            source[r, :n], valid[r, :n], fold[r, :n] = row.source, row.valid, row.fold
-            if spec.final:
-                # These are near to the next token: folding them would put them into the final state.
-                fold[r, max(0, n - spec.lag) :] = False
-            for whole, part in ((document, row.document), (rank, row.rank), (sink_chunk, row.sink_chunk)):
-                whole[r, :n], whole[r, n:] = part, part[-1]
-        offset = 2 * chunk if spec.history else 0
-        place = np.zeros((len(rows), length), dtype=np.int64)
-        token_valid = np.zeros((len(rows), length), dtype=bool)
-        asked = valid & (source >= offset)
-        for r in range(len(rows)):
-            slots = np.flatnonzero(asked[r])
-            tokens = source[r].reshape(-1)[slots] - offset
-            place[r, tokens], token_valid[r, tokens] = slots, True
-
-        def put(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        last = np.array([len(row.rank) - 1 for row in rows])
-        counts = torch.tensor([row.count for row in rows])
-        return Plan(
-            put(source.reshape(len(rows), -1)),
-            put(valid),
-            put(asked),
-            put(fold),
-            put(document),
-            put(rank),
-            put(sink_chunk),
-            put(last),
-            put(place),
-            put(token_valid),
-            counts,
-        )
+            rows = [_align_row(docs, seen, spec) for docs, seen in zip(documents, before, strict=True)]
+            self._plans[key] = _make_plan(rows, length, spec, device)
+        return self._plans[key]
 
     def _documents(self, row: int, length: int) -> list[np.ndarray]:
         """The slots of each document of a row, in order, padding left out."""
@@ -210,7 +168,68 @@ def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
         # Chunk 0 of the document, where it is laid out.
         sink_chunks.append(np.full(chunks, begins - first if first <= 0 else -1))
         begins += chunks
-    source, valid = np.concatenate(sources).reshape(-1, chunk), np.concatenate(valids).reshape(-1, chunk)
     rank = np.concatenate(ranks)
-    fold = valid & ~((rank[:, None] == 0) & (np.arange(chunk) < spec.sinks))
-    return _Row(source, valid, fold, np.concatenate(numbers), rank, np.concatenate(sink_chunks), count)
+    slots_valid = np.concatenate(valids).reshape(-1, chunk)
+    fold = slots_valid & ~((rank[:, None] == 0) & (np.arange(chunk) < spec.sinks))
+    return _Row(
+        np.concatenate(sources).reshape(-1, chunk),
+        slots_valid,
+        fold,
+        np.concatenate(numbers),
+        rank,
+        np.concatenate(sink_chunks),
+        count,
+    )
+
+
+def _make_plan(rows: list[_Row], length: int, spec: PlanSpec, device: torch.device) -> Plan:
+    """The rows as one set of index tensors, padded to the longest row."""
+    chunk = spec.chunk
+    chunks = max(len(row.rank) for row in rows)
+    shape = (len(rows), chunks)
+    source = np.zeros((*shape, chunk), dtype=np.int64)
+    valid = np.zeros((*shape, chunk), dtype=bool)
+    fold = np.zeros((*shape, chunk), dtype=bool)
+    document, rank, sink_chunk = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    for r, row in enumerate(rows):
+        n = len(row.rank)
+        source[r, :n], valid[r, :n], fold[r, :n] = row.source, row.valid, row.fold
+        if spec.final:
+            # These are near to the next token: folding them would put them into the final state.
+            fold[r, max(0, n - spec.lag) :] = False
+        for whole, part in ((document, row.document), (rank, row.rank), (sink_chunk, row.sink_chunk)):
+            whole[r, :n], whole[r, n:] = part, part[-1]
+    offset = 2 * chunk if spec.history else 0
+    place = np.zeros((len(rows), length), dtype=np.int64)
+    token_valid = np.zeros((len(rows), length), dtype=bool)
+    asked = valid & (source >= offset)
+    for r in range(len(rows)):
+        slots = np.flatnonzero(asked[r])
+        tokens = source[r].reshape(-1)[slots] - offset
+        place[r, tokens], token_valid[r, tokens] = slots, True
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    last = np.array([len(row.rank) - 1 for row in rows])
+    counts = torch.tensor([row.count for row in rows])
+    return Plan(
+        put(source.reshape(len(rows), -1)),
+        put(valid),
+        put(asked),
+        put(fold),
+        put(document),
+        put(rank),
+        put(sink_chunk),
+        put(last),
+        put(place),
+        put(token_valid),
+        counts,
+        identity=len(rows) == 1 and source.size == length and bool(asked.all()),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_plan(length: int, spec: PlanSpec, seen: int, device: torch.device) -> Plan:
+    """The plan of rows that are all alike; the same for every layer, and often for the next batch."""
+    return _make_plan([_align_row([np.arange(length)], seen, spec)], length, spec, device)

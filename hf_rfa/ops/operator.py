@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def rfa_attention(
     with s = scaling, `near(i)` the chunk of i (of `window` tokens), the chunk before it and the first `sink_tokens`,
     and S, z the sums of psi(alpha k) [v, 1] over all other keys that i may see. Features, sums and the division are
     float32 (float64 for float64 inputs). Where the estimated far denominator is not positive the far part is dropped;
-    with `window = 0` the output is zero there. Source: Peng et al. 2021 (RFA), Choromanski et al. 2021 (positive maps).
+    with `window = 0` the output is zero there. Source: Peng et al. 2021, Choromanski et al. 2021.
 
     Args:
         query: (B, H, N, D).
@@ -95,7 +96,7 @@ def rfa_attention(
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, output_final_state, statistics)
-    return (output, state) if output_final_state else output
+    return (output, state) if state is not None else output
 
 
 def rfa_attention_reference(
@@ -181,7 +182,7 @@ def _linear(
     return output, final
 
 
-def _exact(call: OperatorCall) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+def _exact(call: OperatorCall) -> tuple[torch.Tensor, dict[str, Any]]:
     """The exact heads over their whole KV cache; the output (B, He, G, N, M) and the cache's fields of the state."""
     key, value, past_valid = call.key, call.value, None
     state, layout = call.state, call.layout
