@@ -1,31 +1,28 @@
 """The main job: an original, its window-only model and its conversions, measured side by side on the same tokens.
 
 from hf_rfa.compare import compare, default_model
+from hf_rfa.measuring import Measurer, Tokens, with_far_recovery
 from hf_rfa.results import CompareSettings
 comparison = compare(CompareSettings(model=default_model()))
 """
 
 import copy
 import dataclasses
-import itertools
-import math
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rfa
-from hf_rfa import evaluation
-from hf_rfa.data import evaluation_windows, load_documents, tokenize_documents, training_batches
 from hf_rfa.errors import ConfigError
+from hf_rfa.measuring import Measurer, Tokens, with_far_recovery
 from hf_rfa.results import (
     EXACT,
     LINEAR,
@@ -34,17 +31,14 @@ from hf_rfa.results import (
     WINDOW_ONLY,
     CompareSettings,
     Comparison,
-    Quality,
     Training,
 )
 from hf_rfa.speed import measure_speed
 from hf_rfa.training import finetune
 
-GREEDY_PROMPT, GREEDY_NEW, GREEDY_SAMPLES = 512, 100, 4  # tokens, tokens, prompts
-
 # Steps of the progress bar, about a second each on two cores: what one measurement of quality, one calibration and
 # one turn of the speed measurement count beside one step of fine-tuning.
-_QUALITY_UNITS, _CALIBRATION_UNITS, _SPEED_UNITS = 8, 8, 1
+_QUALITY_UNITS, _CALIBRATION_UNITS, _SPEED_UNITS = 8, 12, 1
 _BAR = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
 
 
@@ -94,12 +88,12 @@ def compare(
     with bar:
         original, tokenizer = _load(settings)
         speed_contexts = _speed_contexts(settings, original)
-        bar.total = 2 * _CALIBRATION_UNITS + len(VARIANTS) * (
+        bar.total = _CALIBRATION_UNITS + len(VARIANTS) * (
             _QUALITY_UNITS * (2 if settings.steps else 1)
             + _SPEED_UNITS * len(speed_contexts) * settings.speed_repeats
             + settings.steps
         )
-        tokens = _Tokens(settings, tokenizer)
+        tokens = Tokens(settings, tokenizer)
         models = {ORIGINAL: original, **_conversions(settings, original)}
         comparison = Comparison(
             settings=settings,
@@ -110,20 +104,22 @@ def compare(
             eval_tokens=len(tokens.evaluated),
         )
 
-        for name in (LINEAR, EXACT):
-            bar.set_description(f"calibrating {name}")
-            report = hf_rfa.calibrate(models[name], tokens.calibration_batches())
-            comparison.calibration[name] = report.to_dict()
-            bar.update(_CALIBRATION_UNITS)
-            comparison.key_heads = len(report.ranking)
-            comparison.softmax_heads = [(layer, head) for layer, head in report.softmax_heads or ()]
+        bar.set_description("calibrating")
+        report = hf_rfa.calibrate(models[EXACT], tokens.calibration_batches())
+        # The two differ in nothing but the exact heads.
+        models[LINEAR].load_state_dict(models[EXACT].state_dict())
+        hf_rfa.set_softmax_heads(models[LINEAR], [])
+        comparison.calibration = report.to_dict()
+        comparison.key_heads = len(report.ranking)
+        comparison.softmax_heads = report.softmax_heads
+        bar.update(_CALIBRATION_UNITS)
 
-        measure = _Measurer(original, tokens, settings)
+        measure = Measurer(original, tokens, settings)
         for name in VARIANTS:
             bar.set_description(f"measuring {name}")
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
-        comparison.calibrated = _with_far_recovery(comparison.calibrated, tokens.longest)
+        comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
 
         for context in speed_contexts:
             bar.set_description(f"speed at {context} tokens")
@@ -140,81 +136,10 @@ def compare(
                 bar.set_description(f"measuring {name}")
                 comparison.finetuned[name] = measure(models[name])
                 bar.update(_QUALITY_UNITS)
-            comparison.finetuned = _with_far_recovery(comparison.finetuned, tokens.longest)
+            comparison.finetuned = with_far_recovery(comparison.finetuned, tokens.longest)
         bar.set_description("done")
     comparison.seconds = time.perf_counter() - started
     return comparison, models[EXACT], tokenizer
-
-
-class _Tokens:
-    """The tokens that a comparison is made with; held-out ones are never trained or calibrated on."""
-
-    def __init__(self, settings: CompareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._settings = settings
-        self.longest = max(settings.contexts)
-        self.first_token = tokenizer.bos_token_id
-        self.train, _ = tokenize_documents(tokenizer, load_documents(settings.data, "train"))
-        held_out, num_bytes = tokenize_documents(tokenizer, load_documents(settings.data, "validation"))
-        self.held_out = torch.cat(held_out)
-        self.bytes_per_token = sum(num_bytes) / len(self.held_out)
-        # The same tokens for every context: shorter windows are parts of the longest ones.
-        self.evaluated = evaluation_windows(held_out, self.longest, settings.eval_windows).flatten()
-
-    def prompt(self, length: int) -> Tensor:
-        """So many held-out tokens, over again if there are too few: what they say makes no difference to the speed."""
-        return self.held_out.repeat(-(-length // len(self.held_out)))[:length]
-
-    def calibration_batches(self) -> list[Tensor]:
-        drawn = training_batches(self.train, self.longest, self._settings.batch_size, self._settings.seed + 1)
-        return list(itertools.islice(drawn, self._settings.calibration_batches))
-
-    def training_batches(self) -> Iterator[Tensor]:
-        s = self._settings
-        return training_batches(self.train, self.longest, s.batch_size, s.seed, s.repeat_probability)
-
-
-class _Measurer:
-    """Measures the quality of one model after the other on the same tokens, against the same original."""
-
-    def __init__(self, original: PreTrainedModel, tokens: _Tokens, settings: CompareSettings) -> None:
-        self._original, self._tokens, self._settings = original, tokens, settings
-        self._prompt = min(GREEDY_PROMPT, tokens.longest // 2)
-        new = min(GREEDY_NEW, tokens.longest - self._prompt)
-        self._continuations = evaluation.greedy_continuations(
-            original, tokens.held_out, self._prompt, new, GREEDY_SAMPLES
-        )
-
-    def __call__(self, model: PreTrainedModel) -> Quality:
-        tokens, contexts = self._tokens, self._settings.contexts
-        losses = {n: evaluation.token_nll(model, tokens.evaluated, n) for n in contexts}
-        mean = {n: loss.double().mean().item() for n, loss in losses.items()}
-        kl, agreement = 0.0, 1.0  # of the original with itself, by definition
-        if model is not self._original:
-            kl = evaluation.kl_divergence(self._original, model, tokens.evaluated, tokens.longest)
-            agreement = evaluation.greedy_agreement(model, self._continuations, self._prompt)
-        return Quality(
-            perplexity={n: math.exp(nll) for n, nll in mean.items()},
-            bits_per_byte={n: evaluation.bits_per_byte(nll, tokens.bytes_per_token) for n, nll in mean.items()},
-            by_position=evaluation.perplexity_by_position(losses[tokens.longest], self._settings.window),
-            kl_to_original=kl,
-            far_recovery=None,
-            copy_perplexity={
-                gap: evaluation.copy_perplexity(model, tokens.held_out, gap, first_token=tokens.first_token)
-                for gap in self._settings.copy_gaps
-            },
-            greedy_agreement=agreement,
-        )
-
-
-def _with_far_recovery(qualities: dict[str, Quality], context: int) -> dict[str, Quality]:
-    """The same with `far_recovery` filled in, which needs the figures of the original and of the window alone."""
-    nll = {name: math.log(quality.perplexity[context]) for name, quality in qualities.items()}
-    return {
-        name: dataclasses.replace(
-            quality, far_recovery=evaluation.far_recovery(nll[ORIGINAL], nll[WINDOW_ONLY], nll[name])
-        )
-        for name, quality in qualities.items()
-    }
 
 
 def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -267,7 +192,7 @@ class _BarHook:
         self._bar.update()
 
 
-def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: _Tokens, bar: tqdm) -> Training:
+def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: Tokens, bar: tqdm) -> Training:
     bf16 = settings.mixed_precision == "bf16" or (settings.mixed_precision == "auto" and _has_bfloat16(model.device))
     done = finetune(
         model,

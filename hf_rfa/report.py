@@ -75,7 +75,7 @@ def position_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
 
 def calibration_table(comparison: Comparison) -> list[list[str]]:
     """Header and rows of what calibration found, one row a key head."""
-    heads = comparison.calibration[EXACT]["heads"]
+    heads = comparison.calibration["heads"]
     return [[key.replace("_", " ") for key in heads[0]]] + [
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()] for head in heads
     ]

@@ -32,7 +32,7 @@ class CompareSettings:
     contexts: tuple[int, ...] = (512, 1024, 2048)  # each a divisor of the longest
     eval_windows: int = 8  # of the longest context
     copy_gaps: tuple[int, ...] = (300, 1500)  # tokens between the two appearances of a span
-    calibration_batches: int = 4
+    calibration_batches: int = 2
     steps: int = 40  # of fine-tuning; 0 = none
     batch_size: int = 2  # sequences of the longest context, in calibration and fine-tuning
     learning_rate: float = 3e-4
@@ -105,7 +105,9 @@ class Comparison:
     bytes_per_token: float
     eval_tokens: int
     softmax_heads: list[tuple[int, int]] = field(default_factory=list)  # (layer, key head) of the last variant
-    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(
+        default_factory=dict
+    )  # hf_rfa.CalibrationReport.to_dict(), of both conversions
     calibrated: dict[str, Quality] = field(default_factory=dict)  # no weight trained
     finetuned: dict[str, Quality] = field(default_factory=dict)  # empty if steps = 0
     training: dict[str, Training] = field(default_factory=dict)

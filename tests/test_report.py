@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from hf_rfa import report
-from hf_rfa.compare import _with_far_recovery
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import PositionBin
+from hf_rfa.measuring import with_far_recovery
 from hf_rfa.results import (
     EXACT,
     LINEAR,
@@ -43,7 +43,7 @@ def quality(nll: float) -> Quality:
 def comparison(tmp_path) -> Comparison:
     folder = tmp_path / "private" / "my-model"
     folder.mkdir(parents=True)
-    qualities = _with_far_recovery({name: quality(NLL[name]) for name in VARIANTS}, 1024)
+    qualities = with_far_recovery({name: quality(NLL[name]) for name in VARIANTS}, 1024)
     return Comparison(
         settings=CompareSettings(model=str(folder), contexts=(512, 1024), steps=10),
         environment={"torch": "2.13.0", "threads": 2},
@@ -52,7 +52,7 @@ def comparison(tmp_path) -> Comparison:
         bytes_per_token=3.0,
         eval_tokens=8192,
         softmax_heads=[(3, 1)],
-        calibration={EXACT: {"heads": [{"layer": 3, "key_head": 1, "alpha": 0.25, "softmax": True}]}},
+        calibration={"heads": [{"layer": 3, "key_head": 1, "alpha": 0.25, "softmax": True}]},
         calibrated=qualities,
         finetuned=qualities,
         training={name: Training(10, 40_960, 20.0, [3.0, 2.9]) for name in VARIANTS},

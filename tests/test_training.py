@@ -197,3 +197,14 @@ def test_a_model_with_nothing_to_train(tiny_llama):
     tiny_llama.requires_grad_(False)
     with pytest.raises(ConfigError, match="Unfreeze"):
         finetune(tiny_llama, batches(), steps=1, progress=False)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="under autocast v is bfloat16, q and k (after RoPE) float32: exact heads need one"
+)
+def test_a_model_with_exact_heads_trains_under_autocast(tiny_llama):
+    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=1, softmax_heads=[(1, 0)])
+    plain = hf_rfa.convert(copy.deepcopy(tiny_llama), config)
+    losses = finetune(hf_rfa.convert(tiny_llama, config), batches(), steps=2, mixed_precision="bf16", progress=False)
+    expected = finetune(plain, batches(), steps=2, progress=False)
+    assert losses.losses == pytest.approx(expected.losses, rel=2e-2)
