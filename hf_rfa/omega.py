@@ -1,7 +1,7 @@
 """Draws of omega: all of the project's randomness is here.
 
-`omega` is a pure function of (seed, layer, draw number): it is drawn on the CPU in float32 from a generator of its own,
-so that every rank, device and recomputation of a forward sees the same directions.
+`omega` is a pure function of (seed, layer, draw number): it is drawn on the CPU in float32 from a generator of its
+own, so that every rank, device and recomputation of a forward sees the same directions.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ def draw_omega(
 ) -> torch.Tensor:
     """omega (num_heads, num_features, head_dim), float32 on the CPU; every row is distributed as N(0, I).
 
-    `kind="gaussian"` draws the rows independently. `kind="orthogonal"` makes blocks of `head_dim` rows whose directions
-    are orthogonal (Choromanski et al. 2021, section 2.4): each row alone is still N(0, I), the estimate stays unbiased
-    and its variance falls.
+    `kind="gaussian"` draws the rows independently. `kind="orthogonal"` makes blocks of `head_dim` rows whose
+    directions are orthogonal (Choromanski et al. 2021, section 2.4): each row alone is still N(0, I), the estimate
+    stays unbiased and its variance falls.
     """
     words = np.random.SeedSequence((seed, layer, draw)).generate_state(2)
     generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
@@ -25,7 +25,8 @@ def draw_omega(
 
 
 def _gaussian(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(rows, dim, generator=generator)
+    # Explicit, because `from_pretrained` builds models under another default dtype or device.
+    return torch.randn(rows, dim, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _orthogonal(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:

@@ -6,7 +6,6 @@ the near chunks from a total would cancel digits.
 
 import torch
 
-from hf_rfa.errors import ConfigError
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import (
     BLOCK_CHUNKS,
@@ -39,12 +38,6 @@ def chunked_bidirectional(
     chunk = window or PURE_CHUNK
     sinks = call.sink_tokens if window else 0
     state = call.state or call.empty_state()
-    if state.near_key.shape[2]:
-        raise ConfigError(
-            f"A bidirectional `initial_state` has no near keys. Got {state.near_key.shape[2]} of them, so it comes "
-            f"from the "
-            "causal operator. Pass a state that `rfa_attention(..., causal=False)` returned."
-        )
     spec = PlanSpec(chunk, sinks, lag=0, history=False, final=False)
     plan = call.layout.plan(length, spec, torch.zeros_like(state.count), query.device)
     keys, values = to_chunks(call.key, plan), to_chunks(call.value, plan)

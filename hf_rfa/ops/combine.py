@@ -38,6 +38,11 @@ class FarStatistics:
         return int(self.dropped) / queries if queries else 0.0
 
 
+def smallest_denominator(dtype: torch.dtype) -> float:
+    """What still counts as positive: the reciprocal, times gradients of ordinary size, must not overflow."""
+    return torch.finfo(dtype).tiny * 2**24
+
+
 def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Part:
     """Exact attention over a few keys: scores (..., R, K) scaled, value (..., K, M), visible (..., R, K) bool.
 
@@ -76,8 +81,7 @@ def combine(
         exists = far.log_scale.detach() > -torch.inf
         if far_alive is not None:
             exists = exists & far_alive
-        # Smaller than the smallest normal number is not positive: its reciprocal overflows.
-        used = exists & (far.denominator.detach() > torch.finfo(far.denominator.dtype).tiny)
+        used = exists & (far.denominator.detach() > smallest_denominator(far.denominator.dtype))
         if statistics is not None:
             seen = exists if counted is None else exists & counted
             statistics.add(seen & ~used, seen)

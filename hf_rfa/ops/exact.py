@@ -55,9 +55,9 @@ def exact_attention(
     device = query.device
     valid = _key_valid(layout, past_valid, query.shape[0], length, past, device)
     outputs = []
-    document = None
-    if layout.document is not None:
-        document = layout.document.to(device)
+    document = layout.ordinal
+    if document is not None:
+        document = document.to(device)
         # The past continues the row's first document.
         document = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
     for start in range(0, length, QUERY_BLOCK):

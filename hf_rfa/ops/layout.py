@@ -94,6 +94,23 @@ class TokenLayout:
         """No padding, no packing."""
         return self.valid is None and self.document is None
 
+    @functools.cached_property
+    def ordinal(self) -> torch.Tensor | None:
+        """(B, N) number of each token's document in its row, counted from 0; None for one document a row.
+
+        Padding takes the number of the token before it, so that it begins and ends nothing.
+        """
+        if self.document is None:
+            return None
+        document = self.document
+        if self.valid is not None:
+            slots = torch.arange(document.shape[1], device=document.device)
+            last_token = torch.where(self.valid, slots, -1).cummax(1).values
+            first_token = self.valid.int().argmax(1, keepdim=True)
+            document = document.gather(1, torch.where(last_token < 0, first_token, last_token))
+        changes = (document[:, 1:] != document[:, :-1]).cumsum(1)
+        return torch.cat([torch.zeros_like(changes[:, :1]) if changes.shape[1] else document * 0, changes], dim=1)
+
     def check(self, batch: int, length: int) -> None:
         """Raise `ConfigError` unless the layout describes (batch, length) tokens."""
         for name in ("valid", "document"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_rfa.errors import ConfigError
 from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall, PerHead
 from hf_rfa.ops.chunked import chunked_causal
@@ -137,6 +138,7 @@ def rfa_attention_reference(
         sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
         valid=valid, document=document, sink_logits=sink_logits, state=initial_state,
     )  # fmt: skip
+    _check_state(call)
     output, state = reference_attention(call, output_final_state)
     output = output.flatten(1, 2)
     return (output, state) if state is not None else output
@@ -169,6 +171,7 @@ def _linear(
     call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
     """The linear heads: one token by the recurrent step, more by the chunked forms; (B, Hk, G, N, M)."""
+    _check_state(call)
     wide = call.to(accumulation_dtype(call.query.dtype))
     if call.causal and call.query.shape[3] == 1 and call.layout.document is None:
         state = call.state or call.empty_state()
@@ -182,16 +185,32 @@ def _linear(
     return output, final
 
 
+def _check_state(call: OperatorCall) -> None:
+    """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
+    if call.state is None:
+        return
+    empty = call.empty_state()
+    for name in ("kv_state", "near_key", "near_value", "sink_key", "sink_value"):
+        got, want = getattr(call.state, name).shape, getattr(empty, name).shape
+        if got != want:
+            raise ConfigError(
+                f"`initial_state` comes from another kind of call: its `{name}` has shape {tuple(got)}, this call "
+                f"needs {tuple(want)}. Continue with the window, sinks, heads, features and causality of that call."
+            )
+
+
 def _exact(call: OperatorCall) -> tuple[torch.Tensor, dict[str, Any]]:
     """The exact heads over their whole KV cache; the output (B, He, G, N, M) and the cache's fields of the state."""
-    key, value, past_valid = call.key, call.value, None
+    # Under autocast q and k come in float32 (from RoPE), v in bfloat16: the dtype in which softmax would run.
+    value, past_valid = call.value, None
+    query, key = call.query.to(value.dtype), call.key.to(value.dtype)
     state, layout = call.state, call.layout
     if state is not None and state.exact_key is not None and state.exact_value is not None:
         past_valid = state.exact_valid
         key = torch.cat([state.exact_key.to(key.dtype), key], dim=2)
         value = torch.cat([state.exact_value.to(value.dtype), value], dim=2)
     output = exact_attention(
-        call.query.flatten(1, 2),
+        query.flatten(1, 2),
         key,
         value,
         scaling=call.scaling,
@@ -219,8 +238,8 @@ def _cache_valid(
         valid[:, : past_valid.shape[1]] &= past_valid.to(device)
     if layout.valid is not None:
         valid[:, total - layout.valid.shape[1] :] &= layout.valid.to(device)
-    if layout.document is not None:
-        document = layout.document.to(device)
+    if layout.ordinal is not None:
+        document = layout.ordinal.to(device)
         past = total - document.shape[1]
         valid &= torch.cat([document[:, :1].expand(-1, past), document], dim=1) == document[:, -1:]
     return valid
@@ -228,7 +247,12 @@ def _cache_valid(
 
 def _count_only(call: OperatorCall) -> RFAState:
     """The state of a layer without linear heads: nothing but the number of tokens."""
-    state = call.state or call.empty_state()
-    valid = call.layout.valid
-    steps = torch.full_like(state.count, call.query.shape[3]) if valid is None else valid.sum(1).cpu()
-    return dataclasses.replace(state, count=state.count + steps)
+    state, layout = call.state or call.empty_state(), call.layout
+    counted = torch.ones(len(call.query), call.query.shape[3], dtype=torch.bool)
+    before = state.count
+    if layout.valid is not None:
+        counted = counted & layout.valid.cpu()
+    if layout.ordinal is not None:
+        ordinal = layout.ordinal.cpu()
+        counted, before = counted & (ordinal == ordinal[:, -1:]), before * (ordinal[:, -1] == 0)
+    return dataclasses.replace(state, count=before + counted.sum(1))

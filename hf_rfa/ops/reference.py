@@ -44,7 +44,8 @@ class _Sequence:
         self.far, self.scaling, self.sink_logits, self.state = call.far, call.scaling, call.sink_logits, state
         self.seen = int(state.count) if state is not None else 0
         self.key, self.value = key, value
-        self.rank = self.seen + torch.arange(key.shape[2])
+        # Without causality an earlier state is a bag of far keys; chunks and sinks are those of the new tokens.
+        self.rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
         self.new_rank = self.rank
         if state is None or not (window and self.causal):
             return
@@ -82,7 +83,9 @@ class _Sequence:
         if sink_logits is not None:
             denominator = denominator + sink_logits.to(query).exp().unsqueeze(-1)
         # Zero where nothing answers: window = 0 and an estimate that is not positive.
-        return torch.where((denominator > 0).unsqueeze(-1), numerator / denominator.unsqueeze(-1), 0.0)
+        answered = denominator > 0
+        quotient = numerator / torch.where(answered, denominator, 1.0).unsqueeze(-1)
+        return torch.where(answered.unsqueeze(-1), quotient, 0.0)
 
     def _near(self, query_rank: torch.Tensor, key_rank: torch.Tensor) -> torch.Tensor:
         if not self.window:
@@ -92,9 +95,7 @@ class _Sequence:
 
     def final_state(self) -> RFAState:
         """The state after the document's last token, its sums not rescaled."""
-        count = self.seen + self.key.shape[2] if self.state is None else int(self.new_rank[-1:].sum()) + 1
-        if len(self.new_rank) == 0:
-            count = self.seen
+        count = self.seen + len(self.new_rank)
         window = self.window if self.causal else 0
         sinks = self.sinks if self.causal else 0
         state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks)
