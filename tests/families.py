@@ -116,6 +116,8 @@ def build(builder: str | Builder, dtype: torch.dtype = torch.float32) -> PreTrai
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # a token like any other: generation runs to its length
     return model.to(dtype)
 
 
