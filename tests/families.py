@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as T
 from transformers import PreTrainedModel
@@ -149,3 +150,15 @@ def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The modules that hold an adapter, in the model's order."""
     return [module for module in model.modules() if "rfa" in module._modules]
+
+
+PEFT_ASKS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT itself does
+
+
+def lora(model: PreTrainedModel) -> Any:
+    """A PEFT model around a Llama, its LoRA not zero; in evaluation mode. Mark the test with `PEFT_ASKS`."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config).eval()

@@ -14,12 +14,14 @@ import transformers
 from families import (
     CAUSAL,
     OTHERS,
+    PEFT_ASKS,
     REFUSED,
     SHORT,
     SUPPORTED,
     attention_modules,
     build,
     inputs_for,
+    lora,
     outputs_of,
     token_ids,
 )
@@ -520,20 +522,8 @@ def test_bfloat16_is_near_float32(family):
     assert (rounded.float() - exact).norm() < 0.1 * exact.norm()
 
 
-EXACT_UNDER_AUTOCAST = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="exact heads meet float32 queries and keys but bfloat16 values after RoPE"
-)
-
-
-@pytest.mark.parametrize(
-    ("family", "exact_head"),
-    [
-        ("llama", False), ("gpt2", False), ("jamba", False), ("bert", False), ("vit", False), ("bart", False),
-        ("gpt2", True), ("jamba", True), ("bert", True), ("vit", True), ("bart", True),
-        pytest.param("llama", True, marks=EXACT_UNDER_AUTOCAST),
-        pytest.param("gpt_oss", False, marks=EXACT_UNDER_AUTOCAST),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("exact_head", [False, True])
+@SOME_FAMILIES
 def test_autocast_is_near_float32(family, exact_head):
     model = hf_rfa.convert(build(family), SHORT)
     inputs = inputs_for(model)
@@ -614,16 +604,6 @@ def test_gradients_reach_every_weight_that_they_reached_before(family):
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
-
-
-PEFT_ASKS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT itself does
-
-
-def lora(model):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config).eval()
 
 
 @PEFT_ASKS

@@ -131,6 +131,17 @@ def test_bfloat16_generates_from_a_cache_of_its_own_dtype(config):
     assert out.sequences.shape == (2, 70 + NEW)
 
 
+@CONFIG
+def test_autocast_with_a_cache_is_autocast_without(config):
+    """RoPE leaves float32 queries and keys beside bfloat16 values."""
+    model, ids = converted("llama", config), token_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
+        logits, _ = in_pieces(model, ids, [30, 1, 1, 20, 1, 17])
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - whole.float()).norm() < 0.02 * whole.float().norm()
+
+
 @GRID
 def test_sampling(family, config):
     model, ids = converted(family, config), token_ids()
