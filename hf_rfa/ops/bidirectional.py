@@ -54,14 +54,23 @@ def chunked_bidirectional(
     after = _running(_flip(sums), plan.document.flip(1), max(near_chunks + 1, 1), nothing)
     states, maxima = merge_states(before, _flip(after))
 
-    outputs = []
-    for first in range(0, keys.shape[2], BLOCK_CHUNKS):
-        block = slice(first, min(first + BLOCK_CHUNKS, keys.shape[2]))
-        near = _near(queries, keys, values, sink_keys, sink_values, plan, block, scaling) if window else None
-        query_features, query_scale = far.features(queries[:, :, block], scaling)
-        products = query_features @ states[:, :, block]
-        part = Part(products[..., :-1], products[..., -1], query_scale + maxima[:, :, block].unsqueeze(-1))
-        outputs.append(finish(near, part, call, plan, block, statistics))
+    if window:
+        near_keys = _neighbourhood(keys, sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
+        near_values = _neighbourhood(values, sink_values, plan).split(BLOCK_CHUNKS, dim=2)
+    # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
+    blocks = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, maxima)), strict=True)
+    outputs, begin = [], 0
+    for number, (block_queries, block_states, block_maxima) in enumerate(blocks):
+        span = slice(begin, begin + block_queries.shape[2])
+        near = None
+        if window:
+            scores = (block_queries * scaling) @ near_keys[number].mT
+            near = near_part(scores, near_values[number], _visible(plan, span, sinks, groups))
+        query_features, query_scale = far.features(block_queries, scaling)
+        products = query_features @ block_states
+        part = Part(products[..., :-1], products[..., -1], query_scale + block_maxima.unsqueeze(-1))
+        outputs.append(finish(near, part, call, plan, span, statistics))
+        begin = span.stop
     output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
     if not output_final_state:
         return output, None
@@ -76,20 +85,23 @@ def chunked_bidirectional(
 
 def _running(sums: Sums, document: torch.Tensor, lag: int, start: Sums) -> Sums:
     """For every chunk, the sums over the chunks of its document that lie at least `lag` before it."""
-    total, states = sums[1].shape[2], []
-    carry = start
-    for first in range(0, total, BLOCK_CHUNKS):
-        last = min(first + BLOCK_CHUNKS, total)
-        low, high = max(0, first - lag), max(0, last - lag)
-        readers, added = torch.arange(first, last), torch.arange(low, high)
-        member = (added <= readers[:, None] - lag).to(document.device)
-        member = member & (document[:, first:last, None] == document[:, None, low:high])
+    states, first, carry = [], 0, start
+    lead_sums, lead_peaks = sums[0][:, :, :0], sums[1][:, :, :0]
+    for block_sums, block_peaks in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in sums), strict=True):
+        last = first + block_peaks.shape[2]
+        all_sums, all_peaks = torch.cat([lead_sums, block_sums], 2), torch.cat([lead_peaks, block_peaks], 2)
+        low, count = max(0, first - lag), max(0, last - lag) - max(0, first - lag)
+        # At least one chunk, even if nobody reads it, so that the maximum is over something.
+        added = torch.arange(low, low + max(1, count), device=document.device)
+        readers = torch.arange(first, last, device=document.device)
+        member = (added <= readers[:, None] - lag) & (document[:, first:last, None] == document[:, None, added])
         before = document[:, first - 1 : first] if first else document[:, :1]
         keep = document[:, first:last] == before
-        if low == high:  # one chunk that nobody reads, so that the maximum is over something
-            low, high, member = 0, 1, torch.zeros_like(keep).unsqueeze(-1)
-        states.append(scan_chunks(sums[0][:, :, low:high], sums[1][:, :, low:high], member, *carry, keep))
+        states.append(scan_chunks(all_sums[:, :, : len(added)], all_peaks[:, :, : len(added)], member, *carry, keep))
         carry = (states[-1][0][:, :, -1], states[-1][1][:, :, -1])
+        if lag:
+            lead_sums, lead_peaks = all_sums[:, :, -lag:], all_peaks[:, :, -lag:]
+        first = last
     return torch.cat([s for s, _ in states], 2), torch.cat([m for _, m in states], 2)
 
 
@@ -97,27 +109,24 @@ def _flip(sums: Sums) -> Sums:
     return sums[0].flip(2), sums[1].flip(2)
 
 
-def _near(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
-    sink_values: torch.Tensor, plan: Plan, block: slice, scaling: float,
-) -> Part:  # fmt: skip
-    """Exact attention of each chunk over the sinks, the chunks on both sides and itself."""
-    total, chunk, device = keys.shape[2], keys.shape[3], keys.device
-    groups = queries.shape[3] // chunk
-    center = torch.arange(block.start, block.stop, device=device)
-    near_keys: list[torch.Tensor] = []
-    near_values: list[torch.Tensor] = []
-    for table, sink, target in ((keys, sink_keys, near_keys), (values, sink_values, near_values)):
-        target.append(take(sink, plan.sink_chunk[:, block] + 1))
-        target.extend(table[:, :, (center + step).clamp(0, total - 1)] for step in (-1, 0, 1))
-    scores = (queries[:, :, block] * scaling) @ torch.cat(near_keys, dim=3).mT
-    rank, document = plan.rank[:, block], plan.document[:, block]
-    visible = [(rank > 1).unsqueeze(-1).expand(-1, -1, sink_keys.shape[3])]
+def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """(B, H, n, s + 3 C, D): the sinks, the chunk before, the chunk itself and the one behind."""
+    before, behind = (
+        torch.cat([chunks[:, :, :1], chunks[:, :, :-1]], 2),
+        torch.cat([chunks[:, :, 1:], chunks[:, :, -1:]], 2),
+    )
+    return torch.cat([take(sink_table, plan.sink_chunk + 1), before, chunks, behind], dim=3)
+
+
+def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:
+    """(R, 1, n, G * C, s + 3 C) bool: what the queries of each chunk of the block see of its neighbourhood."""
+    total, chunk = plan.valid.shape[1:]
+    center = torch.arange(span.start, span.stop, device=plan.valid.device)
+    visible = [(plan.rank[:, span] > 1).unsqueeze(-1).expand(-1, -1, sinks)]
     for step in (-1, 0, 1):
         other = (center + step).clamp(0, total - 1)
-        inside = (center + step == other) & (plan.document[:, other] == document)
+        inside = (center + step == other) & (plan.document[:, other] == plan.document[:, span])
         visible.append(plan.valid[:, other] & inside.unsqueeze(-1))
     # A row without any key (all padding) looks at its own chunk, so that it is not empty; its output is dropped.
-    visible[2] = visible[2] | ~plan.valid[:, block].any(-1, keepdim=True)
-    mask = torch.cat(visible, dim=-1)[:, None, :, None, :].expand(-1, -1, -1, groups * chunk, -1)
-    return near_part(scores, torch.cat(near_values, dim=3), mask)
+    visible[2] = visible[2] | ~plan.valid[:, span].any(-1, keepdim=True)
+    return torch.cat(visible, dim=-1)[:, None, :, None, :].expand(-1, -1, -1, groups * chunk, -1)

@@ -4,6 +4,9 @@ Chunk c attends exactly to chunks c - 1 and c and to the sinks, and to all earli
 features. `window = 0` has no exact part: the own chunk goes through the features too.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from hf_rfa.feature_maps import FarKernel
@@ -13,7 +16,6 @@ from hf_rfa.ops.chunks import (
     PURE_CHUNK,
     finish,
     from_chunks,
-    previous,
     queries_to_chunks,
     sink_table,
     take,
@@ -52,18 +54,17 @@ def chunked_causal(
     sink_values = sink_table(values, state.sink_value, sinks)
     carry, carry_peak = state.kv_state.to(key.dtype), state.log_max.to(key.dtype)
     outputs = []
-    for start in range(0, keys.shape[2], BLOCK_CHUNKS):
-        block = slice(start, min(start + BLOCK_CHUNKS, keys.shape[2]))
-        states, maxima = _far_states(keys, values, far, plan, block, spec.lag, scaling, carry, carry_peak)
-        features, log_scale = far.features(queries[:, :, block], scaling)
+    for block in _blocks(queries, keys, values, sink_keys, sink_values, plan, spec.lag):
+        states, maxima = _far_states(block, far, plan, spec.lag, scaling, carry, carry_peak)
+        features, log_scale = far.features(block.queries, scaling)
         if window:
-            near = _near(queries, keys, values, sink_keys, sink_values, plan, block, scaling)
+            near = _near(block, plan, scaling)
             products = features @ states
             far_part = Part(products[..., :-1], products[..., -1], log_scale + maxima.unsqueeze(-1))
         else:
             near = None
-            far_part = _pure_part(features, log_scale, states, maxima, keys, values, far, plan, block, scaling)
-        outputs.append(finish(near, far_part, call, plan, block, statistics))
+            far_part = _pure_part(block, features, log_scale, states, maxima, far, plan, scaling)
+        outputs.append(finish(near, far_part, call, plan, block.span, statistics))
         carry, carry_peak = states[:, :, -1], maxima[:, :, -1]
     output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
     if not output_final_state:
@@ -71,73 +72,112 @@ def chunked_causal(
     return output, _final_state(state, plan, keys, values, sink_keys, sink_values, carry, carry_peak, window)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A few chunks that are handled at once: n of their own, t <= lag before them (none before the first block).
+
+    queries (B, H, n, G * C, D); keys, values (B, H, t + n, C, D or M); sink_keys, sink_values (B, H, n, s, D or M).
+    """
+
+    span: slice
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+
+    @property
+    def lead(self) -> int:
+        """t, the number of chunks before the block's own."""
+        return self.keys.shape[2] - self.queries.shape[2]
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's own chunks of `keys` or `values`."""
+        return x[:, :, self.lead :]
+
+    def previous(self, x: torch.Tensor) -> torch.Tensor:
+        """The chunk before each; the one before the first of all is a stand-in that nobody sees."""
+        return x[:, :, self.lead - 1 : -1] if self.lead else torch.cat([x[:, :, :1], x[:, :, :-1]], dim=2)
+
+
+def _blocks(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
+    sink_values: torch.Tensor, plan: Plan, lag: int,
+) -> Iterator[_Block]:  # fmt: skip
+    # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
+    sink_chunk = plan.sink_chunk + 1
+    whole = (queries, keys, values, take(sink_keys, sink_chunk), take(sink_values, sink_chunk))
+    lead_keys, lead_values = keys[:, :, :0], values[:, :, :0]
+    start = 0
+    for q, k, v, sink_k, sink_v in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in whole), strict=True):
+        k, v = torch.cat([lead_keys, k], dim=2), torch.cat([lead_values, v], dim=2)
+        yield _Block(slice(start, start + q.shape[2]), q, k, v, sink_k, sink_v)
+        lead_keys, lead_values = k[:, :, -lag:], v[:, :, -lag:]
+        start += q.shape[2]
+
+
 def _far_states(
-    keys: torch.Tensor, values: torch.Tensor, far: FarKernel, plan: Plan, block: slice, lag: int, scaling: float,
-    carry: torch.Tensor, carry_peak: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    block: _Block, far: FarKernel, plan: Plan, lag: int, scaling: float, carry: torch.Tensor, carry_peak: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What each chunk of the block reads: the sums over the chunks up to `lag` before it."""
-    first, last = max(0, block.start - lag), max(0, block.stop - lag)
-    document = plan.document
+    span, document, device = block.span, plan.document, carry.device
+    first, last = max(0, span.start - lag), max(0, span.stop - lag)
     # The carry is what the chunk before the block read; before the first block, what the initial state holds.
-    before = document[:, block.start - 1 : block.start] if block.start else torch.zeros_like(document[:, :1])
-    keep = document[:, block] == before
+    before = document[:, span.start - 1 : span.start] if span.start else torch.zeros_like(document[:, :1])
+    keep = document[:, span] == before
     if first == last:
-        shape = (*keys.shape[:2], block.stop - block.start)
+        shape = (*carry.shape[:2], span.stop - span.start)
         maximum = carry_peak.unsqueeze(-1).masked_fill(~keep.unsqueeze(1), -torch.inf).expand(shape)
         kept = torch.where(keep[:, None, :, None, None], carry.unsqueeze(2), 0.0)
         return kept.expand(*shape, *carry.shape[2:]), maximum
-    features, log_scale = far.features(keys[:, :, first:last], scaling)
-    sums, peak = chunk_sums(features, log_scale, values[:, :, first:last], plan.fold[:, first:last])
-    readers = torch.arange(block.start, block.stop, device=keys.device)
-    added = torch.arange(first, last, device=keys.device)
-    member = (added <= readers[:, None] - lag) & (document[:, block, None] == document[:, None, first:last])
+    keys, values = block.keys[:, :, : last - first], block.values[:, :, : last - first]
+    features, log_scale = far.features(keys, scaling)
+    sums, peak = chunk_sums(features, log_scale, values, plan.fold[:, first:last])
+    readers = torch.arange(span.start, span.stop, device=device)
+    added = torch.arange(first, last, device=device)
+    member = (added <= readers[:, None] - lag) & (document[:, span, None] == document[:, None, first:last])
     return scan_chunks(sums, peak, member, carry, carry_peak, keep)
 
 
-def _near(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
-    sink_values: torch.Tensor, plan: Plan, block: slice, scaling: float,
-) -> Part:  # fmt: skip
+def _near(block: _Block, plan: Plan, scaling: float) -> Part:
     """Exact attention of each chunk over the sinks, the chunk before and itself."""
-    near_keys = torch.cat(
-        [take(sink_keys, plan.sink_chunk[:, block] + 1), previous(keys, block), keys[:, :, block]], 3
-    )
-    near_values = torch.cat(
-        [take(sink_values, plan.sink_chunk[:, block] + 1), previous(values, block), values[:, :, block]], 3
-    )
-    scores = (queries[:, :, block] * scaling) @ near_keys.mT
-    chunk, groups = keys.shape[3], queries.shape[3] // keys.shape[3]
-    document, valid, rank = plan.document[:, block], plan.valid[:, block], plan.rank[:, block]
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
+    keys = torch.cat([block.sink_keys, block.previous(block.keys), block.own(block.keys)], dim=3)
+    values = torch.cat([block.sink_values, block.previous(block.values), block.own(block.values)], dim=3)
+    scores = (block.queries * scaling) @ keys.mT
+    chunk, device, span = block.keys.shape[3], keys.device, block.span
+    groups = block.queries.shape[3] // chunk
+    document, valid, rank = plan.document[:, span], plan.valid[:, span], plan.rank[:, span]
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     # Padding sees itself, so that no row is empty; nobody sees padding.
-    own = causal & (valid[:, :, None, :] | torch.eye(chunk, dtype=torch.bool, device=keys.device))
-    same = (previous(plan.document, block, 1) == document) & (
-        torch.arange(block.start, block.stop, device=keys.device) > 0
-    )
-    behind = (previous(plan.valid, block, 1) & same[..., None])[:, :, None, :].expand(-1, -1, chunk, -1)
-    sink = (rank > 1)[:, :, None, None].expand(-1, -1, chunk, sink_keys.shape[3])
+    own = causal & (valid[:, :, None, :] | torch.eye(chunk, dtype=torch.bool, device=device))
+    chunks = torch.arange(span.start, span.stop, device=device)
+    before = (chunks - 1).clamp_min(0)
+    same = (plan.document[:, before] == document) & (chunks > 0)
+    behind = (plan.valid[:, before] & same[..., None])[:, :, None, :].expand(-1, -1, chunk, -1)
+    sink = (rank > 1)[:, :, None, None].expand(-1, -1, chunk, block.sink_keys.shape[3])
     visible = torch.cat([sink, behind, own], dim=-1).repeat(1, 1, groups, 1)
-    return near_part(scores, near_values, visible.unsqueeze(1))
+    return near_part(scores, values, visible.unsqueeze(1))
 
 
 def _pure_part(
-    features: torch.Tensor, log_scale: torch.Tensor, states: torch.Tensor, maxima: torch.Tensor, keys: torch.Tensor,
-    values: torch.Tensor, far: FarKernel, plan: Plan, block: slice, scaling: float,
+    block: _Block, features: torch.Tensor, log_scale: torch.Tensor, states: torch.Tensor, maxima: torch.Tensor,
+    far: FarKernel, plan: Plan, scaling: float,
 ) -> Part:  # fmt: skip
     """`window = 0`: the sums of the chunks before, plus the own chunk's keys up to each query.
 
     The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing.
     """
-    key_features, key_log_scale = far.features(keys[:, :, block], scaling)
+    keys, values = block.own(block.keys), block.own(block.values)
+    key_features, key_log_scale = far.features(keys, scaling)
     chunk, groups = keys.shape[3], features.shape[3] // keys.shape[3]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
-    key_log_scale = key_log_scale.masked_fill(~plan.valid[:, None, block], -torch.inf)
+    key_log_scale = key_log_scale.masked_fill(~plan.valid[:, None, block.span], -torch.inf)
     maximum = torch.maximum(key_log_scale.detach().cummax(-1).values, maxima.unsqueeze(-1))
     base = maximum.masked_fill(maximum == -torch.inf, 0.0)
     exponent = (key_log_scale.unsqueeze(-2) - base.unsqueeze(-1)).masked_fill(~causal, -torch.inf)
     weights = exponent.exp().repeat(1, 1, 1, groups, 1) * (features @ key_features.mT)
     base = base.repeat(1, 1, 1, groups)
-    products = weights @ append_ones(values[:, :, block])
+    products = weights @ append_ones(values)
     products = products + (maxima.unsqueeze(-1) - base).exp().unsqueeze(-1) * (features @ states)
     return Part(products[..., :-1], products[..., -1], log_scale + maximum.repeat(1, 1, 1, groups))
 

@@ -42,13 +42,6 @@ def sink_table(chunks: torch.Tensor, sinks_of_state: torch.Tensor, sinks: int) -
     return torch.cat([sinks_of_state.to(chunks.dtype).unsqueeze(2), chunks[:, :, :, :sinks]], dim=2)
 
 
-def previous(x: torch.Tensor, block: slice, dim: int = 2) -> torch.Tensor:
-    """The chunk before each chunk of the block; the one before the first is a stand-in that nobody sees."""
-    if block.start:
-        return x.narrow(dim, block.start - 1, block.stop - block.start)
-    return torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, block.stop - 1)], dim=dim)
-
-
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Entries `index` (R, n) of dimension 2 of x (B, H, tokens or chunks, ...)."""
     if index.shape[0] == 1:
