@@ -83,7 +83,6 @@ def test_the_omega_of_a_head_does_not_depend_on_how_many_follow(kind):
     assert torch.equal(draw(kind, heads=5)[:2], draw(kind, heads=2))
 
 
-@pytest.mark.xfail(strict=True, reason="torch.randn is called without dtype and device, so it follows the defaults")
 @pytest.mark.parametrize("kind", OMEGA_DRAWS)
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
 def test_defaults_of_torch_do_not_matter(kind, default):

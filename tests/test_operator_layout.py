@@ -154,22 +154,11 @@ def slots_of_documents(document: torch.Tensor, valid: torch.Tensor) -> list[torc
     return [torch.tensor(run) for run in runs]
 
 
-REPEATED_AND_EXACT = (
-    "exact heads compare the numbers of documents, so equal numbers that are no neighbours see each other"
-)
-
-
-def expect_failure_of_repeated_numbers(request, name: str, extras: dict) -> None:
-    if name == "repeated" and "softmax_heads" in extras:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=REPEATED_AND_EXACT))
-
-
 @CAUSAL
 @WINDOW
 @EXTRAS
 @pytest.mark.parametrize("name", PACKINGS)
-def test_packing(request, name, extras, window, causal):
-    expect_failure_of_repeated_numbers(request, name, extras)
+def test_packing(name, extras, window, causal):
     document = torch.stack(PACKINGS[name])
     inputs = random_inputs(N)
     options = {"window": window, "alpha": 0.6, "causal": causal, **extras}
@@ -184,8 +173,7 @@ def test_packing(request, name, extras, window, causal):
 @EXTRAS
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 @pytest.mark.parametrize("name", PACKINGS)
-def test_packing_and_padding(request, name, padding, extras, window, causal):
-    expect_failure_of_repeated_numbers(request, name, extras)
+def test_packing_and_padding(name, padding, extras, window, causal):
     document = torch.stack(PACKINGS[name])
     valid = torch.stack([PADDINGS[padding][3], PADDINGS[padding][0]])
     inputs = random_inputs(N)

@@ -93,6 +93,21 @@ def test_every_cut(first, feature_map, window):
     assert_near(output, whole, 1e-10)
 
 
+@WINDOW
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("cuts", ["inside", "tokens", "prompt_and_tokens"])
+def test_pieces_with_parameters_of_each_head(cuts, feature_map, window):
+    inputs = random_inputs(N, heads=6, key_heads=3, size=1.0 if window else 0.5)
+    options = {"window": window, "feature_map": feature_map, "scaling": 0.5}
+    options["alpha"] = torch.tensor([0.3, 0.9, 0.5], dtype=torch.float64)
+    options["gamma"] = torch.tensor([0.4, 3.0, 0.0], dtype=torch.float64)
+    options["proposal"] = torch.tensor([-0.3, 0.05, 0.0], dtype=torch.float64)
+    whole, final = rfa_attention(**inputs, **options, output_final_state=True)
+    output, state = run_in_pieces(inputs, CUTS[cuts], **options)
+    assert_near(output, whole, 1e-10)
+    assert_equal_states(state, final, 1e-10)
+
+
 @pytest.mark.parametrize("sinks", [0, 1, 8])
 @pytest.mark.parametrize("cuts", CUTS)
 def test_numbers_of_sinks(cuts, sinks):
@@ -252,11 +267,7 @@ def test_the_first_document_of_a_piece_continues_the_state(cut, softmax_heads, w
 
 
 @pytest.mark.parametrize("softmax_heads", [(), (1,), (0, 1)])
-def test_count_is_that_of_the_last_document(request, softmax_heads):
-    if softmax_heads == (0, 1):
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="without linear heads the tokens of all documents are counted")
-        )
+def test_count_is_that_of_the_last_document(softmax_heads):
     document = torch.tensor([[0] * 20 + [1] * 40, [0] * 50 + [1] * 10])
     _, state = rfa_attention(
         **random_inputs(N), window=8, document=document, softmax_heads=softmax_heads, output_final_state=True
@@ -266,14 +277,8 @@ def test_count_is_that_of_the_last_document(request, softmax_heads):
 
 @pytest.mark.parametrize("number", [0, 1, 5])
 @pytest.mark.parametrize("softmax_heads", [(), (1,)])
-def test_padding_behind_the_last_document_does_not_end_it(request, softmax_heads, number):
+def test_padding_behind_the_last_document_does_not_end_it(softmax_heads, number):
     # The document number of padding means nothing, in the state neither.
-    if softmax_heads and number != 1:
-        request.applymarker(
-            pytest.mark.xfail(
-                strict=True, reason="the exact heads' cache takes the last slot's number for the document's"
-            )
-        )
     inputs, more = random_inputs(N), random_inputs(5, seed=1)
     valid = (torch.arange(N) < N - 7).expand(2, -1)
     document = torch.where(valid, (torch.arange(N) >= 30).long(), number)
@@ -460,17 +465,13 @@ def test_sliding_windows_after_left_padding(cuts, width):
 
 # --- bidirectional --------------------------------------------------------------------------------------------------
 
-RESTARTS = pytest.mark.xfail(
-    strict=True, reason="the chunked form begins chunks and sinks anew after a state, the definition counts on"
-)
-
 
 @pytest.mark.parametrize(
     ("window", "sinks", "cut"),
     [
         *((0, 0, cut) for cut in (1, 8, 13, 31)),
         *((8, 0, cut) for cut in (8, 16)),
-        *(pytest.param(8, sinks, cut, marks=RESTARTS) for sinks, cut in ((0, 1), (0, 13), (4, 8), (4, 13))),
+        *((8, sinks, cut) for sinks, cut in ((0, 1), (0, 13), (4, 8), (4, 13))),
     ],
 )
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
@@ -492,7 +493,7 @@ def test_bidirectional_states_are_those_of_the_definition(feature_map, window, s
     assert got_final.count.tolist() == [N, N]
 
 
-@pytest.mark.parametrize("window", [0, pytest.param(8, marks=RESTARTS)])
+@WINDOW
 def test_a_bidirectional_state_with_padding_and_documents(window):
     inputs, more = random_inputs(N), random_inputs(25, seed=1)
     valid = torch.stack([torch.arange(N) >= 7, torch.arange(N) < 41])
@@ -528,11 +529,12 @@ def test_gradients_through_a_bidirectional_state(window):
 def test_a_causal_state_is_refused_by_the_bidirectional_form():
     inputs = random_inputs(N)
     _, state = rfa_attention(**inputs, window=8, output_final_state=True)
-    with pytest.raises(ConfigError, match=r"`initial_state` has no near keys\. Got 16 of them.*causal operator"):
+    with pytest.raises(
+        ConfigError, match=r"`initial_state` .*`near_key` has shape \(2, 2, 16, 8\).*needs \(2, 2, 0, 8\)"
+    ):
         rfa_attention(**inputs, window=8, causal=False, initial_state=state)
 
 
-@pytest.mark.xfail(strict=True, reason="an initial state is not compared with the call that continues it")
 @pytest.mark.parametrize(
     "change", [{"window": 4}, {"window": 16}, {"window": 0}, {"sink_tokens": 2}, {"causal_before": False}]
 )
