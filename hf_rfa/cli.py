@@ -172,7 +172,7 @@ def print_comparison(comparison: Comparison) -> None:
     for title, (header, *rows) in tables:
         table = Table(title=title, title_justify="left")
         for number, column in enumerate(header):
-            table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+            table.add_column(column, justify="right" if number else "left", no_wrap=not number, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
