@@ -17,14 +17,13 @@ from hf_rfa.config import RFAConfig
 from hf_rfa.dry_run import AttentionCalls, DryRun, example_inputs, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.generation import CachePreparer
+from hf_rfa.pair import CONFIG_FIELD, ModelSaver
 from hf_rfa.resample import resample_before_forward
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-#: Where the conversion is written in the model's own config, so that it is saved with it.
-CONFIG_FIELD = "rfa_config"
 _RECORD = "_rfa_conversion"
 
 
@@ -90,9 +89,11 @@ def convert(
         _restore(before)
         raise
     store_config(base, config)
+    # On the instance: the class stays untouched.
+    base.__dict__["save_pretrained"] = ModelSaver(base)
     for module in base.modules():
         if isinstance(module, GenerationMixin):
-            module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)  # the class stays untouched
+            module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)
     base.register_forward_pre_hook(resample_before_forward)
     _warn_about_dropout(base)
     return model
@@ -296,6 +297,7 @@ def _detach(model: PreTrainedModel) -> None:
     _remove_hook(model, resample_before_forward)
     for module in model.modules():
         module.__dict__.pop("_prepare_cache_for_generation", None)
+    model.__dict__.pop("save_pretrained", None)
     model.__dict__.pop(_RECORD, None)
     if hasattr(model.config, CONFIG_FIELD):
         delattr(model.config, CONFIG_FIELD)
