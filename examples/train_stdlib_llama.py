@@ -1,6 +1,6 @@
 """Trains the tiny causal LM of `examples/stdlib-llama` on the Python standard library: no download, one CPU core.
 
-    python examples/train_stdlib_llama.py                          # about 70 minutes, into examples/stdlib-llama
+    python examples/train_stdlib_llama.py                          # about an hour, into examples/stdlib-llama
     python examples/train_stdlib_llama.py --output DIR             # elsewhere; a run cut short resumes from DIR.ckpt
     python examples/train_stdlib_llama.py --output DIR --export    # write the model of the last checkpoint and stop
 
@@ -34,7 +34,7 @@ SEED = 0
 VOCAB_SIZE = 2048
 MAX_CONTEXT = 4096
 BATCH_TOKENS = 8192  # in every stage, so that one learning rate serves all of them
-STAGES = ((512, 900), (1024, 800), (2048, 1300), (4096, 100))  # (context, optimiser steps)
+STAGES = ((512, 900), (1024, 800), (2048, 650), (4096, 100))  # (context, optimiser steps)
 REPEAT_PROBABILITY = 0.5
 MUON_LR, ADAM_LR = 0.02, 3e-3
 WARMUP_STEPS = 50
