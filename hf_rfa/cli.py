@@ -116,7 +116,7 @@ def compare_command(
     ] = _D.mixed_precision,
     seed: Annotated[int, _option(_RUN, "Seed of omega, of calibration and of training batches.", min=0)] = _D.seed,
     threads: Annotated[
-        int | None, _option(_RUN, "CPU threads. [dim]default: PyTorch's choice[/dim]", min=1)
+        int | None, _option(_RUN, "CPU threads. [dim]default: the cores that are idle at the start[/dim]", min=1)
     ] = _D.threads,
     device: Annotated[str, _option(_RUN, "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.")] = _D.device,
 ) -> None:

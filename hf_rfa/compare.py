@@ -8,6 +8,7 @@ comparison = compare(CompareSettings(model=default_model()))
 
 import copy
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -81,8 +82,7 @@ def compare(
         FloatingPointError: logits or a loss that are not finite.
     """
     started = time.perf_counter()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(_idle_cores() if settings.threads is None else settings.threads)
     torch.manual_seed(settings.seed)
     bar = tqdm(total=0, disable=not progress, desc="loading", bar_format=_BAR)
     with bar:
@@ -204,6 +204,15 @@ def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: Tokens,
         progress=not bar.disable,
     )
     return Training(done.step, done.tokens, done.seconds, done.losses)
+
+
+def _idle_cores() -> int:
+    """PyTorch's number of threads less the cores that are busy already, at least 1.
+
+    Threads that wait for each other on a busy machine make small models many times slower than a single thread.
+    """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, torch.get_num_threads() - round(busy))
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ class CompareSettings:
     speed_repeats: int = 3
     new_tokens: int = 32  # decoded when speed is measured
     seed: int = 0
-    threads: int | None = None  # None = PyTorch's choice
+    threads: int | None = None  # None = the cores that are idle at the start
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class CompareSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
         if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"`threads` must be at least 1. Got {self.threads}. Leave it out for PyTorch's choice.")
+            raise ConfigError(f"`threads` must be at least 1. Got {self.threads}. Leave it out for the idle cores.")
         if self.mixed_precision not in ("auto", "no", "bf16"):
             raise ConfigError(f"`mixed_precision` must be 'auto', 'no' or 'bf16'. Got {self.mixed_precision!r}.")
 

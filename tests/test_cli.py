@@ -191,3 +191,10 @@ def test_the_default_model_is_found_in_a_clone_and_in_an_installed_package(tmp_p
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         assert compare.default_model() == str(folder)
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.1, 4), (1.4, 3), (9.0, 1)])
+def test_busy_cores_get_no_thread(monkeypatch, load, threads):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert compare._idle_cores() == threads
