@@ -173,8 +173,8 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
     seen = cache.get_seq_length(index)
     if seen:
         raise UnsupportedModelError(
-            f"This cache already holds {seen} tokens that the model saw before it was converted. "
-            "Start with an empty cache."
+            f"This cache already holds {seen} tokens that the model saw before it was converted. Start with an empty "
+            "cache."
         )
     new = RFACacheLayer()
     new.record_past = getattr(layer, "record_past", False)
