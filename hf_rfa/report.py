@@ -92,7 +92,7 @@ CALIBRATED_TITLE = "Right after calibration (no weight of the model trained)"
 
 def with_finetuned_original(qualities: Mapping[str, Quality]) -> dict[str, Quality]:
     """The fine-tuned columns under names that say so: the original was fine-tuned too."""
-    return {f"{name}, same fine-tuning" if name == ORIGINAL else name: q for name, q in qualities.items()}
+    return {f"{name}, same tuning" if name == ORIGINAL else name: q for name, q in qualities.items()}
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:

@@ -108,7 +108,7 @@ def test_the_report_is_written_and_carries_no_path(comparison, tmp_path):
     assert "my-model (3,500,000 parameters) on stdlib" in text
     assert "| far recovery | 100.0% | 0.0% | 50.0% | 75.0% |" in text
     assert "After 10 steps of fine-tuning (40,960 tokens, the same for every column)" in text
-    assert "original, same fine-tuning" in text
+    assert "original, same tuning" in text
     assert "all key heads but 1 of 8" in text
     assert "| layer | key head | alpha | softmax |" in text
     assert "| 3 | 1 | 0.25 | True |" in text
@@ -128,7 +128,7 @@ def test_without_fine_tuning_the_report_says_so(comparison, tmp_path):
     report.write_report(comparison, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "Nothing was fine-tuned" in text
-    assert "same fine-tuning" not in text
+    assert "same tuning" not in text
 
 
 def test_a_figure_that_is_no_number_is_not_written(comparison, tmp_path):
