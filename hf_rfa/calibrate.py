@@ -20,11 +20,13 @@ from hf_rfa.convert import base_model, conversion_config, set_softmax_heads
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.feature_maps import optimal_proposal
+from hf_rfa.head_errors import grams_of_heads, output_projection, pair_norm, squared_errors
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.operator import rfa_attention
+from hf_rfa.ops.parts import attention_parts
 
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-GAMMAS = (0.1, 0.3, 1.0, 3.0)
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
+GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 #: `softmax_heads="auto"` keeps heads that would lose more than this share of their layer's output ...
 AUTO_LOSS = 0.03
 #: ... but never more than this share of all key heads.
@@ -174,12 +176,13 @@ class _Observer:
 
     def __init__(self, adapter: RFAAdapter) -> None:
         self.adapter = adapter
-        pure = adapter.config.window == 0
+        self.pure = adapter.config.window == 0
         # gamma cancels without a window, and a far part there must be.
-        grid = itertools.product(ALPHAS, (1.0,) if pure else GAMMAS)
-        self.candidates = ([] if pure else [(0.0, 0.0)]) + list(grid)
+        self.gammas = (1.0,) if self.pure else GAMMAS
+        self.candidates = ([] if self.pure else [(0.0, 0.0)]) + list(itertools.product(ALPHAS, self.gammas))
         self.plain_errors = torch.zeros(len(self.candidates), adapter.key_heads, dtype=torch.float64)
         self.errors = torch.zeros_like(self.plain_errors)
+        self.pair_norm: torch.Tensor | None = None  # E|q'+k'|^2 of each key head at alpha = 1, from the first batch
         self.planted = 0  # tokens at the end of each row that repeat earlier ones
         self.energy = 0.0
         self.tokens = self.far_tokens = 0
@@ -188,29 +191,49 @@ class _Observer:
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
     ) -> None:  # fmt: skip
-        config, heads = adapter.config, adapter.key_heads
-        options = {name: options[name] for name in ("scaling", "causal", "sink_logits")}
+        heads, width = adapter.key_heads, exact.shape[1] // adapter.key_heads * exact.shape[3]
         self.tokens += query.shape[0] * query.shape[2]
-        self.far_tokens += max(0, query.shape[2] - 2 * config.window)
-        groups = exact.shape[1] // heads
-        projection = _output_projection(module, exact.shape[1] * exact.shape[3])
-        grams = _grams(projection, heads, groups * exact.shape[3], exact)
-        joined = exact.transpose(1, 2).flatten(2)
-        whole = joined if projection is None else joined.float() @ projection.T
+        self.far_tokens += max(0, query.shape[2] - 2 * adapter.config.window)
+        projection = output_projection(module, heads * width)
+        grams = grams_of_heads(projection, heads, width, exact)
+        joined = exact.float().transpose(1, 2).flatten(2)
+        whole = joined if projection is None else joined @ projection.T
         self.energy += whole.double().square().sum().item()
-        for index, (alpha, gamma) in enumerate(self.candidates):
-            proposal = None
-            if config.feature_map == "optimal_positive":
-                proposal = best_proposal(query, key, options["scaling"] * alpha**2)
-            out = rfa_attention(
-                query, key, value, omega=adapter.omega, feature_map=config.feature_map, window=config.window,
-                sink_tokens=config.sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, layout=layout, **options,
-            )  # fmt: skip
-            assert isinstance(out, torch.Tensor)
-            error = (out - exact).float().unflatten(1, (heads, groups)).permute(0, 1, 3, 2, 4).flatten(3)
-            squares = ((error @ grams) * error).sum(-1).double().cpu()  # (batch, heads, tokens)
-            self.errors[index] += squares.sum((0, 2))
-            self.plain_errors[index] += squares[:, :, : squares.shape[2] - self.planted].sum((0, 2))
+        if self.pair_norm is None:
+            self.pair_norm = pair_norm(query, key, options["scaling"])
+        target = exact.float().unflatten(1, (heads, -1))  # (B, Hk, G, N, M)
+        row = 0 if self.pure else 1
+        for alpha in ALPHAS:
+            call = self._call(query, key, value, layout, options, alpha)
+            near, far = attention_parts(call)
+            squares = squared_errors(near, far, target, grams, self.gammas, call.sink_logits)
+            if not self.pure and alpha == ALPHAS[0]:
+                self._add(0, squares[:1])
+            self._add(row, squares if self.pure else squares[1:])
+            row += len(self.gammas)
+
+    def _call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout,
+        options: dict[str, Any], alpha: float,
+    ) -> OperatorCall:  # fmt: skip
+        adapter, config = self.adapter, self.adapter.config
+        return OperatorCall.check(
+            query.float(), key.float(), value.float(), omega=adapter.omega, feature_map=config.feature_map,
+            window=config.window, sink_tokens=config.sink_tokens, alpha=alpha, gamma=1.0, valid=None, document=None,
+            proposal=self._proposal(alpha), scaling=options["scaling"], causal=options["causal"], layout=layout,
+            sink_logits=options["sink_logits"], state=None,
+        )  # fmt: skip
+
+    def _proposal(self, alpha: float) -> torch.Tensor:
+        """A (key_heads,) of the optimal positive features for queries and keys times alpha."""
+        assert self.pair_norm is not None
+        return optimal_proposal(self.pair_norm * alpha**2, self.adapter.omega.shape[-1])
+
+    def _add(self, row: int, squares: torch.Tensor) -> None:
+        """Add squared errors (candidates, B, Hk, N) from candidate number `row` on."""
+        rows = slice(row, row + len(squares))
+        self.errors[rows] += squares.sum((1, 3)).cpu()
+        self.plain_errors[rows] += squares[..., : squares.shape[3] - self.planted].sum((1, 3)).cpu()
 
     def choose(self) -> list[dict[str, float]]:
         """Set the adapter to each key head's best candidate; returns it with its loss and the window's alone."""
@@ -220,46 +243,10 @@ class _Observer:
         for head, index in enumerate(best.tolist()):
             alpha, gamma = self.candidates[index]
             self.adapter.alpha[head], self.adapter.gamma[head] = alpha, gamma
-            window = losses[0, head].item() if self.candidates[0][1] == 0 else float("nan")
+            self.adapter.proposal[head] = self._proposal(alpha)[head]
+            window = float("nan") if self.pure else losses[0, head].item()
             rows.append({"alpha": alpha, "gamma": gamma, "loss": losses[index, head].item(), "window_loss": window})
         return rows
-
-
-def best_proposal(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """A (Hk,) of the optimal positive features for nu = E|q'+k'|^2 over all pairs, x' = x sqrt(scaling)."""
-    heads = key.shape[1]
-    q, k = (
-        query.float().unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3),
-        key.float().transpose(0, 1).flatten(1, 2),
-    )
-    pair = q.square().sum(-1).mean(-1) + k.square().sum(-1).mean(-1) + 2 * (q.mean(1) * k.mean(1)).sum(-1)
-    return optimal_proposal(pair * scaling, key.shape[-1])
-
-
-def _output_projection(module: nn.Module, size: int) -> torch.Tensor | None:
-    """The weight (hidden, size) that follows the attention in the same module, if it is there under a usual name."""
-    for name in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj"):
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if (
-            isinstance(weight, torch.Tensor)
-            and weight.dim() == 2
-            and size in weight.shape
-            and weight.is_floating_point()
-        ):
-            # GPT-2's Conv1D stores the transpose of a Linear.
-            transposed = type(getattr(module, name)).__name__ == "Conv1D"
-            weight = weight.T if transposed else weight
-            if weight.shape[1] == size:
-                return weight.detach().float()
-    return None
-
-
-def _grams(projection: torch.Tensor | None, heads: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """W_head^T W_head (heads, width, width); the identity where the projection is not known."""
-    if projection is None:
-        return torch.eye(width, device=like.device).expand(heads, width, width)
-    columns = projection.to(like.device).unflatten(1, (heads, width)).transpose(0, 1)
-    return columns.mT @ columns
 
 
 def _kept_heads(setting: Any, losses: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:

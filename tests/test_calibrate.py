@@ -70,20 +70,7 @@ def test_the_report_says_what_the_adapters_hold():
         assert (head.alpha, head.gamma) == (0, 0) or (head.alpha in ALPHAS and head.gamma in GAMMAS)
 
 
-@pytest.mark.parametrize(
-    "feature_map",
-    [
-        "trigonometric",
-        "positive",
-        "hyperbolic",
-        pytest.param(
-            "optimal_positive",
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="the proposal that the fit was made with is not kept"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("feature_map", ["trigonometric", "positive", "hyperbolic", "optimal_positive"])
 def test_losses_are_shares_of_the_layers_squared_output(feature_map):
     """With one key head the layer's error is the head's: measured here on the model itself."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,6 +4,8 @@ Chunk c attends exactly to chunks c - 1, c, c + 1 and to the sinks. Far sums are
 the near chunks from a total would cancel digits.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from hf_rfa.ops.call import OperatorCall
@@ -33,54 +35,65 @@ def chunked_bidirectional(
     The keys of the initial state are far keys of the row's first document; the final state holds all keys of the row's
     last document (and of the initial state, if that is the first) in its sums. Such a state has no near keys.
     """
-    query, far, window, scaling = call.query, call.far, call.window, call.scaling
-    batch, _, groups, length, _ = query.shape
-    chunk = window or PURE_CHUNK
-    sinks = call.sink_tokens if window else 0
-    state = call.state or call.empty_state()
-    spec = PlanSpec(chunk, sinks, lag=0, history=False, final=False)
-    plan = call.layout.plan(length, spec, torch.zeros_like(state.count), query.device)
-    keys, values = to_chunks(call.key, plan), to_chunks(call.value, plan)
-    queries = queries_to_chunks(query, plan)
-    sink_keys = sink_table(keys, keys.new_zeros(batch, keys.shape[1], sinks, keys.shape[-1]), sinks)
-    sink_values = sink_table(values, values.new_zeros(batch, keys.shape[1], sinks, values.shape[-1]), sinks)
+    run = BidirectionalPass(call)
+    outputs = [finish(near, far, call, run.plan, span, statistics) for span, near, far in run.blocks()]
+    output = from_chunks(torch.cat(outputs, dim=2), run.plan, call.query.shape[2], call.query.shape[3])
+    return output, run.final_state() if output_final_state else None
 
-    features, log_scale = far.features(keys, scaling)
-    start = (state.kv_state.to(keys.dtype), state.log_max.to(keys.dtype))
-    nothing = (torch.zeros_like(start[0]), torch.full_like(start[1], -torch.inf))
-    near_chunks = 1 if window else -1  # chunks on each side that are exact; -1: not even the own one
-    sums = chunk_sums(features, log_scale, values, plan.fold)
-    before = _running(sums, plan.document, near_chunks + 1, start)
-    after = _running(_flip(sums), plan.document.flip(1), max(near_chunks + 1, 1), nothing)
-    states, maxima = merge_states(before, _flip(after))
 
-    if window:
-        near_keys = _neighbourhood(keys, sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
-        near_values = _neighbourhood(values, sink_values, plan).split(BLOCK_CHUNKS, dim=2)
-    # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
-    blocks = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, maxima)), strict=True)
-    outputs, begin = [], 0
-    for number, (block_queries, block_states, block_maxima) in enumerate(blocks):
-        span = slice(begin, begin + block_queries.shape[2])
-        near = None
-        if window:
-            scores = (block_queries * scaling) @ near_keys[number].mT
-            near = near_part(scores, near_values[number], _visible(plan, span, sinks, groups))
-        query_features, query_scale = far.features(block_queries, scaling)
-        products = query_features @ block_states
-        part = Part(products[..., :-1], products[..., -1], query_scale + block_maxima.unsqueeze(-1))
-        outputs.append(finish(near, part, call, plan, span, statistics))
-        begin = span.stop
-    output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
-    if not output_final_state:
-        return output, None
-    # Every key, sinks and near ones too, of the document that each row ends with.
-    whole = chunk_sums(features, log_scale, values, plan.valid)
-    kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.document, 0, start))
-    single = plan.document[:, -1].cpu() == 0
-    count = plan.count + torch.where(single, state.count, torch.zeros_like(state.count))
-    final = RFAState(kv_state, log_max, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
-    return output, final
+class BidirectionalPass:
+    """One walk over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
+
+    def __init__(self, call: OperatorCall) -> None:
+        batch, sinks = len(call.query), call.sink_tokens if call.window else 0
+        state = call.state or call.empty_state()
+        spec = PlanSpec(call.window or PURE_CHUNK, sinks, lag=0, history=False, final=False)
+        plan = call.layout.plan(call.query.shape[3], spec, torch.zeros_like(state.count), call.query.device)
+        self.call, self.plan, self.state, self.sinks = call, plan, state, sinks
+        self.keys, self.values = to_chunks(call.key, plan), to_chunks(call.value, plan)
+        heads, dim, value_dim = self.keys.shape[1], self.keys.shape[-1], self.values.shape[-1]
+        self.sink_keys = sink_table(self.keys, self.keys.new_zeros(batch, heads, sinks, dim), sinks)
+        self.sink_values = sink_table(self.values, self.values.new_zeros(batch, heads, sinks, value_dim), sinks)
+        self.features, self.log_scale = call.far.features(self.keys, call.scaling)
+        self.start = (state.kv_state.to(self.keys.dtype), state.log_max.to(self.keys.dtype))
+
+    def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
+        """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
+        call, plan = self.call, self.plan
+        queries = queries_to_chunks(call.query, plan)
+        nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
+        near_chunks = 1 if call.window else -1  # chunks on each side that are exact; -1: not even the own one
+        sums = chunk_sums(self.features, self.log_scale, self.values, plan.fold)
+        before = _running(sums, plan.document, near_chunks + 1, self.start)
+        after = _running(_flip(sums), plan.document.flip(1), max(near_chunks + 1, 1), nothing)
+        states, maxima = merge_states(before, _flip(after))
+        if call.window:
+            near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
+            near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
+        # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
+        parts = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, maxima)), strict=True)
+        begin = 0
+        for number, (block_queries, block_states, block_maxima) in enumerate(parts):
+            span = slice(begin, begin + block_queries.shape[2])
+            near = None
+            if call.window:
+                scores = (block_queries * call.scaling) @ near_keys[number].mT
+                visible = _visible(plan, span, self.sinks, call.query.shape[2])
+                near = near_part(scores, near_values[number], visible)
+            features, log_scale = call.far.features(block_queries, call.scaling)
+            products = features @ block_states
+            yield span, near, Part(products[..., :-1], products[..., -1], log_scale + block_maxima.unsqueeze(-1))
+            begin = span.stop
+
+    def final_state(self) -> RFAState:
+        """Every key, sinks and near ones too, of the document that each row ends with."""
+        plan, state = self.plan, self.state
+        whole = chunk_sums(self.features, self.log_scale, self.values, plan.valid)
+        kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.document, 0, self.start))
+        single = plan.document[:, -1].cpu() == 0
+        count = plan.count + torch.where(single, state.count, torch.zeros_like(state.count))
+        kept = (state.near_key, state.near_value, state.sink_key, state.sink_value)
+        return RFAState(kv_state, log_max, *kept, count)
 
 
 def _running(sums: Sums, document: torch.Tensor, lag: int, start: Sums) -> Sums:

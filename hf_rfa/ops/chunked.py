@@ -34,42 +34,70 @@ def chunked_causal(
 
     Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
     """
-    query, key, value, far, window, scaling = (
-        call.query, call.key, call.value, call.far, call.window, call.scaling,
-    )  # fmt: skip
-    batch, heads, groups, length, dim = query.shape
-    chunk = window or PURE_CHUNK
-    sinks = call.sink_tokens if window else 0
-    state = call.state or call.empty_state()
-    history = bool(window) and call.state is not None
-    spec = PlanSpec(chunk, sinks, lag=2 if window else 1, history=history, final=output_final_state)
-    plan = call.layout.plan(length, spec, state.count, query.device)
-    if history:
-        near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)
-        key, value = torch.cat([near_key, key], dim=2), torch.cat([near_value, value], dim=2)
-        query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, dim), query], dim=3)
-    keys, values = to_chunks(key, plan), to_chunks(value, plan)
-    queries = queries_to_chunks(query, plan)
-    sink_keys = sink_table(keys, state.sink_key, sinks)
-    sink_values = sink_table(values, state.sink_value, sinks)
-    carry, carry_peak = state.kv_state.to(key.dtype), state.log_max.to(key.dtype)
-    outputs = []
-    for block in _blocks(queries, keys, values, sink_keys, sink_values, plan, spec.lag):
-        states, maxima = _far_states(block, far, plan, spec.lag, scaling, carry, carry_peak)
-        features, log_scale = far.features(block.queries, scaling)
-        if window:
-            near = _near(block, plan, scaling)
-            products = features @ states
-            far_part = Part(products[..., :-1], products[..., -1], log_scale + maxima.unsqueeze(-1))
-        else:
-            near = None
-            far_part = _pure_part(block, features, log_scale, states, maxima, far, plan, scaling)
-        outputs.append(finish(near, far_part, call, plan, block.span, statistics))
-        carry, carry_peak = states[:, :, -1], maxima[:, :, -1]
-    output = from_chunks(torch.cat(outputs, dim=2), plan, groups, length)
-    if not output_final_state:
-        return output, None
-    return output, _final_state(state, plan, keys, values, sink_keys, sink_values, carry, carry_peak, window)
+    run = CausalPass(call, output_final_state)
+    outputs = [finish(near, far, call, run.plan, span, statistics) for span, near, far in run.blocks()]
+    output = from_chunks(torch.cat(outputs, dim=2), run.plan, call.query.shape[2], call.query.shape[3])
+    return output, run.final_state() if output_final_state else None
+
+
+class CausalPass:
+    """One walk over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
+
+    def __init__(self, call: OperatorCall, output_final_state: bool) -> None:
+        query, key, value, window = call.query, call.key, call.value, call.window
+        batch, heads, groups, length, dim = query.shape
+        chunk = window or PURE_CHUNK
+        sinks = call.sink_tokens if window else 0
+        state = call.state or call.empty_state()
+        history = bool(window) and call.state is not None
+        spec = PlanSpec(chunk, sinks, lag=2 if window else 1, history=history, final=output_final_state)
+        plan = call.layout.plan(length, spec, state.count, query.device)
+        if history:
+            near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)
+            key, value = torch.cat([near_key, key], dim=2), torch.cat([near_value, value], dim=2)
+            query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, dim), query], dim=3)
+        self.call, self.plan, self.state, self.lag = call, plan, state, spec.lag
+        self.keys, self.values = to_chunks(key, plan), to_chunks(value, plan)
+        self.queries = queries_to_chunks(query, plan)
+        self.sink_keys = sink_table(self.keys, state.sink_key, sinks)
+        self.sink_values = sink_table(self.values, state.sink_value, sinks)
+        self.carry, self.carry_peak = state.kv_state.to(key.dtype), state.log_max.to(key.dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
+        """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
+        far, scaling, plan = self.call.far, self.call.scaling, self.plan
+        for block in self._split():
+            states, maxima = _far_states(block, far, plan, self.lag, scaling, self.carry, self.carry_peak)
+            features, log_scale = far.features(block.queries, scaling)
+            if self.call.window:
+                near = _near(block, plan, scaling)
+                products = features @ states
+                far_part = Part(products[..., :-1], products[..., -1], log_scale + maxima.unsqueeze(-1))
+            else:
+                near = None
+                far_part = _pure_part(block, features, log_scale, states, maxima, far, plan, scaling)
+            self.carry, self.carry_peak = states[:, :, -1], maxima[:, :, -1]
+            yield block.span, near, far_part
+
+    def final_state(self) -> RFAState:
+        """The state after the last token, once `blocks` is exhausted."""
+        return _final_state(
+            self.state, self.plan, self.keys, self.values, self.sink_keys, self.sink_values, self.carry,
+            self.carry_peak, self.call.window,
+        )  # fmt: skip
+
+    def _split(self) -> Iterator["_Block"]:
+        # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
+        sink_chunk = self.plan.sink_chunk + 1
+        sinks = (take(self.sink_keys, sink_chunk), take(self.sink_values, sink_chunk))
+        whole = (self.queries, self.keys, self.values, *sinks)
+        lead_keys, lead_values = self.keys[:, :, :0], self.values[:, :, :0]
+        start = 0
+        for q, k, v, sink_k, sink_v in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in whole), strict=True):
+            k, v = torch.cat([lead_keys, k], dim=2), torch.cat([lead_values, v], dim=2)
+            yield _Block(slice(start, start + q.shape[2]), q, k, v, sink_k, sink_v)
+            lead_keys, lead_values = k[:, :, -self.lag :], v[:, :, -self.lag :]
+            start += q.shape[2]
 
 
 @dataclass(frozen=True)
@@ -98,22 +126,6 @@ class _Block:
     def previous(self, x: torch.Tensor) -> torch.Tensor:
         """The chunk before each; the one before the first of all is a stand-in that nobody sees."""
         return x[:, :, self.lead - 1 : -1] if self.lead else torch.cat([x[:, :, :1], x[:, :, :-1]], dim=2)
-
-
-def _blocks(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor,
-    sink_values: torch.Tensor, plan: Plan, lag: int,
-) -> Iterator[_Block]:  # fmt: skip
-    # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
-    sink_chunk = plan.sink_chunk + 1
-    whole = (queries, keys, values, take(sink_keys, sink_chunk), take(sink_values, sink_chunk))
-    lead_keys, lead_values = keys[:, :, :0], values[:, :, :0]
-    start = 0
-    for q, k, v, sink_k, sink_v in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in whole), strict=True):
-        k, v = torch.cat([lead_keys, k], dim=2), torch.cat([lead_values, v], dim=2)
-        yield _Block(slice(start, start + q.shape[2]), q, k, v, sink_k, sink_v)
-        lead_keys, lead_values = k[:, :, -lag:], v[:, :, -lag:]
-        start += q.shape[2]
 
 
 def _far_states(
