@@ -35,7 +35,7 @@ class CompareSettings:
     calibration_batches: int = 2
     steps: int = 40  # of fine-tuning; 0 = none
     batch_size: int = 2  # sequences of the longest context, in calibration and fine-tuning
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     repeat_probability: float = 0.5  # share of training sequences with planted repeats, see hf_rfa.data
     mixed_precision: str = "auto"  # of fine-tuning: "no", "bf16", or "auto" = bf16 where the hardware has it
     speed_contexts: tuple[int, ...] = (1024, 2048, 4096)  # may be longer than what the model has learnt

@@ -58,7 +58,7 @@ def finetune(
     batches: Iterable[Tensor],
     *,
     steps: int,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: str = "cosine",
@@ -242,7 +242,7 @@ def _check_arguments(
     if steps < 1 or save_every < 1:
         raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
     if not 0 < learning_rate < math.inf:
-        raise ConfigError(f"`learning_rate` must be positive. Got {learning_rate}. Set, for example, 3e-4.")
+        raise ConfigError(f"`learning_rate` must be positive. Got {learning_rate}. Set, for example, 1e-4.")
     if schedule not in SCHEDULES:
         raise ConfigError(f"`schedule` must be one of {list(SCHEDULES)}. Got {schedule!r}.")
     if mixed_precision not in PRECISIONS:
