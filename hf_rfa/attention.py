@@ -80,7 +80,8 @@ def _attend(
         raise UnsupportedModelError(
             f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a "
             "model. Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for "
-            "a saved one."
+            "a saved one. (A model built from the same config object as a converted one shares its setting: build it "
+            "from a copy of the config.)"
         )
     check_inputs(module, attention_mask, kwargs)
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None

@@ -62,11 +62,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
             model.save_pretrained(folder)  # type: ignore[operator]
         elif not adapter_only:
             type(base).save_pretrained(base, folder)
-        write_pair(base, config, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
         ) from error
+    write_pair(base, config, folder)
 
 
 def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:

@@ -24,6 +24,8 @@ from hf_rfa.errors import CheckpointError
 CONFIG_FILE, WEIGHTS_FILE = "rfa_config.json", "rfa_model.safetensors"
 #: Where the conversion is noted in the model's own config, which its `save_pretrained` writes.
 CONFIG_FIELD = "rfa_config"
+#: Arguments of a model's `save_pretrained` that concern the upload.
+_UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,17 @@ class ModelSaver:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def __call__(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        type(self.model).save_pretrained(self.model, save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            write_pair(self.model, RFAConfig.from_dict(getattr(self.model.config, CONFIG_FIELD)), Path(save_directory))
+    def __call__(
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        original = type(self.model).save_pretrained
+        upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
+        original(self.model, save_directory, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        write_pair(self.model, RFAConfig.from_dict(getattr(self.model.config, CONFIG_FIELD)), Path(save_directory))
+        if push_to_hub:  # only now: the class's own upload would leave the pair behind
+            self.model.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
 
 def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path) -> None:
@@ -59,8 +68,13 @@ def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path) -> None:
         "architecture": type(model).__name__,
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
     }
-    save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+    try:
+        save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
+        ) from error
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

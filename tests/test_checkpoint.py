@@ -494,3 +494,22 @@ def test_a_folder_that_was_reverted_before_saving_is_a_plain_one(tmp_path, trans
     AutoModelForCausalLM.from_pretrained(tmp_path)
     assert transformers_warnings == []
     assert "rfa" not in (tmp_path / "config.json").read_text()
+
+
+def test_the_upload_of_the_models_own_save_holds_the_pair(tmp_path, monkeypatch):
+    model, uploads = altered(), []
+
+    def upload(repo_id, **options):
+        uploads.append((repo_id, options, sorted(path.name for path in (tmp_path / "mine").iterdir())))
+
+    monkeypatch.setattr(model, "push_to_hub", upload, raising=False)
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="somebody/mine", private=True)
+    ((repo_id, options, files),) = uploads
+    assert (repo_id, options) == ("somebody/mine", {"private": True})
+    assert set(PAIR) | {"config.json", "model.safetensors"} <= set(files)
+
+
+def test_a_pair_that_cannot_be_written_by_the_models_own_save_is_named(tmp_path):
+    (tmp_path / "rfa_model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        altered().save_pretrained(tmp_path)
