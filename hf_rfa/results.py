@@ -38,7 +38,7 @@ class CompareSettings:
     learning_rate: float = 1e-4
     repeat_probability: float = 0.5  # share of training sequences with planted repeats, see hf_rfa.data
     mixed_precision: str = "auto"  # of fine-tuning: "no", "bf16", or "auto" = bf16 where the hardware has it
-    speed_contexts: tuple[int, ...] = (1024, 2048, 4096)  # may be longer than what the model has learnt
+    speed_contexts: tuple[int, ...] = (1024, 4096, 16384)  # may be longer than what the model has learnt
     speed_repeats: int = 3
     new_tokens: int = 32  # decoded when speed is measured
     seed: int = 0
