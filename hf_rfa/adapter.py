@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.feature_maps import FarKernel, optimal_proposal
+from hf_rfa.feature_maps import optimal_proposal
 from hf_rfa.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 
@@ -22,6 +22,7 @@ class RFAAdapter(nn.Module):
     Attributes:
         omega: (key_heads, m, head_dim) rows N(0, I), a function of (config.seed, layer, draw).
         alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
+        query_center, key_center: (key_heads, head_dim) what the far kernel takes off; calibration sets them.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
         statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
@@ -32,6 +33,8 @@ class RFAAdapter(nn.Module):
     alpha: torch.Tensor
     gamma: torch.Tensor
     proposal: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
     softmax_mask: torch.Tensor
     draw: torch.Tensor
 
@@ -45,6 +48,8 @@ class RFAAdapter(nn.Module):
         self.register_buffer("alpha", ones * config.alpha)
         self.register_buffer("gamma", ones * config.gamma)
         self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
+        self.register_buffer("query_center", torch.zeros(key_heads, head_dim))
+        self.register_buffer("key_center", torch.zeros(key_heads, head_dim))
         self.register_buffer("softmax_mask", torch.full((key_heads,), not converted))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
         self.statistics = FarStatistics()
@@ -60,9 +65,10 @@ class RFAAdapter(nn.Module):
         return self.omega.shape[0]
 
     @property
-    def kernel(self) -> FarKernel:
-        """The far kernel of all key heads."""
-        return FarKernel(self.config.feature_map, self.omega, self.alpha, self.gamma, self.proposal)
+    def kernel(self) -> dict[str, Any]:
+        """The far kernel of all key heads, as arguments of the operator."""
+        names = ("omega", "alpha", "gamma", "proposal", "query_center", "key_center")
+        return {"feature_map": self.config.feature_map, **{name: getattr(self, name) for name in names}}
 
     @property
     def softmax_heads(self) -> tuple[int, ...]:

@@ -112,13 +112,9 @@ def _attend(
             adapter.observer(adapter, module, query, key, value, layout, options, output)
         return output
     options |= {
-        "omega": adapter.omega,
-        "feature_map": adapter.config.feature_map,
+        **adapter.kernel,
         "window": adapter.config.window,
         "sink_tokens": adapter.config.sink_tokens,
-        "alpha": adapter.alpha,
-        "gamma": adapter.gamma,
-        "proposal": adapter.proposal,
         "softmax_heads": adapter.softmax_heads,
         "sliding_window": sliding,
     }

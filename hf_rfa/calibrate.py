@@ -1,8 +1,9 @@
 """`calibrate`: fit the far kernel of every key head to the original's own q, k, v, and rank the heads.
 
-One pass over a few texts, no gradients. While it runs every layer answers with exact softmax, so that each sees what
-it sees in the original model; beside that, each candidate (alpha, gamma) is tried on the same q, k, v. The error of a
-key head is measured behind the output projection, relative to what the whole layer gives:
+Two passes over a few texts, no gradients: the first takes the mean query and key of each key head (what the far kernel
+takes off them), the second tries each candidate (alpha, gamma). While they run every layer answers with exact softmax,
+so that each sees what it sees in the original model. The error of a key head is measured behind the output projection,
+relative to what the whole layer gives:
 
     loss(layer, head) = sum_tokens |W_head (out_rfa - out_softmax)|^2 / sum_tokens |W out_softmax|^2
 """
@@ -20,13 +21,13 @@ from hf_rfa.convert import base_model, conversion_config, set_softmax_heads
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.feature_maps import optimal_proposal
-from hf_rfa.head_errors import grams_of_heads, output_projection, pair_norm, squared_errors
+from hf_rfa.head_errors import Moments, grams_of_heads, output_projection, squared_errors
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.parts import attention_parts
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
-GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 #: `softmax_heads="auto"` keeps heads that would lose more than this share of their layer's output ...
 AUTO_LOSS = 0.03
 #: ... but never more than this share of all key heads.
@@ -110,19 +111,14 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
         (4, 1)
     """
     config = conversion_config(model)
-    if isinstance(batches, (torch.Tensor, Mapping)):
-        batches = [batches]
+    batches = [batches] if isinstance(batches, (torch.Tensor, Mapping)) else list(batches)
+    if not batches:
+        raise ConfigError("`batches` must hold at least one batch. Got none. Pass a few thousand tokens.")
     adapters = [adapter for _, _, adapter in named_adapters(model) if adapter.converted]
-    observers = {adapter.layer: _Observer(adapter) for adapter in adapters}
-    everything = [adapter for _, _, adapter in named_adapters(model)]
-    for adapter in everything:
-        adapter.observer = observers[adapter.layer] if adapter.converted else _ignore
-    try:
-        with quiet_eval(model):
-            _run(model, batches, plant_repeats, list(observers.values()))
-    finally:
-        for adapter in everything:
-            adapter.observer = None
+    moments = {adapter.layer: Moments() for adapter in adapters}
+    _observe(model, batches, plant_repeats, moments)
+    observers = {adapter.layer: _Observer(adapter, moments[adapter.layer]) for adapter in adapters}
+    _observe(model, batches, plant_repeats, observers)
     if not all(observer.far_tokens for observer in observers.values()):
         raise ConfigError(
             f"`batches` must hold sequences longer than two windows ({2 * config.window} tokens), or nothing is far. "
@@ -140,21 +136,27 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
     return CalibrationReport(heads, next(iter(observers.values())).tokens)
 
 
-def _run(model: nn.Module, batches: Iterable[Batch], plant_repeats: bool, observers: list["_Observer"]) -> None:
+def _observe(model: nn.Module, batches: list[Batch], plant_repeats: bool, observers: Mapping[int, Any]) -> None:
+    """Run the batches through the model, every head exact, with an observer at each converted layer."""
     device = next(model.parameters()).device
-    base, empty = base_model(model), True
-    for batch in batches:
-        empty = False
-        if isinstance(batch, torch.Tensor):
-            span = batch.shape[1] // 8 if plant_repeats else 0
-            for observer in observers:
-                observer.planted = span
-            ids = _plant(batch, span) if span else batch
-            base(input_ids=ids.to(device), **({"use_cache": False} if base.can_generate() else {}))
-        else:
-            base(**{name: value.to(device) for name, value in batch.items()})
-    if empty:
-        raise ConfigError("`batches` must hold at least one batch. Got none. Pass a few thousand tokens.")
+    base = base_model(model)
+    everything = [adapter for _, _, adapter in named_adapters(model)]
+    for adapter in everything:
+        adapter.observer = observers[adapter.layer] if adapter.converted else _ignore
+    try:
+        with quiet_eval(model):
+            for batch in batches:
+                if isinstance(batch, torch.Tensor):
+                    span = batch.shape[1] // 8 if plant_repeats else 0
+                    for observer in observers.values():
+                        observer.planted = span
+                    ids = _plant(batch, span) if span else batch
+                    base(input_ids=ids.to(device), **({"use_cache": False} if base.can_generate() else {}))
+                else:
+                    base(**{name: value.to(device) for name, value in batch.items()})
+    finally:
+        for adapter in everything:
+            adapter.observer = None
 
 
 def _plant(ids: torch.Tensor, span: int) -> torch.Tensor:
@@ -174,17 +176,17 @@ class _Observer:
     fitted on them too, heads that look things up would take a far average that harms them everywhere else.
     """
 
-    def __init__(self, adapter: RFAAdapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: RFAAdapter, moments: Moments) -> None:
+        self.adapter, self.moments = adapter, moments
         self.pure = adapter.config.window == 0
         # gamma cancels without a window, and a far part there must be.
         self.gammas = (1.0,) if self.pure else GAMMAS
         self.candidates = ([] if self.pure else [(0.0, 0.0)]) + list(itertools.product(ALPHAS, self.gammas))
         self.plain_errors = torch.zeros(len(self.candidates), adapter.key_heads, dtype=torch.float64)
         self.errors = torch.zeros_like(self.plain_errors)
-        self.pair_norm: torch.Tensor | None = None  # E|q'+k'|^2 of each key head at alpha = 1, from the first batch
         self.planted = 0  # tokens at the end of each row that repeat earlier ones
         self.energy = 0.0
+        self.scaling = 1.0  # that of the layer, once it was seen
         self.tokens = self.far_tokens = 0
 
     def __call__(
@@ -199,8 +201,7 @@ class _Observer:
         joined = exact.float().transpose(1, 2).flatten(2)
         whole = joined if projection is None else joined @ projection.T
         self.energy += whole.double().square().sum().item()
-        if self.pair_norm is None:
-            self.pair_norm = pair_norm(query, key, options["scaling"])
+        self.scaling = options["scaling"]
         target = exact.float().unflatten(1, (heads, -1))  # (B, Hk, G, N, M)
         row = 0 if self.pure else 1
         for alpha in ALPHAS:
@@ -221,13 +222,14 @@ class _Observer:
             query.float(), key.float(), value.float(), omega=adapter.omega, feature_map=config.feature_map,
             window=config.window, sink_tokens=config.sink_tokens, alpha=alpha, gamma=1.0, valid=None, document=None,
             proposal=self._proposal(alpha), scaling=options["scaling"], causal=options["causal"], layout=layout,
-            sink_logits=options["sink_logits"], state=None,
+            sink_logits=options["sink_logits"], state=None, query_center=self.moments.query_mean,
+            key_center=self.moments.key_mean,
         )  # fmt: skip
 
     def _proposal(self, alpha: float) -> torch.Tensor:
         """A (key_heads,) of the optimal positive features for queries and keys times alpha."""
-        assert self.pair_norm is not None
-        return optimal_proposal(self.pair_norm * alpha**2, self.adapter.omega.shape[-1])
+        spread = self.moments.spread * self.scaling * alpha**2  # E|q'+k'|^2: centred, they are uncorrelated
+        return optimal_proposal(spread, self.adapter.omega.shape[-1]).float()
 
     def _add(self, row: int, squares: torch.Tensor) -> None:
         """Add squared errors (candidates, B, Hk, N) from candidate number `row` on."""
@@ -237,6 +239,8 @@ class _Observer:
 
     def choose(self) -> list[dict[str, float]]:
         """Set the adapter to each key head's best candidate; returns it with its loss and the window's alone."""
+        self.adapter.query_center = self.moments.query_mean.float()
+        self.adapter.key_center = self.moments.key_mean.float()
         losses = self.errors / self.energy
         best = self.plain_errors.argmin(0)
         rows = []

@@ -20,7 +20,7 @@ Lemma 1; optimal_positive, Likhosherstov et al. 2022.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -109,18 +109,37 @@ class FarKernel:
     alpha: torch.Tensor
     gamma: torch.Tensor
     proposal: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
 
     @property
     def num_components(self) -> int:
         """F, the length of psi."""
         return FEATURE_MAPS[self.feature_map].components * self.omega.shape[1]
 
-    def features(self, x: torch.Tensor, scaling: float) -> Features:
-        """psi(alpha sqrt(scaling) x) of queries or keys x (batch, key_heads, ..., N, D), as (features, log_scale)."""
+    def query_features(self, query: torch.Tensor, scaling: float) -> Features:
+        """psi of queries (batch, key_heads, ..., N, D), as (features, log_scale)."""
+        return self._features(query, self.query_center, self.key_center, scaling, shift=False)
+
+    def key_features(self, key: torch.Tensor, scaling: float) -> Features:
+        """psi of keys (batch, key_heads, ..., N, D), as (features, log_scale)."""
+        return self._features(key, self.key_center, self.query_center, scaling, shift=True)
+
+    def _features(
+        self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, scaling: float, shift: bool
+    ) -> Features:
         heads = (-1,) + (1,) * (x.dim() - 2)
-        x = x * (self.alpha * math.sqrt(scaling)).view(heads)
+        center = center.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
+        other = other.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
+        centred = x - center
+        # q.k = (q - b).(k - c) + q.c + b.(k - c): the first term is estimated, the others are exact.
+        exact = ((centred if shift else x) * other).sum(-1) * scaling
+        x = centred * (self.alpha * math.sqrt(scaling)).view(heads)
         projection = torch.einsum("bh...d,hmd->bh...m", x, self.omega)
-        return FEATURE_MAPS[self.feature_map].function(x, projection, self.omega, self.proposal.view(heads))
+        features, log_scale = FEATURE_MAPS[self.feature_map].function(
+            x, projection, self.omega, self.proposal.view(heads)
+        )
+        return features, log_scale + exact
 
     def log_gamma(self) -> torch.Tensor:
         """log gamma (key_heads,), with a finite placeholder where gamma is 0 (see `alive`)."""
@@ -132,15 +151,15 @@ class FarKernel:
 
     def to(self, dtype: torch.dtype) -> "FarKernel":
         """The same kernel with its tensors in `dtype`."""
-        return FarKernel(
-            self.feature_map, self.omega.to(dtype), self.alpha.to(dtype), self.gamma.to(dtype), self.proposal.to(dtype)
-        )
+        return self._map(lambda tensor: tensor.to(dtype))
 
     def select(self, heads: torch.Tensor) -> "FarKernel":
         """The kernel of some key heads (indices)."""
-        return FarKernel(
-            self.feature_map, self.omega[heads], self.alpha[heads], self.gamma[heads], self.proposal[heads]
-        )
+        return self._map(lambda tensor: tensor[heads])
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FarKernel":
+        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "feature_map"}
+        return FarKernel(self.feature_map, **tensors)
 
 
 def check_feature_map(name: str) -> None:

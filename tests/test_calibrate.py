@@ -11,6 +11,7 @@ from families import SHORT, attention_modules, build, inputs_for, outputs_of, to
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
@@ -264,7 +265,9 @@ def test_repeats_are_planted_at_the_end_of_plain_texts_only():
     hf_rfa.calibrate(model, ids)
     hf_rfa.calibrate(model, ids, plant_repeats=False)
     hf_rfa.calibrate(model, {"input_ids": ids})
-    planted, plain, given = seen
+    assert len(seen) == 6  # two passes each
+    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    planted, plain, given = seen[::2]
     assert torch.equal(planted[:, :-15], ids[:, :-15])
     assert torch.equal(planted[:, -15:], ids[:, 30:45])
     assert torch.equal(plain, ids)
@@ -361,9 +364,32 @@ def test_the_layers_answer_with_softmax_while_it_runs():
     reference, model, seen = build("llama"), converted(), []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
     hf_rfa.calibrate(model, text(), plant_repeats=False)
-    (logits,) = seen
     want = outputs_of(reference, {"input_ids": text()})
-    assert_close(logits, want, atol=1e-5, rtol=0)
+    assert len(seen) == 2
+    for logits in seen:
+        assert_close(logits, want, atol=1e-5, rtol=0)
+
+
+def test_the_centres_are_the_mean_queries_and_keys_of_the_original():
+    """By hand, from the first layer's projections and rotary positions, over two batches of different length."""
+    model, seen = converted(), []
+    attention = model.model.layers[0].self_attn
+
+    def keep(module, args, kwargs):
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
+        q, k = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        seen.append(apply_rotary_pos_emb(q, k, cos, sin))
+
+    hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    hf_rfa.calibrate(model, [text(2, 120), text(1, 60)], plant_repeats=False)
+    hook.remove()
+    heads = attention.rfa.key_heads
+    q = torch.cat([q.unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3) for q, _ in seen[:2]], dim=1)
+    k = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k in seen[:2]], dim=1)
+    assert_close(attention.rfa.query_center, q.mean(1), atol=1e-5, rtol=0)
+    assert_close(attention.rfa.key_center, k.mean(1), atol=1e-5, rtol=0)
+    assert attention.rfa.key_center.abs().max() > 1e-2
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

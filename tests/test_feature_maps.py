@@ -1,5 +1,6 @@
 """The psi family against the kernel that it estimates, and against its formulas written out."""
 
+import dataclasses
 import math
 
 import pytest
@@ -24,12 +25,18 @@ def kernel(feature_map: str, omega: torch.Tensor, *, alpha: float = 1.0, proposa
     if proposal is None:
         proposal = float(optimal_proposal(torch.tensor(DIM / 2), DIM))
     ones = torch.ones(heads, dtype=torch.float64)
-    return FarKernel(feature_map, omega.double(), alpha * ones, ones, proposal * ones)
+    return far_kernel(feature_map, omega.double(), alpha * ones, ones, proposal * ones)
+
+
+def far_kernel(feature_map: str, omega: torch.Tensor, *per_head: torch.Tensor) -> FarKernel:
+    """A kernel that takes nothing off queries and keys."""
+    nothing = torch.zeros(omega.shape[0], omega.shape[2], dtype=omega.dtype)
+    return FarKernel(feature_map, omega, *per_head, query_center=nothing, key_center=nothing)
 
 
 def psi(far: FarKernel, x: torch.Tensor) -> torch.Tensor:
     """psi(alpha x') of x (1, heads, N, D), exponential and all."""
-    features, log_scale = far.features(x, SCALING)
+    features, log_scale = far.query_features(x, SCALING)
     return features * log_scale.exp().unsqueeze(-1)
 
 
@@ -168,7 +175,7 @@ def test_each_head_has_its_own_parameters(drawn, feature_map):
     x, omega = drawn
     alpha = torch.tensor([0.2, 1.0, 0.7], dtype=torch.float64)
     proposal = torch.tensor([-0.3, 0.05, -1.0], dtype=torch.float64)
-    far = FarKernel(feature_map, omega, alpha, torch.ones_like(alpha), proposal)
+    far = far_kernel(feature_map, omega, alpha, torch.ones_like(alpha), proposal)
     whole = psi(far, x)
     assert whole.shape[-1] == far.num_components
     for head in range(3):
@@ -196,7 +203,7 @@ def test_further_dimensions_between_heads_and_tokens(drawn, feature_map):
 def test_positive_maps_are_never_negative(feature_map):
     q, k = pairs(200, size=3.0)
     far = kernel(feature_map, draw_omega(1, 32, DIM, kind="orthogonal", seed=0, layer=0, draw=0))
-    features = [far.features(x[None, None], SCALING)[0] for x in (q, k)]
+    features = [far.query_features(x[None, None], SCALING)[0] for x in (q, k)]
     assert all(bool((f >= 0).all()) for f in features)
     assert bool((features[0] @ features[1].mT > 0).all())
 
@@ -215,7 +222,7 @@ def test_features_are_bounded_and_finite_in_float32(feature_map, size):
     x = torch.randn(1, 2, 64, DIM, generator=generator)
     x = (size * x / x.norm(dim=-1, keepdim=True)).requires_grad_()
     far = kernel(feature_map, draw_omega(2, 32, DIM, kind="orthogonal", seed=0, layer=0, draw=0)).to(torch.float32)
-    features, log_scale = far.features(x, 1.0)
+    features, log_scale = far.query_features(x, 1.0)
     assert features.dtype == log_scale.dtype == torch.float32
     assert features.shape == (1, 2, 64, far.num_components)
     assert float(features.detach().abs().max()) <= 1.0
@@ -316,7 +323,7 @@ def test_the_optimal_proposal_beats_the_positive_map():
 def test_log_gamma_and_alive():
     omega = draw_omega(3, 4, DIM, kind="gaussian", seed=0, layer=0, draw=0).double()
     gamma = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
-    far = FarKernel("positive", omega, torch.ones_like(gamma), gamma, torch.zeros_like(gamma))
+    far = far_kernel("positive", omega, torch.ones_like(gamma), gamma, torch.zeros_like(gamma))
     assert far.alive().tolist() == [False, True, True]
     assert_close(far.log_gamma(), torch.tensor([0.0, 0.0, math.log(0.5)], dtype=torch.float64))
 
@@ -330,3 +337,60 @@ def test_number_of_components(feature_map, components):
 def test_to_moves_every_tensor():
     far = kernel("positive", draw_omega(1, 7, DIM, kind="gaussian", seed=0, layer=0, draw=0)).to(torch.float32)
     assert {t.dtype for t in (far.omega, far.alpha, far.gamma, far.proposal)} == {torch.float32}
+
+
+# --- centring -------------------------------------------------------------------------------------------------------
+
+
+def centred(far: FarKernel, seed: int = 5) -> FarKernel:
+    generator = torch.Generator().manual_seed(seed)
+    b, c = 0.2 * torch.randn(2, *far.query_center.shape, generator=generator, dtype=torch.float64)
+    return dataclasses.replace(far, query_center=b, key_center=c)
+
+
+def estimated_kernel(far: FarKernel, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """psi(q).psi(k) of q, k (count, D), each with each."""
+    query, query_scale = far.query_features(q[None, None], SCALING)
+    key, key_scale = far.key_features(k[None, None], SCALING)
+    return ((query @ key.mT) * (query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2)).exp())[0, 0]
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_centring_is_an_exact_change_of_variable(feature_map):
+    """With b and c taken off, the mean over draws is still exp(q.k / sqrt D)."""
+    q, k = pairs(6)
+    draws = []
+    for draw in range(200):
+        omega = draw_omega(1, 256, DIM, kind="gaussian", seed=3, layer=0, draw=draw)
+        draws.append(estimated_kernel(centred(kernel(feature_map, omega)), q, k))
+    mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / len(draws) ** 0.5
+    expected = (q @ k.mT * SCALING).exp()
+    assert ((mean - expected).abs() < 4.5 * error + 1e-9).all()
+    assert (error / expected).max() < 0.1  # else the line above says nothing
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_at_alpha_zero_what_the_centres_say_stays_exact(feature_map):
+    """exp(s (q.c + b.(k - c))), and not the plain mean: no randomness is left."""
+    q, k = pairs(6)
+    omega = draw_omega(1, 8, DIM, kind="gaussian", seed=3, layer=0, draw=0)
+    # A = 0, or the features of alpha = 0 depend on omega alone.
+    far = centred(kernel(feature_map, omega, alpha=0.0, proposal=0.0))
+    b, c = far.query_center, far.key_center
+    expected = (SCALING * (q @ c.T + ((k - c) @ b.T).T)).exp()
+    assert_close(estimated_kernel(far, q, k), expected, rtol=1e-12, atol=0)
+
+
+def test_centring_lowers_the_error_where_the_mean_is_large():
+    q, k = pairs(40)
+    q, k = q + 1.5, k + 1.5
+    errors = {}
+    for name in ("plain", "centred"):
+        squares = []
+        for draw in range(20):
+            far = kernel("positive", draw_omega(1, 64, DIM, kind="gaussian", seed=3, layer=0, draw=draw))
+            if name == "centred":
+                far = dataclasses.replace(far, query_center=q.mean(0)[None], key_center=k.mean(0)[None])
+            squares.append((estimated_kernel(far, q, k) / (q @ k.mT * SCALING).exp() - 1).square().mean())
+        errors[name] = torch.stack(squares).mean().sqrt().item()
+    assert errors["centred"] < 0.5 * errors["plain"]

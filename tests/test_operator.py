@@ -124,6 +124,21 @@ def test_parameters_of_each_head_and_their_gradients(feature_map, window, causal
 
 @CAUSAL
 @pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_centres_and_their_gradients(feature_map, window, causal):
+    inputs = random_inputs(50, size=1.0 if window else 0.5)
+    generator = torch.Generator().manual_seed(7)
+    for name in ("query_center", "key_center"):
+        inputs[name] = 0.5 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    gradients = assert_equals_the_definition(inputs, feature_map=feature_map, window=window, alpha=0.5, causal=causal)
+    assert bool((gradients["key_center"].abs() > 1e-6).any())
+    plain = {name: tensor for name, tensor in inputs.items() if "center" not in name}
+    options = {"feature_map": feature_map, "window": window, "alpha": 0.5, "causal": causal}
+    assert (rfa_attention(**inputs, **options) - rfa_attention(**plain, **options)).abs().max() > 1e-4
+
+
+@CAUSAL
+@pytest.mark.parametrize("window", [0, 8])
 def test_gradients_of_sink_logits(window, causal):
     inputs = random_inputs(50)
     inputs["sink_logits"] = torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=torch.float64)

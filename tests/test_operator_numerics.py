@@ -257,6 +257,8 @@ def of_shape(*shape: int) -> torch.Tensor:
         ({"window": 3}, r"`sink_tokens` between 0 and `window`\. Got window=3, sink_tokens=4\."),
         ({"alpha": torch.ones(4)}, r"`alpha` must have shape .*= \(2,\)\. Got \(4,\)\."),
         ({"gamma": torch.ones(2, 1)}, r"`gamma` must have shape .*= \(2,\)\. Got \(2, 1\)\."),
+        ({"query_center": torch.zeros(3, 8)}, r"`query_center` must have shape .*= \(2, 8\)\. Got \(3, 8\)\."),
+        ({"key_center": torch.zeros(2)}, r"`key_center` must have shape .*= \(2, 8\)\. Got \(2,\)\."),
         ({"proposal": torch.zeros(3)}, r"`proposal` must have shape .*= \(2,\)\. Got \(3,\)\."),
         ({"scaling": 0.0}, r"`scaling` must be positive\. Got 0\.0\."),
         ({"scaling": -1}, r"`scaling` must be positive\. Got -1\.0\."),

@@ -102,6 +102,9 @@ def test_pieces_with_parameters_of_each_head(cuts, feature_map, window):
     options["alpha"] = torch.tensor([0.3, 0.9, 0.5], dtype=torch.float64)
     options["gamma"] = torch.tensor([0.4, 3.0, 0.0], dtype=torch.float64)
     options["proposal"] = torch.tensor([-0.3, 0.05, 0.0], dtype=torch.float64)
+    options["query_center"], options["key_center"] = 0.5 * torch.randn(
+        2, 3, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     whole, final = rfa_attention(**inputs, **options, output_final_state=True)
     output, state = run_in_pieces(inputs, CUTS[cuts], **options)
     assert_near(output, whole, 1e-10)

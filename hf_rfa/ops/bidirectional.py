@@ -54,7 +54,7 @@ class BidirectionalPass:
         heads, dim, value_dim = self.keys.shape[1], self.keys.shape[-1], self.values.shape[-1]
         self.sink_keys = sink_table(self.keys, self.keys.new_zeros(batch, heads, sinks, dim), sinks)
         self.sink_values = sink_table(self.values, self.values.new_zeros(batch, heads, sinks, value_dim), sinks)
-        self.features, self.log_scale = call.far.features(self.keys, call.scaling)
+        self.features, self.log_scale = call.far.key_features(self.keys, call.scaling)
         self.start = (state.kv_state.to(self.keys.dtype), state.log_max.to(self.keys.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
@@ -80,7 +80,7 @@ class BidirectionalPass:
                 scores = (block_queries * call.scaling) @ near_keys[number].mT
                 visible = _visible(plan, span, self.sinks, call.query.shape[2])
                 near = near_part(scores, near_values[number], visible)
-            features, log_scale = call.far.features(block_queries, call.scaling)
+            features, log_scale = call.far.query_features(block_queries, call.scaling)
             products = features @ block_states
             yield span, near, Part(products[..., :-1], products[..., -1], log_scale + block_maxima.unsqueeze(-1))
             begin = span.stop

@@ -47,7 +47,8 @@ class OperatorCall:
         window: int, sink_tokens: int, alpha: PerHead, gamma: PerHead, proposal: PerHead | None, scaling: float | None,
         causal: bool, valid: torch.Tensor | None, document: torch.Tensor | None, sink_logits: torch.Tensor | None,
         state: RFAState | None, layout: TokenLayout | None = None, softmax_heads: Sequence[int] = (),
-        sliding_window: int | None = None,
+        sliding_window: int | None = None, query_center: torch.Tensor | None = None,
+        key_center: torch.Tensor | None = None,
     ) -> "OperatorCall":  # fmt: skip
         """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
         check_feature_map(feature_map)
@@ -95,12 +96,20 @@ class OperatorCall:
             _expect(name, tensor.shape, (key_heads,), "(key heads,)")
             return tensor
 
+        def center(name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+            if tensor is None:
+                return torch.zeros(key_heads, dim, dtype=wide, device=query.device)
+            _expect(name, tensor.shape, (key_heads, dim), "(key heads, head_dim)")
+            return tensor.to(query.device, wide)
+
         far = FarKernel(
             feature_map,
             omega.to(query.device, wide),
             per_head("alpha", alpha),
             per_head("gamma", gamma),
             per_head("proposal", proposal),
+            center("query_center", query_center),
+            center("key_center", key_center),
         )
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,

@@ -68,7 +68,7 @@ class CausalPass:
         far, scaling, plan = self.call.far, self.call.scaling, self.plan
         for block in self._split():
             states, maxima = _far_states(block, far, plan, self.lag, scaling, self.carry, self.carry_peak)
-            features, log_scale = far.features(block.queries, scaling)
+            features, log_scale = far.query_features(block.queries, scaling)
             if self.call.window:
                 near = _near(block, plan, scaling)
                 products = features @ states
@@ -143,7 +143,7 @@ def _far_states(
         kept = torch.where(keep[:, None, :, None, None], carry.unsqueeze(2), 0.0)
         return kept.expand(*shape, *carry.shape[2:]), maximum
     keys, values = block.keys[:, :, : last - first], block.values[:, :, : last - first]
-    features, log_scale = far.features(keys, scaling)
+    features, log_scale = far.key_features(keys, scaling)
     sums, peak = chunk_sums(features, log_scale, values, plan.fold[:, first:last])
     readers = torch.arange(span.start, span.stop, device=device)
     added = torch.arange(first, last, device=device)
@@ -180,7 +180,7 @@ def _pure_part(
     The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing.
     """
     keys, values = block.own(block.keys), block.own(block.values)
-    key_features, key_log_scale = far.features(keys, scaling)
+    key_features, key_log_scale = far.key_features(keys, scaling)
     chunk, groups = keys.shape[3], features.shape[3] // keys.shape[3]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
     key_log_scale = key_log_scale.masked_fill(~plan.valid[:, None, block.span], -torch.inf)

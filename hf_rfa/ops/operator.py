@@ -30,6 +30,8 @@ def rfa_attention(
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
+    query_center: torch.Tensor | None = None,
+    key_center: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -62,6 +64,8 @@ def rfa_attention(
         sink_tokens: At most `window`.
         alpha, gamma: A number, or one a key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
+        query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
+            exp(s q.c): exact for alpha = 1, and what b and c say stays exact for alpha < 1. None = zero.
         scaling: Factor of q.k; None = D ** -0.5.
         causal: False for the bidirectional form (then near has the chunk behind, too).
         valid: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
@@ -94,6 +98,7 @@ def rfa_attention(
         query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
         gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
         softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
+        query_center=query_center, key_center=key_center,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, output_final_state, statistics)
@@ -112,6 +117,8 @@ def rfa_attention_reference(
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
+    query_center: torch.Tensor | None = None,
+    key_center: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -136,7 +143,8 @@ def rfa_attention_reference(
     call = OperatorCall.check(
         query.double(), key.double(), value.double(), omega=omega, feature_map=feature_map, window=window,
         sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
-        valid=valid, document=document, sink_logits=sink_logits, state=initial_state,
+        valid=valid, document=document, sink_logits=sink_logits, state=initial_state, query_center=query_center,
+        key_center=key_center,
     )  # fmt: skip
     _check_state(call)
     output, state = reference_attention(call, output_final_state)

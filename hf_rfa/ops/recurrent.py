@@ -29,7 +29,7 @@ def recurrent_step(call: OperatorCall, statistics: FarStatistics | None) -> tupl
     else:
         state = _fold(state, key, value, present, far, scaling)
         near = None
-    features, log_scale = far.features(query, scaling)
+    features, log_scale = far.query_features(query, scaling)
     products = features @ state.kv_state.to(query.dtype).unsqueeze(2)
     log_scale = log_scale + (state.log_max.to(query.dtype) + far.log_gamma())[:, :, None, None]
     far_part = Part(products[..., :-1], products[..., -1], log_scale)
@@ -80,7 +80,7 @@ def _fold(
     state: RFAState, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, far: FarKernel, scaling: float
 ) -> RFAState:
     """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool."""
-    features, log_scale = far.features(key.unsqueeze(2), scaling)
+    features, log_scale = far.key_features(key.unsqueeze(2), scaling)
     added, peak = chunk_sums(features, log_scale, value.unsqueeze(2), keep.unsqueeze(1))
     sums, maximum = merge_states(
         (state.kv_state.to(key.dtype), state.log_max.to(key.dtype)), (added.squeeze(2), peak.squeeze(2))

@@ -67,8 +67,8 @@ class _Sequence:
         near = visible & self._near(query_rank, key_rank)
         keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): a group shares them
         exact = torch.where(near, (query @ keys.mT * scaling).exp(), 0.0)
-        query_features, query_scale = far.features(query, scaling)
-        key_features, key_scale = far.features(keys, scaling)
+        query_features, query_scale = far.query_features(query, scaling)
+        key_features, key_scale = far.key_features(keys, scaling)
         kernel = (query_features @ key_features.mT) * (query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2)).exp()
         estimated = torch.where(visible & ~near, kernel, 0.0)
         far_numerator, far_denominator = estimated @ values, estimated.sum(-1)
@@ -101,7 +101,7 @@ class _Sequence:
         state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks)
         chunk = self.rank // window if window else self.rank
         is_far = (self.rank >= sinks) & (chunk <= count // window - 2) if window else torch.ones_like(self.rank).bool()
-        features, log_scale = self.far.features(self.key, self.scaling)
+        features, log_scale = self.far.key_features(self.key, self.scaling)
         weights = torch.where(is_far, log_scale.exp(), 0.0)
         ones = torch.cat([self.value, torch.ones_like(self.value[..., :1])], dim=-1)
         sums = (features * weights.unsqueeze(-1)).mT @ ones
