@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .stdlib_corpus import stdlib_documents
+from hf_rfa.errors import ConfigError
+from hf_rfa.stdlib_corpus import stdlib_documents
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -64,14 +65,14 @@ def load_documents(
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a readable file.
-        ValueError: an unknown split or file type, a missing text column, no text, `max_documents` below 1.
+        ConfigError: an unknown split or file type, a missing text column, no text, `max_documents` below 1.
         ConnectionError: the hub could not be reached, or has no such dataset.
         ImportError: a `.parquet` file or hub dataset without the `datasets` package.
     """
     if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}. Got {split!r}.")
+        raise ConfigError(f"`split` must be one of {', '.join(SPLITS)}. Got {split!r}.")
     if max_documents is not None and max_documents < 1:
-        raise ValueError(f"`max_documents` must be at least 1. Got {max_documents}. Leave it out to take all.")
+        raise ConfigError(f"`max_documents` must be at least 1. Got {max_documents}. Leave it out to take all.")
     if str(source) == "stdlib":
         documents: Iterable[Document] = itertools.starmap(Document, stdlib_documents(split))
     elif Path(source).exists():
@@ -85,7 +86,7 @@ def load_documents(
         documents = _hub_documents(str(source), split, text_column, streaming)
     taken = list(itertools.islice(documents, max_documents))
     if not taken:
-        raise ValueError(
+        raise ConfigError(
             f"The {split} split of {str(source)!r} has no text: every document is empty. Check the source."
         )
     return taken
@@ -101,7 +102,7 @@ def _looks_like_path(source: str | Path) -> bool:
 def _local_documents(path: Path, split: str, text_column: str) -> list[Document]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(
+            raise ConfigError(
                 f"Cannot read {str(path)!r} as text. Got {path.suffix!r}, supported: {', '.join(SUFFIXES)}."
             )
         files, root = [path], path.parent
@@ -147,21 +148,23 @@ def _jsonl_rows(file: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file.name}, line {number} must be one JSON object. It is not: {error}.") from error
+                raise ConfigError(
+                    f"{file.name}, line {number} must be one JSON object. It is not: {error}."
+                ) from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file.name}, line {number} must be one JSON object. Got {line[:60]!r}.")
+                raise ConfigError(f"{file.name}, line {number} must be one JSON object. Got {line[:60]!r}.")
             yield row
 
 
 def _rows_to_documents(rows: Iterable[dict], name: str, text_column: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         if text_column not in row:
-            raise ValueError(
+            raise ConfigError(
                 f"{name} has no column {text_column!r}. Its columns are {', '.join(map(repr, row))}. "
                 "Set `text_column` to one of them."
             )
         if not isinstance(row[text_column], str):
-            raise ValueError(
+            raise ConfigError(
                 f"Column {text_column!r} of {name}, row {number} must be text. Got {type(row[text_column]).__name__}."
             )
         yield Document(f"{name}:{number}", row[text_column])
@@ -188,7 +191,7 @@ def _hub_documents(source: str, split: str, text_column: str, streaming: bool) -
             "or pass a local folder, a .jsonl or .parquet file, or 'stdlib', which need neither."
         ) from error
     if "train" not in splits and split not in splits:
-        raise ValueError(f"The dataset {name!r} has no split {split!r}. Its splits are {', '.join(splits)}.")
+        raise ConfigError(f"The dataset {name!r} has no split {split!r}. Its splits are {', '.join(splits)}.")
     rows = splits[split if split in splits else "train"]
     documents = _rows_to_documents(rows, name, text_column)
     if "validation" not in splits:
@@ -229,12 +232,12 @@ def evaluation_windows(
         LongTensor (num_windows, context).
 
     Raises:
-        ValueError: no document reaches `context` tokens.
+        ConfigError: no document reaches `context` tokens.
     """
     windows = [ids[i : i + context] for ids in token_lists for i in range(0, len(ids) - context + 1, context)]
     if not windows:
         longest = max((len(ids) for ids in token_lists), default=0)
-        raise ValueError(
+        raise ConfigError(
             f"No document reaches the context of {context} tokens: the longest has {longest}. Use a context of at "
             f"most {longest}, or longer documents."
         )
@@ -256,21 +259,21 @@ def training_batches(
         LongTensor (batch_size, context).
 
     Raises:
-        ValueError: `context` or `batch_size` below 1, fewer than `context` tokens in all documents together, a
+        ConfigError: `context` or `batch_size` below 1, fewer than `context` tokens in all documents together, a
             `repeat_probability` outside [0, 1], or a context too short to plant a repeat in.
     """
     if context < 1 or batch_size < 1:
-        raise ValueError(f"`context` and `batch_size` must be at least 1. Got {context} and {batch_size}.")
+        raise ConfigError(f"`context` and `batch_size` must be at least 1. Got {context} and {batch_size}.")
     if not 0.0 <= repeat_probability <= 1.0:
-        raise ValueError(f"`repeat_probability` must be in [0, 1]. Got {repeat_probability}.")
+        raise ConfigError(f"`repeat_probability` must be in [0, 1]. Got {repeat_probability}.")
     if repeat_probability and context < _MIN_REPEAT_CONTEXT:
-        raise ValueError(
+        raise ConfigError(
             f"A context of {context} tokens has no room for a repeat beyond {REPEAT_MIN_GAP} tokens. Use a context of "
             f"at least {_MIN_REPEAT_CONTEXT}, or set `repeat_probability=0`."
         )
     total = sum(len(ids) for ids in token_lists)
     if total < context:
-        raise ValueError(
+        raise ConfigError(
             f"The documents hold {total} tokens together, fewer than one sequence of {context}. Use a context of at "
             f"most {total}, or more text."
         )

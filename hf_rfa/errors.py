@@ -2,7 +2,7 @@
 
 
 class RFAError(Exception):
-    """Base class of every error that hf_rfa raises on purpose."""
+    """Base class of hf_rfa's own errors. Each is a built-in kind too; missing files raise the built-in alone."""
 
 
 class ConfigError(RFAError, ValueError):
