@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerationMixin
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
 from hf_rfa.attention import IMPLEMENTATION, stash_cache
 from hf_rfa.config import RFAConfig
-from hf_rfa.dry_run import AttentionCalls, DryRun, example_inputs, quiet_eval, watch
+from hf_rfa.dry_run import AttentionCalls, DryRun, guess_inputs, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.generation import CachePreparer
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
@@ -75,7 +75,7 @@ def convert(
         raise UnsupportedModelError(
             "The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is."
         )
-    inputs = dict(example_inputs) if example_inputs is not None else _guess_inputs(base)
+    inputs = dict(example_inputs) if example_inputs is not None else guess_inputs(base)
     before = [(c, c._attn_implementation) for c in _configs(base)]
     try:
         _switch(base)
@@ -174,10 +174,6 @@ def base_model(model: nn.Module) -> PreTrainedModel:
                 "`from_pretrained`."
             )
     return model
-
-
-def _guess_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    return example_inputs(model)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

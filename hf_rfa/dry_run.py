@@ -29,7 +29,6 @@ class AttentionCalls:
     """What one attention module asked for."""
 
     module: nn.Module
-    query_heads: int
     key_heads: int
     head_dim: int
     cross: bool
@@ -56,7 +55,6 @@ class DryRun:
         if id(module) not in self.calls:
             self.calls[id(module)] = AttentionCalls(
                 module,
-                query.shape[1],
                 key.shape[1],
                 key.shape[3],
                 cross=key.shape[2] != query.shape[2],
@@ -124,7 +122,7 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
+def guess_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Small inputs for a dry run, from the model's config; `UnsupportedModelError` where they cannot be guessed."""
     config = model.config
     device = next(model.parameters()).device
