@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_rfa import data
 from hf_rfa.data import Document, evaluation_windows, load_documents, tokenize_documents, training_batches
+from hf_rfa.document_batches import IGNORED, carried_batches, packed_batches
+from hf_rfa.documents import TokenStream, check_tokenizer
+from hf_rfa.errors import ConfigError
 from hf_rfa.stdlib_corpus import HELD_OUT_MODULES, stdlib_documents
 
 
@@ -373,3 +376,75 @@ def test_context_too_short_for_a_repeat():
 def test_sizes_below_one(context, batch_size):
     with pytest.raises(ValueError, match=rf"must be at least 1\. Got {context} and {batch_size}"):
         training_batches([torch.arange(100)], context, batch_size, 0)
+
+
+# --- whole documents: packed, or cut with the state carried over ----------------------------------------------------
+
+
+def numbered(*lengths: int) -> list[torch.Tensor]:
+    """Documents whose token ids say which one and where: 1000, 1001, ...; 2000, 2001, ..."""
+    return [1000 * (number + 1) + torch.arange(length) for number, length in enumerate(lengths)]
+
+
+def test_packed_targets_and_positions_stay_in_their_document():
+    batches = itertools.islice(packed_batches(numbered(5, 30, 1, 13), context=16, batch_size=2, seed=3), 8)
+    seen = set()
+    for batch in batches:
+        assert batch.input_ids.shape == batch.targets.shape == batch.position_ids.shape == (2, 16)
+        predicted = batch.targets != IGNORED
+        assert torch.equal(batch.targets[predicted], batch.input_ids[predicted] + 1)
+        ends = batch.input_ids[~predicted]
+        assert set(ends.tolist()) <= {1004, 2029, 4012}  # only a document's last token predicts nothing
+        starts = batch.position_ids == 0
+        same = batch.input_ids[:, 1:] == batch.input_ids[:, :-1] + 1
+        assert torch.equal(~starts[:, 1:], same)  # one position run for each document
+        seen |= set(batch.input_ids.flatten().tolist())
+    assert seen == {*range(1000, 1005), *range(2000, 2030), *range(4000, 4013)}
+
+
+def test_carried_rows_walk_through_whole_documents():
+    documents = numbered(40, 17, 9, 2)
+    rows: dict[tuple[int, int], list[int]] = {}
+    for number, batch in enumerate(
+        itertools.islice(carried_batches(documents, context=8, batch_size=2, seed=1, lanes=3), 60)
+    ):
+        for row in range(2):
+            walk = rows.setdefault((number % 3, row), [])
+            ids, targets = batch.input_ids[row], batch.targets[row]
+            predicted = targets != IGNORED
+            assert torch.equal(targets[predicted], ids[predicted] + 1)
+            assert torch.equal(batch.position_ids[row][predicted], ids[predicted] % 1000)
+            assert bool(batch.fresh[row]) == (int(ids[0]) % 1000 == 0)
+            if not batch.fresh[row]:
+                assert int(ids[0]) == walk[-1]  # goes on where the row stopped
+            walk += targets[predicted].tolist()
+    for walk in rows.values():  # every token but the first of a document is predicted exactly once, in order
+        for end in (i for i, token in enumerate(walk[:-1]) if walk[i + 1] != token + 1):
+            assert walk[end] in {1039, 2016, 3008, 4001}
+
+
+def test_batches_of_documents_repeat_and_refuse_what_cannot_be():
+    first, again = (next(packed_batches(numbered(50, 60), context=16, batch_size=2, seed=5)) for _ in range(2))
+    assert torch.equal(first.input_ids, again.input_ids)
+    with pytest.raises(ConfigError, match="two tokens"):
+        next(packed_batches(numbered(1, 1), context=16, batch_size=1))
+    with pytest.raises(ConfigError, match="`context`"):
+        packed_batches(numbered(50), context=1, batch_size=1)
+    with pytest.raises(ConfigError, match="`lanes`"):
+        carried_batches(numbered(50), context=8, batch_size=1, lanes=0)
+
+
+def test_a_stream_reads_one_document_at_a_time_and_again(tmp_path):
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": f"book {i}"}) + "\n" for i in range(20)))
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    stream = TokenStream(tokenizer, tmp_path, "train")
+    first, again = list(stream), list(stream)
+    assert [tokenizer.decode(ids[1:]) for ids in first] == [f"book {i}" for i in range(18)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    batch = next(packed_batches(stream, context=32, batch_size=1))
+    assert batch.input_ids[0, 0] == tokenizer.bos_token_id
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="258 tokens, the model embeddings for 128"):
+        check_tokenizer(byte_tokenizer(), tiny_llama)
