@@ -120,6 +120,9 @@ def _attend(
     }
     counts = adapter.statistics if adapter.config.feature_map == "trigonometric" else None
     cache_layer, adapter.cache_layer = adapter.cache_layer, None
+    shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.sequence_parallel`
+    if shard is not None:
+        return shard(query, key, value, layout, options, counts, cache_layer)
     if cache_layer is None:
         return _operator(query, key, value, layout=layout, statistics=counts, **options)
     return _cached(adapter, cache_layer, query, key, value, layout, options, counts)
