@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def token_nll(model: PreTrainedModel, ids: Tensor, context: int, max_windows: in
     with evaluation_mode(model):
         for number, window in enumerate(split_windows(ids, context, max_windows)):
             logits = window_logits(model, window, f"window {number}")
-            rows.append(_nll(logits[:-1], window[1:]))
+            rows.append(next_token_nll(logits[:-1], window[1:]))
     return torch.stack(rows)
 
 
@@ -198,7 +199,7 @@ def copy_perplexity(
             other = ids[(i + 1) * stride : (i + 1) * stride + gap]
             sequence = torch.cat([start, copied, other, copied])
             logits = window_logits(model, sequence, f"copy sample {i}")
-            losses.append(_nll(logits[:-1], sequence[1:])[-(span - COPY_LEAD) :])
+            losses.append(next_token_nll(logits[:-1], sequence[1:])[-(span - COPY_LEAD) :])
     return math.exp(torch.stack(losses).double().mean())
 
 
@@ -254,13 +255,16 @@ def far_recovery(nll_original: float, nll_window: float, nll_converted: float) -
     return None if lost < 1e-3 else (nll_window - nll_converted) / lost
 
 
-def window_logits(model: PreTrainedModel, window: Tensor, where: str) -> Tensor:
+def window_logits(model: PreTrainedModel, window: Tensor, where: str, **inputs: Any) -> Tensor:
     """Logits (n, vocabulary) of one sequence (n,), in the model's dtype; raises where one is not finite.
+
+    Args:
+        inputs: further arguments of the model; by default it keeps no cache.
 
     Raises:
         FloatingPointError: says `where` and the first position with a NaN or infinite logit.
     """
-    logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+    logits = model(input_ids=window[None].to(model.device), **{"use_cache": False, **inputs}).logits[0]
     # A single -inf may be meant, for a token that never comes.
     broken = ~logits.amax(-1).isfinite() | logits.isnan().any(-1)
     if broken.any():
@@ -273,7 +277,7 @@ def window_logits(model: PreTrainedModel, window: Tensor, where: str) -> Tensor:
     return logits
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss (n,) in nats, float32 on the CPU, of targets (n,) under logits (n, vocabulary)."""
     targets = targets.to(logits.device)
     pairs = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)

@@ -1,4 +1,4 @@
-"""A short fine-tuning loop on Accelerate, for the main job and for scripts; it can be cut short and resumed.
+"""The fine-tuning loop on Accelerate, for the main job and for scripts; it can be cut short and resumed.
 
 from hf_rfa.training import finetune
 result = finetune(model, training_batches(token_lists, 2048, 4, seed=0), steps=100, output="run")
@@ -6,12 +6,11 @@ result = finetune(model, training_batches(token_lists, 2048, 4, seed=0), steps=1
 
 import itertools
 import math
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+from hf_rfa.carry import Carry, check_carry
+from hf_rfa.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.sequence_parallel import sequence_parallel as parallel_layers
+from hf_rfa.training_checkpoint import check_output, load_checkpoint, save_checkpoint
+from hf_rfa.training_loss import LossModule
+from hf_rfa.training_step import Progress, Share, Step
 
 SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("no", "bf16")
@@ -32,30 +37,9 @@ class StepHook(Protocol):
     def step(self, model: PreTrainedModel) -> object: ...
 
 
-@dataclass
-class Progress:
-    """How far a run has come; saved and restored with it."""
-
-    step: int = 0  # optimiser steps done
-    tokens: int = 0  # tokens seen, over all processes
-    seconds: float = 0.0  # spent in steps, without saving
-    losses: list[float] = field(default_factory=list)  # nats/token, one per step
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.seconds, self.losses = state["seconds"], list(state["losses"])
-
-
 def finetune(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Batch],
     *,
     steps: int,
     learning_rate: float = 1e-4,
@@ -64,30 +48,46 @@ def finetune(
     schedule: str = "cosine",
     max_grad_norm: float = 1.0,
     mixed_precision: str = "no",
+    batches_per_step: int | None = None,
+    sequence_parallel: int = 1,
+    fused_loss: bool = False,
+    kl_weight: float = 0.0,
+    teacher: PreTrainedModel | None = None,
+    evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    evaluate_every: int = 100,
     output: str | Path | None = None,
     save_every: int = 100,
     resume: bool = False,
+    trackers: Sequence[str] = (),
     hooks: Sequence[StepHook] = (),
     progress: bool = True,
     description: str = "fine-tuning",
 ) -> Progress:
-    """Minimises the next-token loss with AdamW, in place, over `steps` batches.
+    """Minimises the next-token loss with AdamW, in place.
 
-    Works on one process and under `torchrun` / `accelerate launch`: of n processes, process r takes the batches r,
-    r + n, r + 2n, ... of the same sequence, and the gradients are averaged.
+    Works on one process and under `torchrun` / `accelerate launch`. A step averages over the targets of
+    `batches_per_step` batches, which the processes share: of n processes, process r takes the batches r, r + n, ...
+    of the same sequence. So the losses do not depend on n, and a run resumes on another number of processes.
 
     Args:
         model: a causal LM, converted or not. Parameters with `requires_grad=False` stay as they are.
-        batches: token ids (batch, seq), int64, the same sequence of batches in every process and on every resume.
+        batches: token ids (batch, seq) int64, or `Batch`es; the same sequence in every process and on every resume.
         steps: optimiser steps in total, those before a resume included.
         learning_rate: its highest value, after the warm-up.
         warmup_steps: steps of linear warm-up; by default a tenth of `steps`.
         schedule: "cosine" (down to 0), or "wsd" (constant, then down to 0 over the last `WSD_DECAY_SHARE`).
         max_grad_norm: the gradient's norm is clipped to it.
         mixed_precision: "bf16" runs the forward pass under autocast; weights and optimiser stay as they are.
-        output: folder for the checkpoint `checkpoint-<step>`; None saves nothing.
+        batches_per_step: over all processes; by default one a process. More than that is gradient accumulation.
+        sequence_parallel: so many neighbouring processes share each document (`hf_rfa.sequence_parallel`).
+        fused_loss: never hold the logits of all positions (`torch.nn.functional.linear_cross_entropy`).
+        kl_weight: adds so many times KL(teacher || model), nats/token; the losses then are the sum of both.
+        teacher: the original model, on the same device.
+        evaluate: called on the model after every `evaluate_every` steps and the last; its figures are tracked.
+        output: folder for the checkpoint `checkpoint-<step>` and the trackers; None saves nothing.
         save_every: a checkpoint after so many steps and after the last one; the one before it is then deleted.
         resume: go on from the checkpoint in `output`; from the start if there is none yet.
+        trackers: of Accelerate, for example "tensorboard", "trackio" or "wandb".
         hooks: `hook.step(model)` is called after each optimiser step; a hook with `state_dict` and `load_state_dict`
             is saved and restored with the run.
         progress: show a bar with loss (nats/token) and speed (tokens/s).
@@ -97,16 +97,30 @@ def finetune(
 
     Raises:
         ConfigError: an argument out of its range, no trainable parameter, or batches that end before `steps`.
-        CheckpointError: the checkpoint belongs to a longer run or cannot be read.
-        FloatingPointError: the loss is NaN or infinite; the message names the step. The model keeps the weights of
-            the step before, and `output` the checkpoint before.
+        CheckpointError: `output` cannot be written, or its checkpoint belongs to a longer run or cannot be read.
+        FloatingPointError: the loss is NaN or infinite; the message names the step, the batches and the last good
+            checkpoint. The model keeps the weights of the step before.
     """
     _check_arguments(steps, learning_rate, schedule, mixed_precision, output, save_every, resume)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("The model has no parameter with `requires_grad=True`. Unfreeze some before fine-tuning.")
+    if evaluate_every < 1:
+        raise ConfigError(f"`evaluate_every` must be at least 1. Got {evaluate_every}.")
+    if (kl_weight > 0) != (teacher is not None) or kl_weight < 0:
+        raise ConfigError(
+            f"`kl_weight` > 0 and a `teacher` belong together. Got {kl_weight} and "
+            f"{'a' if teacher is not None else 'no'} teacher. Pass both or neither."
+        )
+    if trackers and output is None:
+        raise ConfigError(f"Trackers write into the folder of the run. Got {list(trackers)}. Set `output`.")
+    if output is not None:
+        check_output(Path(output), model)
 
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu", log_with=list(trackers) or None, project_dir=output if trackers else None
+    )
+    share = Share.of(accelerator, batches_per_step, sequence_parallel, kl_weight)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     wsd = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * steps))} if schedule == "wsd" else None
     scheduler = get_scheduler(
@@ -116,14 +130,31 @@ def finetune(
         num_training_steps=steps,
         scheduler_specific_kwargs=wsd,
     )
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loss_module = LossModule(model, fused=fused_loss, kl_weight=kl_weight, teacher=teacher)
+    prepared, optimizer = accelerator.prepare(loss_module, optimizer)
+    if trackers:
+        accelerator.init_trackers("hf_rfa")
     done = Progress()
     # The scheduler is not prepared: Accelerate would step it once per process.
     stateful = [hook for hook in hooks if hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict")]
     accelerator.register_for_checkpointing(done, scheduler, *stateful)
-    if output is not None and resume:
-        _load_checkpoint(accelerator, Path(output), done, steps)
+    batches = iter(batches)
+    first = next(batches, None)
+    batches = itertools.chain([] if first is None else [first], batches)
+    carries: dict[int, Carry] = {}
+    if first is not None and Batch.of(first).fresh is not None:
+        check_carry(model)
+        if kl_weight:
+            raise ConfigError("The original has no state of constant size to carry. Set `kl_weight=0`, or pack.")
+        carries = {lane: Carry() for lane in share.lanes}
+    checkpoint = load_checkpoint(accelerator, Path(output), carries) if output is not None and resume else None
+    if done.step > steps:
+        raise CheckpointError(
+            f"The checkpoint in {str(output)!r} has {done.step} steps, more than `steps`={steps}. Raise `steps` or "
+            "choose another `output`."
+        )
 
+    trainer = Step(accelerator, prepared, optimizer, share, carries, mixed_precision, max_grad_norm)
     was_training = model.training
     prepared.train()
     bar = tqdm(
@@ -135,99 +166,61 @@ def finetune(
         disable=not (progress and accelerator.is_main_process),
     )
     try:
-        for input_ids in _own_batches(batches, accelerator, done.step, steps):
+        for own in _own_batches(batches, share, done, steps):
             started = time.perf_counter()
-            loss = _train_step(accelerator, prepared, optimizer, input_ids, mixed_precision, max_grad_norm, done.step)
+            with ExitStack() as stack:
+                if share.group is not None:
+                    stack.enter_context(parallel_layers(model, share.group))
+                loss, tokens = trainer(own, done, checkpoint)
             scheduler.step()
             for hook in hooks:
                 hook.step(model)
             done.step += 1
-            done.tokens += input_ids.numel() * accelerator.num_processes
+            done.batches += share.batches_per_step
+            done.tokens += tokens
             done.seconds += time.perf_counter() - started
             done.losses.append(loss)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{done.tokens_per_second:.0f}", refresh=False)
             bar.update()
+            if trackers:
+                rate = scheduler.get_last_lr()[0]
+                accelerator.log(
+                    {"loss": loss, "learning_rate": rate, "tokens": done.tokens, "tokens/s": done.tokens_per_second},
+                    step=done.step,
+                )
+            if evaluate is not None and (done.step % evaluate_every == 0 or done.step == steps):
+                figures = dict(evaluate(model))
+                done.evaluations.append({"step": done.step, **figures})
+                if trackers:
+                    accelerator.log(figures, step=done.step)
+                prepared.train()
             if output is not None and (done.step % save_every == 0 or done.step == steps):
-                _save_checkpoint(accelerator, Path(output), done.step)
+                checkpoint = save_checkpoint(accelerator, Path(output), done.step, carries)
     finally:
         bar.close()
         model.train(was_training)
+        if trackers:
+            accelerator.end_training()
         accelerator.free_memory()  # drops Accelerate's references to model and optimiser
     return done
 
 
-def _train_step(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    input_ids: Tensor,
-    mixed_precision: str,
-    max_grad_norm: float,
-    step: int,
-) -> float:
-    """One optimiser step; returns the loss in nats/token, averaged over the processes."""
-    input_ids = input_ids.to(accelerator.device)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    # The mean over the processes is checked, not each one's own, so that all of them stop at the same step.
-    mean_loss = accelerator.reduce(loss.detach().float(), reduction="mean").item()
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(
-            f"The loss is {mean_loss} at step {step + 1}. The weights are those of the step before. Lower "
-            "`learning_rate`, lower `max_grad_norm`, or train without `mixed_precision`; `resume=True` goes on from "
-            "the last checkpoint."
-        )
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return mean_loss
-
-
-def _own_batches(batches: Iterable[Tensor], accelerator: Accelerator, first: int, steps: int) -> Iterator[Tensor]:
-    """The batches of this process for the steps from `first` on."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    number = first
-    for batch in itertools.islice(batches, first * processes + rank, steps * processes, processes):
-        yield batch
-        number += 1
-    if number < steps:
-        raise ConfigError(
-            f"The batches ended after {number} of {steps} steps ({processes} processes). Pass an endless iterator, "
-            "for example `hf_rfa.data.training_batches(...)`, or lower `steps`."
-        )
-
-
-def _save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:
-    """Writes `output/checkpoint-<step>` in one go, then removes those before it."""
-    partial, final = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)  # a run that is killed while it saves keeps the checkpoint before
-        for other in output.glob("checkpoint-*"):
-            if other != final:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-
-
-def _load_checkpoint(accelerator: Accelerator, output: Path, done: Progress, steps: int) -> None:
-    found = {int(path.name.split("-")[1]): path for path in output.glob("checkpoint-*") if path.suffix != ".partial"}
-    if not found:
-        return
-    path = found[max(found)]
-    try:
-        accelerator.load_state(str(path))
-    except Exception as error:  # Accelerate raises whatever its readers raise
+def _own_batches(batches: Iterable[Tensor | Batch], share: Share, done: Progress, steps: int) -> Iterator[list[Batch]]:
+    """The batches of this process, one list a step, from where the run stands."""
+    if done.batches % share.batches_per_step:
         raise CheckpointError(
-            f"Cannot resume from {path.name} in {str(output)!r}: {error} Delete it, or start without `resume`."
-        ) from error
-    if done.step > steps:
-        raise CheckpointError(
-            f"The checkpoint in {str(output)!r} has {done.step} steps, more than `steps`={steps}. Raise `steps` or "
-            "choose another `output`."
+            f"The checkpoint was made after {done.batches} batches, which are no whole steps of "
+            f"{share.batches_per_step}. Resume with the `batches_per_step` that it was made with."
         )
+    remaining = itertools.islice(batches, done.batches, None)
+    for number in range(done.step, steps):
+        whole = list(itertools.islice(remaining, share.batches_per_step))
+        if len(whole) < share.batches_per_step:
+            raise ConfigError(
+                f"The batches ended after {number} of {steps} steps ({share.batches_per_step} batches each). Pass an "
+                "endless iterator, for example `hf_rfa.data.training_batches(...)`, or lower `steps`."
+            )
+        yield [Batch.of(whole[lane]) for lane in share.lanes]
 
 
 def _check_arguments(

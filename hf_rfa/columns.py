@@ -1,0 +1,171 @@
+"""The four columns that every comparison has, each measured on the same tokens.
+
+original · window only · every head linear · retrieval heads exact, and any number of trained checkpoints beside them.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_rfa
+from hf_rfa import evaluation
+from hf_rfa.convert import conversion_config
+from hf_rfa.data import evaluation_windows
+from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
+from hf_rfa.retrieval_tasks import PasskeyScore, passkey_retrieval
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, all lengths in tokens; the held-out documents are the same for every column.
+
+    Attributes:
+        contexts: windows of each length, for perplexity, bits per byte and (the longest) KL and positions.
+        windows: at most so many windows of the longest context.
+        stride: of the sliding window of the longest context; 0 leaves whole documents out.
+        document_tokens: whole documents are cut to so many.
+        copy_gaps: distances of the copied span.
+        passkey_lengths: lengths of the passkey task; none leaves it out.
+    """
+
+    contexts: Sequence[int] = (512, 2048)
+    windows: int = 8
+    stride: int = 0
+    document_tokens: int = 8192
+    copy_gaps: Sequence[int] = (300,)
+    passkey_lengths: Sequence[int] = ()
+
+
+@dataclass
+class Column:
+    """One model's figures: perplexities, bits per byte, KL in nats/token, shares."""
+
+    name: str
+    perplexity: dict[int, float]
+    bits_per_byte: dict[int, float]
+    by_position: list[evaluation.PositionBin]
+    kl_to_original: float
+    greedy_agreement: float
+    copy_perplexity: dict[int, float] = field(default_factory=dict)
+    far_recovery: float | None = None
+    sliding_perplexity: float | None = None
+    streaming_perplexity: float | None = None
+    passkey: list[PasskeyScore] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def untrained_columns(
+    original: PreTrainedModel, config: hf_rfa.RFAConfig, batches: Iterable[Tensor]
+) -> dict[str, PreTrainedModel]:
+    """The original and its three conversions, nothing trained; the last two are calibrated on `batches`."""
+    window_only = dataclasses.replace(config, gamma=0.0, softmax_heads=None)
+    near = hf_rfa.convert(copy.deepcopy(original), window_only, calibrate=False)
+    heads = config.softmax_heads or "auto"
+    exact = hf_rfa.convert(
+        copy.deepcopy(original), dataclasses.replace(config, softmax_heads=heads), calibrate=list(batches)
+    )
+    linear = copy.deepcopy(original)
+    hf_rfa.convert(linear, conversion_config(exact), calibrate=False)
+    linear.load_state_dict(exact.state_dict())
+    hf_rfa.set_softmax_heads(linear, [])
+    return {ORIGINAL: original, WINDOW_ONLY: near, LINEAR: linear, EXACT: exact}
+
+
+def measure_columns(
+    models: Mapping[str, PreTrainedModel],
+    documents: Sequence[Tensor],
+    num_bytes: Sequence[int],
+    plan: Plan,
+    first_token: int | None = None,
+) -> list[Column]:
+    """Every model on the same held-out documents; the KL divergence and the agreement are with the first model.
+
+    Args:
+        models: name -> model, the original first.
+        documents, num_bytes: token ids and UTF-8 bytes of each document.
+        first_token: `tokenizer.bos_token_id`.
+
+    Raises:
+        ConfigError: no document reaches the longest context.
+        FloatingPointError: logits that are not finite.
+    """
+    original = next(iter(models.values()))
+    longest = max(plan.contexts)
+    tokens = evaluation_windows(documents, longest, plan.windows).flatten()
+    together = torch.cat(list(documents))
+    bytes_per_token = sum(num_bytes) / len(together)
+    prompt = min(512, longest // 2)
+    greedy = evaluation.greedy_continuations(original, together, prompt, min(100, longest - prompt))
+    columns = []
+    for name, model in models.items():
+        losses = {n: evaluation.token_nll(model, tokens, n) for n in plan.contexts}
+        kl, agreement = 0.0, 1.0  # of the original with itself, by definition
+        if model is not original:
+            kl = evaluation.kl_divergence(original, model, tokens, longest)
+            agreement = evaluation.greedy_agreement(model, greedy, prompt)
+        mean = {n: loss.double().mean().item() for n, loss in losses.items()}
+        column = Column(
+            name=name,
+            perplexity={n: math.exp(nll) for n, nll in mean.items()},
+            bits_per_byte={n: evaluation.bits_per_byte(nll, bytes_per_token) for n, nll in mean.items()},
+            by_position=evaluation.perplexity_by_position(losses[longest]),
+            kl_to_original=kl,
+            greedy_agreement=agreement,
+            copy_perplexity={
+                gap: evaluation.copy_perplexity(model, together, gap, first_token=first_token)
+                for gap in plan.copy_gaps
+            },
+        )
+        if plan.stride:
+            whole = [ids[: plan.document_tokens] for ids in documents]
+            losses_of = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
+            column.sliding_perplexity = document_perplexity(losses_of)
+            if model is not original:
+                column.streaming_perplexity = document_perplexity([streaming_nll(model, ids) for ids in whole])
+        if plan.passkey_lengths:
+            column.passkey = passkey_retrieval(model, together, plan.passkey_lengths, first_token=first_token)
+        columns.append(column)
+    nll = {column.name: math.log(column.perplexity[longest]) for column in columns}
+    for column in columns:
+        if WINDOW_ONLY in nll:
+            column.far_recovery = evaluation.far_recovery(nll[columns[0].name], nll[WINDOW_ONLY], nll[column.name])
+    return columns
+
+
+def markdown_table(columns: Sequence[Column]) -> str:
+    """One column a model, one row a figure."""
+    first = columns[0]
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(title: str, values: Iterable[float | None], form: str) -> None:
+        cells = ["—" if value is None else format(value, form) for value in values]
+        if any(cell != "—" for cell in cells):
+            rows.append((title, cells))
+
+    for n in first.perplexity:
+        add(f"perplexity, windows of {n} tokens", (c.perplexity[n] for c in columns), ".3f")
+    for n in first.bits_per_byte:
+        add(f"bits per byte, windows of {n}", (c.bits_per_byte[n] for c in columns), ".4f")
+    add("perplexity, sliding window over whole documents", (c.sliding_perplexity for c in columns), ".3f")
+    add("perplexity, whole documents, state carried", (c.streaming_perplexity for c in columns), ".3f")
+    add("KL to the original, nats/token", (c.kl_to_original for c in columns), ".4f")
+    add("far recovery", (c.far_recovery for c in columns), ".3f")
+    for gap in first.copy_perplexity:
+        add(f"copy perplexity, {gap} tokens between", (c.copy_perplexity[gap] for c in columns), ".3f")
+    for i, cell in enumerate(first.passkey):
+        title = f"passkey, {cell.length} tokens, depth {cell.depth:.2f}"
+        add(title, (c.passkey[i].accuracy for c in columns), ".2f")
+    add("greedy agreement", (c.greedy_agreement for c in columns), ".3f")
+    head = "| | " + " | ".join(c.name for c in columns) + " |\n|---|" + "---:|" * len(columns)
+    return "\n".join([head, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows)])

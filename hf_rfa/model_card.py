@@ -1,0 +1,51 @@
+"""README.md of a converted folder: what it is, how it was made, how to load it, and the comparison table."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_model_card(
+    folder: str | Path, *, base_model: str, table: str, settings: Mapping[str, Any], data: str
+) -> Path:
+    """Writes `folder/README.md`.
+
+    Args:
+        base_model: id or folder of the original.
+        table: Markdown, from `hf_rfa.columns.markdown_table`.
+        settings: JSON-ready, everything that decided the run.
+        data: where the documents came from.
+    """
+    name = Path(base_model).name if Path(base_model).exists() else base_model
+    text = f"""---
+library_name: hf_rfa
+tags: [random-feature-attention, linear-attention]
+base_model: {name}
+---
+
+# {name} with random-feature attention
+
+Converted from softmax attention by hf_rfa and trained on `{data}`. It loads with hf_rfa alone; without it the folder
+would be another model.
+
+```python
+import hf_rfa
+model = hf_rfa.from_pretrained("{Path(folder).name}")
+```
+
+## Beside the original
+
+On held-out documents of the same source. *Window only* sees the exact window and the sinks and nothing else.
+
+{table}
+
+## How it was made
+
+```json
+{json.dumps(dict(settings), indent=2, default=str)}
+```
+"""
+    path = Path(folder) / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path

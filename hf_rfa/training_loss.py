@@ -1,0 +1,113 @@
+"""The training loss as one module, so that DDP, FSDP and autocast wrap all of it: next token, KL to the original."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from hf_rfa.document_batches import IGNORED
+from hf_rfa.errors import ConfigError
+
+#: Positions whose float32 logits are made at a time, for the KL term.
+POSITIONS_AT_ONCE = 512
+
+
+class LossModule(nn.Module):
+    """Sum over positions of the next-token loss, plus `kl_weight` times KL(teacher || model), in nats.
+
+    Args:
+        model: a causal LM.
+        fused: never hold the logits of all positions: the hidden states go through
+            `torch.nn.functional.linear_cross_entropy` (and the KL term in blocks that the backward pass makes again).
+        teacher: the original, for the KL term; neither trained nor saved.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, fused: bool, kl_weight: float = 0.0, teacher: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.fused, self.kl_weight = model, fused, kl_weight
+        # In a tuple, so that it is no submodule: it must not be wrapped, saved or moved with the model.
+        self._original = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        # Where FSDP and DeepSpeed look for the layers to split at.
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        self.config = model.config
+        self._checked = False
+
+    def forward(self, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """Loss () in nats, summed over the targets that are not `IGNORED`; input_ids, targets (batch, seq)."""
+        flat = targets.flatten()
+        if not self.fused:
+            logits = self.model(input_ids=input_ids, **inputs).logits.flatten(0, 1)
+            loss = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="sum")
+            parts = iter(logits.split(POSITIONS_AT_ONCE))
+        else:
+            hidden, head, last = self._hidden(self.model, input_ids, inputs)
+            if not self._checked:
+                _check_head(hidden, head, last)
+                self._checked = True
+            hidden = hidden.flatten(0, 1)
+            loss = F.linear_cross_entropy(
+                hidden,
+                head.weight.to(hidden.dtype),
+                flat,
+                linear_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+                ignore_index=IGNORED,
+                reduction="sum",
+                options=torch.nn.LinearCrossEntropyOptions(),
+            )
+            parts = (checkpoint(head, part, use_reentrant=False) for part in hidden.split(POSITIONS_AT_ONCE))
+        return loss if self._original[0] is None else loss + self.kl_weight * self._kl(parts, input_ids, flat, inputs)
+
+    def _kl(self, parts: Iterator[Tensor], input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Sum of KL(teacher || model) over the positions that have a target."""
+        teacher: Any = self._original[0]
+        with torch.no_grad():
+            if self.fused:
+                hidden, head, _ = self._hidden(teacher, input_ids, inputs)
+                originals = (head(part) for part in hidden.flatten(0, 1).split(POSITIONS_AT_ONCE))
+            else:
+                logits = teacher(input_ids=input_ids, **inputs).logits.flatten(0, 1)
+                originals = iter(logits.split(POSITIONS_AT_ONCE))
+        total = torch.zeros((), device=targets.device)
+        for target in targets.split(POSITIONS_AT_ONCE):
+            with torch.no_grad():
+                original = next(originals).float().log_softmax(-1)
+            block = checkpoint(_kl_sum, next(parts), original, target != IGNORED, use_reentrant=False)
+            total = total + block
+        return total
+
+    @staticmethod
+    def _hidden(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
+        """Hidden states before the head (batch, seq, width), the head, and the logits of the last position.
+
+        Through the whole model's forward, so that its hooks run (one redraws omega, say).
+        """
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        seen: list[Tensor] = []
+        hook = causal.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        try:
+            logits = model(input_ids=input_ids, logits_to_keep=1, **inputs).logits
+        finally:
+            hook.remove()
+        return seen[-1], causal.get_output_embeddings(), logits
+
+
+def _kl_sum(logits: Tensor, original: Tensor, counted: Tensor) -> Tensor:
+    per_token = F.kl_div(logits.float().log_softmax(-1), original, reduction="none", log_target=True).sum(-1)
+    return (per_token * counted).sum()
+
+
+@torch.no_grad()
+def _check_head(hidden: Tensor, head: Any, last: Tensor) -> None:
+    """Models that scale or cap their logits after the head would be trained on the wrong loss."""
+    expected = head(hidden[:, -1:])
+    if not torch.allclose(expected.float(), last.float(), rtol=1e-2, atol=1e-3):
+        raise ConfigError(
+            "This model changes its logits after the output projection (a scale or a cap), which the fused loss does "
+            f"not see: they differ by {float((expected - last).abs().max()):.3g}. Set `fused_loss=False`."
+        )
