@@ -3,11 +3,13 @@
 from hf_rfa.adapter import far_statistics
 from hf_rfa.attention import register
 from hf_rfa.cache import cache_bytes
-from hf_rfa.calibrate import CalibrationReport, calibrate
+from hf_rfa.calibrate import calibrate
+from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
-from hf_rfa.convert import convert, revert, set_softmax_heads
+from hf_rfa.convert import calibration_report, revert, set_softmax_heads
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
+from hf_rfa.one_call import convert
 from hf_rfa.ops.operator import rfa_attention, rfa_attention_reference
 from hf_rfa.resample import ResampleCallback, resample
 
@@ -24,6 +26,7 @@ __all__ = [
     "UnsupportedModelError",
     "cache_bytes",
     "calibrate",
+    "calibration_report",
     "convert",
     "far_statistics",
     "from_pretrained",

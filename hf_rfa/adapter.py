@@ -1,19 +1,21 @@
 """`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_rfa.config import RFAConfig
+from hf_rfa.config import AUTO_MAPS, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.feature_maps import optimal_proposal
+from hf_rfa.feature_maps import FEATURE_MAPS, optimal_proposal
 from hf_rfa.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
 ADAPTER_NAME = "rfa"
+#: The order is part of the saved format.
+MAP_CODES = tuple(FEATURE_MAPS)
 
 
 class RFAAdapter(nn.Module):
@@ -23,6 +25,9 @@ class RFAAdapter(nn.Module):
         omega: (key_heads, m, head_dim) rows N(0, I), a function of (config.seed, layer, draw).
         alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
         query_center, key_center: (key_heads, head_dim) what the far kernel takes off; calibration sets them.
+        query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
+        query_radius, key_radius: (key_heads,) its bounds, 0 (none) before calibration.
+        map_codes: (key_heads,) uint8, each head's map as an index into `MAP_CODES`; see `feature_maps`.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
         statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
@@ -35,6 +40,11 @@ class RFAAdapter(nn.Module):
     proposal: torch.Tensor
     query_center: torch.Tensor
     key_center: torch.Tensor
+    query_transform: torch.Tensor
+    key_transform: torch.Tensor
+    query_radius: torch.Tensor
+    key_radius: torch.Tensor
+    map_codes: torch.Tensor
     softmax_mask: torch.Tensor
     draw: torch.Tensor
 
@@ -44,12 +54,18 @@ class RFAAdapter(nn.Module):
         super().__init__()
         self.config, self.layer, self.converted, self.cross = config, layer, converted, cross
         ones = torch.ones(key_heads)
-        self.register_buffer("omega", torch.empty(key_heads, config.num_features, head_dim))
+        self.register_buffer("omega", torch.empty(key_heads, config.features_of(layer), head_dim))
         self.register_buffer("alpha", ones * config.alpha)
         self.register_buffer("gamma", ones * config.gamma)
         self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
         self.register_buffer("query_center", torch.zeros(key_heads, head_dim))
         self.register_buffer("key_center", torch.zeros(key_heads, head_dim))
+        self.register_buffer("query_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
+        self.register_buffer("key_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
+        self.register_buffer("query_radius", ones * 0)
+        self.register_buffer("key_radius", ones * 0)
+        name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
+        self.register_buffer("map_codes", torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8))
         self.register_buffer("softmax_mask", torch.full((key_heads,), not converted))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
         self.statistics = FarStatistics()
@@ -67,13 +83,39 @@ class RFAAdapter(nn.Module):
     @property
     def kernel(self) -> dict[str, Any]:
         """The far kernel of all key heads, as arguments of the operator."""
-        names = ("omega", "alpha", "gamma", "proposal", "query_center", "key_center")
-        return {"feature_map": self.config.feature_map, **{name: getattr(self, name) for name in names}}
+        names = ["omega", "alpha", "gamma", "proposal", "query_center", "key_center"]
+        if self._calibrated:
+            names += ["query_transform", "key_transform", "query_radius", "key_radius"]
+        return {"feature_map": self.feature_maps, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def feature_maps(self) -> tuple[str, ...]:
+        """The map of each key head."""
+        if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
+            self._python["maps"] = tuple(MAP_CODES[code] for code in self.map_codes.tolist())
+        return self._python["maps"]
+
+    @property
+    def _calibrated(self) -> bool:
+        """Whether the changes of variable and the bounds say anything; they cost nothing where they do not."""
+        if "calibrated" not in self._python:
+            eye = torch.eye(self.omega.shape[2], device=self.omega.device)
+            identity = all(bool((m == eye).all()) for m in (self.query_transform, self.key_transform))
+            free = not any(bool(r.any()) for r in (self.query_radius, self.key_radius))
+            self._python["calibrated"] = not (identity and free)
+        return self._python["calibrated"]
+
+    def set_kernel(self, feature_maps: Sequence[str], **tensors: torch.Tensor) -> None:
+        """Replace the far kernel: each key head's map, and any of the tensors by name."""
+        self.map_codes.copy_(torch.tensor([MAP_CODES.index(name) for name in feature_maps]))
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+        self._python.clear()
 
     @property
     def softmax_heads(self) -> tuple[int, ...]:
         """Key heads that stay exact softmax."""
-        if "softmax_heads" not in self._python:  # read once: a GPU would wait for it in every forward
+        if "softmax_heads" not in self._python:
             self._python["softmax_heads"] = tuple(self.softmax_mask.nonzero().flatten().tolist())
         return self._python["softmax_heads"]
 
@@ -109,8 +151,8 @@ class RFAAdapter(nn.Module):
     def extra_repr(self) -> str:
         heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
         return (
-            f"{self.config.feature_map}, num_features={self.config.num_features}, window={self.config.window}, "
-            f"key_heads={self.key_heads}, draw={self.draw_number}{heads}"
+            f"{'/'.join(sorted(set(self.feature_maps)))}, num_features={self.omega.shape[1]}, "
+            f"window={self.config.window}, key_heads={self.key_heads}, draw={self.draw_number}{heads}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RFAAdapter":
@@ -156,7 +198,7 @@ def far_statistics(model: nn.Module) -> dict[int, float]:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False)
         >>> hf_rfa.far_statistics(model)
         {0: 0.0}
     """

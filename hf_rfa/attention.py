@@ -118,7 +118,7 @@ def _attend(
         "softmax_heads": adapter.softmax_heads,
         "sliding_window": sliding,
     }
-    counts = adapter.statistics if adapter.config.feature_map == "trigonometric" else None
+    counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
     cache_layer, adapter.cache_layer = adapter.cache_layer, None
     shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.sequence_parallel`
     if shard is not None:

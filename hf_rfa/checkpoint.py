@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.adapter import ADAPTER_NAME, named_adapters
-from hf_rfa.convert import base_model, conversion_config, convert
+from hf_rfa.convert import base_model, conversion_config, store_report, stored_report, swap_attention
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.pair import adapter_tensors, find_file, read_pair, write_pair
 
@@ -38,7 +38,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         >>> import tempfile, torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size))).eval()
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False).eval()
         >>> ids = torch.ones(1, 300, dtype=torch.long)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     hf_rfa.save_pretrained(model, folder)
@@ -66,7 +66,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         raise CheckpointError(
             f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
         ) from error
-    write_pair(base, config, folder)
+    write_pair(base, config, folder, stored_report(base))
 
 
 def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
@@ -100,10 +100,11 @@ def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
         )
     model = _load_base(model_class, source, kwargs)
     try:
-        convert(model, pair.config)
+        swap_attention(model, pair.config)
     except ConfigError as error:
         raise CheckpointError(f"The conversion in {name!r} does not fit the model: {error}") from error
     _load_adapters(model, pair.tensors, name)
+    store_report(model, pair.report)
     if find_file(name, _PEFT_FILE) is not None:
         from peft import PeftModel
 

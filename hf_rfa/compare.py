@@ -179,7 +179,7 @@ def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[s
         LINEAR: config,
         EXACT: dataclasses.replace(config, softmax_heads=settings.softmax_heads),
     }
-    return {name: hf_rfa.convert(copy.deepcopy(original), config) for name, config in configs.items()}
+    return {name: hf_rfa.convert(copy.deepcopy(original), config, calibrate=False) for name, config in configs.items()}
 
 
 class _BarHook:

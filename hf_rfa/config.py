@@ -10,8 +10,10 @@ from hf_rfa.errors import ConfigError
 #: Version of the saved format. A file with a higher one is refused instead of half understood.
 FORMAT_VERSION = 1
 
-FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive")
-OMEGA_DRAWS = ("orthogonal", "gaussian")
+FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive")
+#: What `calibrate` chooses from for each key head with `feature_map="auto"`, whose layers begin with the first.
+AUTO_MAPS = ("hyperbolic", "trigonometric")
+OMEGA_DRAWS = ("sphere", "orthogonal", "gaussian")
 _RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
 
 
@@ -40,16 +42,23 @@ class RFAConfig:
 
     feature_map: str = _help(
         "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus "
-        "and minus), 'optimal_positive' (Likhosherstov et al. 2022).",
-        "positive",
+        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), or 'auto' (hyperbolic or trigonometric, chosen "
+        "for each key head by `calibrate`).",
+        "hyperbolic",
     )
     num_features: int = _help(
         "Number of omega vectors per key head (D_random). The trigonometric and hyperbolic maps make two components "
         "of each.",
         64,
     )
+    layer_features: Any = _help(
+        "Other numbers of omega vectors for some layers, as {layer: number}; for example more where heads retrieve.",
+        None,
+    )
     omega: str = _help(
-        "How omega is drawn: 'orthogonal' (blocks of orthogonal directions) or 'gaussian' (i.i.d.).", "orthogonal"
+        "How omega is drawn: 'sphere' (blocks of orthogonal directions of equal length: least error, a small bias), "
+        "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.).",
+        "sphere",
     )
     window: int = _help(
         "Chunk size C of the exact near part, tokens: a query sees its own chunk and the one before exactly. 0 = "
@@ -61,6 +70,11 @@ class RFAConfig:
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
         None,
+    )
+    loss_budget: float = _help(
+        "What softmax_heads='auto' may lose: it keeps the fewest heads (at most a quarter) with which the others add "
+        "at most this divergence from the original (KL of the next token, nats/token).",
+        0.005,
     )
     layers: Any = _help(
         "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
@@ -90,7 +104,7 @@ class RFAConfig:
                 f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or "
                 "raise the other."
             )
-        for name in ("alpha", "gamma"):
+        for name in ("alpha", "gamma", "loss_budget"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ConfigError(
@@ -103,6 +117,11 @@ class RFAConfig:
             )
         object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
+        object.__setattr__(self, "layer_features", _normalise_features(self.layer_features))
+
+    def features_of(self, layer: int) -> int:
+        """Number of omega vectors per key head of one layer."""
+        return dict(self.layer_features or ()).get(layer, self.num_features)
 
     def converts_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (in the order in which the model calls them) becomes RFA."""
@@ -121,6 +140,8 @@ class RFAConfig:
             values["softmax_heads"] = [list(pair) for pair in self.softmax_heads]
         if isinstance(self.layers, tuple):
             values["layers"] = list(self.layers)
+        if self.layer_features is not None:
+            values["layer_features"] = [list(pair) for pair in self.layer_features]
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -193,4 +214,20 @@ def _normalise_layers(layers: Any) -> Any:
     raise ConfigError(
         "`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
         f"{layers!r}. Set RFAConfig(layers='all')."
+    )
+
+
+def _normalise_features(features: Any) -> Any:
+    """((layer, number), ...) sorted, so that configs stay hashable; None if no layer differs."""
+    if not features:
+        return None
+    pairs = list(features.items()) if isinstance(features, dict) else features
+    if isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_int(pair[0]) and pair[0] >= 0
+        and _is_int(pair[1]) and pair[1] >= 1 for pair in pairs
+    ):  # fmt: skip
+        return tuple(sorted((pair[0], pair[1]) for pair in pairs))
+    raise ConfigError(
+        f"`layer_features` must be None or {{layer: number of omega vectors}}. Got {features!r}. Set, for example, "
+        "{3: 512}."
     )

@@ -1,4 +1,4 @@
-"""`convert` and `revert`: swap the attention of a loaded model, verify it, and give the original back."""
+"""`swap_attention` and `revert`: swap the attention of a loaded model, verify it, and give the original back."""
 
 import dataclasses
 import logging
@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
 from hf_rfa.attention import IMPLEMENTATION, stash_cache
+from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.config import RFAConfig
 from hf_rfa.dry_run import AttentionCalls, DryRun, guess_inputs, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
@@ -33,39 +34,15 @@ class Conversion:
 
     config: RFAConfig
     implementations: list[tuple[Any, str]]
+    report: CalibrationReport | None = None
 
 
-def convert(
-    model: ModelT, config: RFAConfig | None = None, *, example_inputs: Mapping[str, Any] | None = None
-) -> ModelT:
-    """Convert a loaded model from softmax to random-feature attention, in place; its class stays what it is.
-
-    Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
-    `config.layers` leaves out, layers with a sliding window of their own and cross-attention stay exact softmax. The
-    result is verified by a second dry run; if anything fails, the model is put back as it was.
-
-    Args:
-        model: A loaded Transformers model (or a PEFT model around one).
-        config: None = `RFAConfig()`.
-        example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config.
-
-    Returns:
-        The same model.
+def swap_attention(model: ModelT, config: RFAConfig, *, example_inputs: Mapping[str, Any] | None = None) -> ModelT:
+    """`hf_rfa.convert` without its calibration: hang in the adapters, switch the implementation, verify, or undo all.
 
     Raises:
-        UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
-            something that random features cannot express; the message names it.
-
-    Example:
-        >>> import torch, hf_rfa
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = LlamaForCausalLM(LlamaConfig(**size))
-        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(num_features=32, window=16, sink_tokens=2))
-        >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
-        ('LlamaForCausalLM', torch.Size([1, 100, 64]))
+        UnsupportedModelError, ConfigError: see `hf_rfa.convert`.
     """
-    config = RFAConfig() if config is None else config
     if not isinstance(config, RFAConfig):
         raise ConfigError(
             f"`config` must be an RFAConfig or None. Got {type(config).__name__}. Pass hf_rfa.RFAConfig(...)."
@@ -90,7 +67,7 @@ def convert(
         raise
     store_config(base, config)
     # On the instance: the class stays untouched.
-    base.__dict__["save_pretrained"] = ModelSaver(base)
+    base.__dict__["save_pretrained"] = ModelSaver(base, getattr(base, _RECORD))
     for module in base.modules():
         if isinstance(module, GenerationMixin):
             module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)
@@ -108,7 +85,7 @@ def revert(model: ModelT) -> ModelT:
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
         >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)).eval(), torch.ones(1, 300, dtype=torch.long)
         >>> before = model(ids).logits
-        >>> torch.equal(hf_rfa.revert(hf_rfa.convert(model))(ids).logits, before)
+        >>> torch.equal(hf_rfa.revert(hf_rfa.convert(model, calibrate=False))(ids).logits, before)
         True
     """
     base = base_model(model)
@@ -143,6 +120,42 @@ def store_config(model: nn.Module, config: RFAConfig) -> None:
     setattr(base.config, CONFIG_FIELD, config.to_dict())
 
 
+def store_report(model: nn.Module, report: CalibrationReport | None) -> None:
+    """Keep what calibration found beside the conversion."""
+    getattr(base_model(model), _RECORD).report = report
+
+
+def stored_report(model: nn.Module) -> CalibrationReport | None:
+    """What calibration found; None if the model was not calibrated."""
+    report: CalibrationReport | None = getattr(base_model(model), _RECORD).report
+    return report
+
+
+def calibration_report(model: nn.Module) -> CalibrationReport:
+    """What each head of a converted model became and what it costs; kept by `save_pretrained`.
+
+    Raises:
+        UnsupportedModelError: The model is not converted, or was not calibrated.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)), torch.arange(200)[None] % 64
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(window=16), calibrate=ids)
+        >>> len(hf_rfa.calibration_report(model).heads)
+        2
+    """
+    conversion_config(model)  # raises if it is not converted
+    report = stored_report(model)
+    if report is None:
+        raise UnsupportedModelError(
+            f"This {type(base_model(model)).__name__} was converted but not calibrated. Call `hf_rfa.calibrate(model, "
+            "batches)`."
+        )
+    return report
+
+
 def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
     """Keep exactly these (layer, key_head) pairs of the converted layers as exact softmax.
 
@@ -150,7 +163,7 @@ def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False)
         >>> hf_rfa.set_softmax_heads(model, [(1, 0)])
         >>> model.model.layers[1].self_attn.rfa.softmax_heads
         (0,)

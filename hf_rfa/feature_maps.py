@@ -19,8 +19,9 @@ Lemma 1; optimal_positive, Likhosherstov et al. 2022.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -94,52 +95,94 @@ FEATURE_MAPS = {
 
 @dataclass(frozen=True)
 class FarKernel:
-    """The estimated kernel of the far keys, `gamma * psi(alpha q').psi(alpha k')`, of all key heads of a layer.
+    """The estimated kernel of the far keys of all key heads of a layer.
+
+        kernel(q, k) = gamma exp(s q.c) exp(s b.(k - c)) psi(alpha A (q - b)').psi(alpha A^-T (k - c)')
+
+    with s = scaling and x' = x sqrt(s). For alpha = 1 its mean is exp(s q.k): what b and c say is exact, and only the
+    rest is estimated and tempered.
 
     Args:
-        feature_map: A name of `FEATURE_MAPS`.
+        feature_maps: A name of `FEATURE_MAPS` for each key head; all make equally many components.
         omega: (key_heads, m, D), rows N(0, I) (or learned).
-        alpha: (key_heads,) tempering; 1 = unbiased, 0 = every far key weighs the same.
+        alpha: (key_heads,) tempering; 1 = unbiased, 0 = only b and c tell far keys apart.
         gamma: (key_heads,) weight of the far part; 0 = none.
         proposal: (key_heads,) A of the optimal positive features; the other maps do not read it.
+        query_center, key_center: (key_heads, D) b and c.
+        query_transform, key_transform: (key_heads, D, D) the change of variable A and A^-T; None for the identity.
+        query_radius, key_radius: (key_heads,) bound of |A (q - b)| and |A^-T (k - c)|: what lies further out is pulled
+            in to it. The variance of every map grows exponentially with these norms, so that a few outliers would
+            drown what all others say. 0 or None = no bound.
     """
 
-    feature_map: str
+    feature_maps: tuple[str, ...]
     omega: torch.Tensor
     alpha: torch.Tensor
     gamma: torch.Tensor
     proposal: torch.Tensor
     query_center: torch.Tensor
     key_center: torch.Tensor
+    query_transform: torch.Tensor | None = None
+    key_transform: torch.Tensor | None = None
+    query_radius: torch.Tensor | None = None
+    key_radius: torch.Tensor | None = None
 
     @property
     def num_components(self) -> int:
         """F, the length of psi."""
-        return FEATURE_MAPS[self.feature_map].components * self.omega.shape[1]
+        components = FEATURE_MAPS[self.feature_maps[0]].components if self.feature_maps else 1
+        return components * self.omega.shape[1]
 
     def query_features(self, query: torch.Tensor, scaling: float) -> Features:
         """psi of queries (batch, key_heads, ..., N, D), as (features, log_scale)."""
-        return self._features(query, self.query_center, self.key_center, scaling, shift=False)
+        exact, x = self._split(query, self.query_center, self.key_center, self.query_transform, scaling, shift=False)
+        return self._features(x, exact, self.query_radius, scaling)
 
     def key_features(self, key: torch.Tensor, scaling: float) -> Features:
         """psi of keys (batch, key_heads, ..., N, D), as (features, log_scale)."""
-        return self._features(key, self.key_center, self.query_center, scaling, shift=True)
+        exact, x = self._split(key, self.key_center, self.query_center, self.key_transform, scaling, shift=True)
+        return self._features(x, exact, self.key_radius, scaling)
 
-    def _features(
-        self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, scaling: float, shift: bool
-    ) -> Features:
-        heads = (-1,) + (1,) * (x.dim() - 2)
+    def _split(
+        self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
+        scaling: float, shift: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """What is exact of a token, as a log-weight, and what is left to be estimated."""
         center = center.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         other = other.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         centred = x - center
         # q.k = (q - b).(k - c) + q.c + b.(k - c): the first term is estimated, the others are exact.
         exact = ((centred if shift else x) * other).sum(-1) * scaling
-        x = centred * (self.alpha * math.sqrt(scaling)).view(heads)
+        if transform is not None:
+            centred = torch.einsum("bh...d,hed->bh...e", centred, transform)
+        return exact, centred
+
+    def _features(self, x: torch.Tensor, exact: torch.Tensor, radius: torch.Tensor | None, scaling: float) -> Features:
+        heads = (-1,) + (1,) * (x.dim() - 2)
+        size = (self.alpha * math.sqrt(scaling)).view(heads)
+        if radius is not None:
+            bound = torch.where(radius > 0, radius, torch.inf).view(heads)
+            # In squares: a norm has no gradient at zero.
+            size = size * (x.square().sum(-1, keepdim=True) / bound.square()).clamp_min(1.0).rsqrt()
+        x = x * size
         projection = torch.einsum("bh...d,hmd->bh...m", x, self.omega)
-        features, log_scale = FEATURE_MAPS[self.feature_map].function(
-            x, projection, self.omega, self.proposal.view(heads)
-        )
+        features, log_scale = self._map_heads(x, projection, self.proposal.view(heads))
         return features, log_scale + exact
+
+    def _map_heads(self, x: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor) -> Features:
+        """The map of each head on its own slice."""
+        names = sorted(set(self.feature_maps))
+        if len(names) <= 1:
+            return FEATURE_MAPS[names[0] if names else "positive"].function(x, projection, self.omega, proposal)
+        parts, order = [], []
+        for name in names:
+            heads = [head for head, other in enumerate(self.feature_maps) if other == name]
+            function = FEATURE_MAPS[name].function
+            parts.append(function(x[:, heads], projection[:, heads], self.omega[heads], proposal[heads]))
+            order += heads
+        back = [order.index(head) for head in range(len(order))]
+        features, log_scale = (torch.cat(tensors, dim=1)[:, back] for tensors in zip(*parts, strict=True))
+        return features, log_scale
 
     def log_gamma(self) -> torch.Tensor:
         """log gamma (key_heads,), with a finite placeholder where gamma is 0 (see `alive`)."""
@@ -153,16 +196,33 @@ class FarKernel:
         """The same kernel with its tensors in `dtype`."""
         return self._map(lambda tensor: tensor.to(dtype))
 
-    def select(self, heads: torch.Tensor) -> "FarKernel":
-        """The kernel of some key heads (indices)."""
-        return self._map(lambda tensor: tensor[heads])
+    def select(self, heads: Sequence[int]) -> "FarKernel":
+        """The kernel of some key heads."""
+        chosen = list(heads)
+        kernel = self._map(lambda tensor: tensor[chosen])
+        return replace(kernel, feature_maps=tuple(self.feature_maps[head] for head in chosen))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FarKernel":
-        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "feature_map"}
-        return FarKernel(self.feature_map, **tensors)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
+        mapped: dict[str, Any] = {name: None if t is None else function(t) for name, t in tensors.items()}
+        return replace(self, **mapped)
 
 
-def check_feature_map(name: str) -> None:
-    """Raise `ConfigError` unless `name` is a known map."""
-    if name not in FEATURE_MAPS:
-        raise ConfigError(f"`feature_map` must be one of {sorted(FEATURE_MAPS)}. Got {name!r}. Choose one of them.")
+def feature_map_of_heads(names: str | Sequence[str], key_heads: int) -> tuple[str, ...]:
+    """One name for each key head; `ConfigError` unless all are known and make equally many components."""
+    maps = (names,) * key_heads if isinstance(names, str) else tuple(names)
+    for name in maps:
+        if name not in FEATURE_MAPS:
+            raise ConfigError(
+                f"`feature_map` must be one of {sorted(FEATURE_MAPS)}. Got {name!r}. Choose one of them."
+            )
+    if len(maps) != key_heads:
+        raise ConfigError(
+            f"`feature_map` must be one name, or one for each of {key_heads} key heads. Got {len(maps)} names."
+        )
+    if len({FEATURE_MAPS[name].components for name in maps}) > 1:
+        raise ConfigError(
+            "The feature maps of one layer must make equally many components of an omega: 'trigonometric' with "
+            f"'hyperbolic', or 'positive' with 'optimal_positive'. Got {sorted(set(maps))}."
+        )
+    return maps

@@ -1,4 +1,4 @@
-"""What calibration measures of a key head: the moments of its queries and keys, and what its far kernel costs.
+"""What a far kernel costs: the squared error of each key head behind the output projection, for all gammas at once.
 
 With the near part alone giving a = n / d, the far sums (f, z) and s = gamma / (d + gamma z), the output is
 a + s (f - z a): the squared error is a quadratic form in s, so that every gamma comes for free once an alpha has been
@@ -6,13 +6,11 @@ run.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_rfa.ops.combine import Part, smallest_denominator
-from hf_rfa.ops.layout import TokenLayout
 
 
 def squared_errors(
@@ -50,53 +48,6 @@ def squared_errors(
         both = (share.unsqueeze(2) * share.unsqueeze(3) * square).sum((2, 3))
         rows.append(constant + 2 * (share * linear).sum(2) + both)
     return torch.stack(rows)
-
-
-class Moments:
-    """Observer that takes the mean and the spread of a layer's queries and keys per key head, in float64."""
-
-    def __init__(self) -> None:
-        self.planted = 0  # set by the caller; repeats do not matter here
-        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
-
-    def __call__(
-        self, adapter: Any, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
-    ) -> None:  # fmt: skip
-        heads = key.shape[1]
-        for name, x in (("query", query.unflatten(1, (heads, -1))), ("key", key.unsqueeze(2))):
-            x = x.double()
-            count = x.shape[0] * x.shape[2] * x.shape[3]
-            if layout.valid is not None:
-                x = x * layout.valid.to(x)[:, None, None, :, None]
-                count = int(layout.valid.sum()) * x.shape[2]
-            total, square = x.sum((0, 2, 3)), x.square().sum((0, 2, 3, 4))
-            old = self._sums.get(name)
-            self._sums[name] = (total, square, count) if old is None else (
-                old[0] + total, old[1] + square, old[2] + count
-            )  # fmt: skip
-
-    @property
-    def query_mean(self) -> torch.Tensor:
-        """b (Hk, D)."""
-        return self._mean("query")
-
-    @property
-    def key_mean(self) -> torch.Tensor:
-        """c (Hk, D)."""
-        return self._mean("key")
-
-    @property
-    def spread(self) -> torch.Tensor:
-        """E|q - b|^2 + E|k - c|^2 (Hk,)."""
-        total = torch.zeros(len(self.query_mean), dtype=torch.float64, device=self.query_mean.device)
-        for name, (_, square, count) in self._sums.items():
-            total = total + square / count - self._mean(name).square().sum(-1)
-        return total
-
-    def _mean(self, name: str) -> torch.Tensor:
-        total, _, count = self._sums[name]
-        return total / max(count, 1)
 
 
 def output_projection(module: nn.Module, size: int) -> torch.Tensor | None:

@@ -11,15 +11,17 @@ import torch
 def draw_omega(
     num_heads: int, num_features: int, head_dim: int, *, kind: str, seed: int, layer: int, draw: int
 ) -> torch.Tensor:
-    """omega (num_heads, num_features, head_dim), float32 on the CPU; every row is distributed as N(0, I).
+    """omega (num_heads, num_features, head_dim), float32 on the CPU; rows N(0, I) (but for "sphere").
 
     `kind="gaussian"` draws the rows independently. `kind="orthogonal"` makes blocks of `head_dim` rows whose
     directions are orthogonal (Choromanski et al. 2021, section 2.4): each row alone is still N(0, I), the estimate
-    stays unbiased and its variance falls.
+    stays unbiased and its variance falls. `kind="sphere"` gives all of those directions the length sqrt(head_dim)
+    that they have in the mean: a full block then carries the terms of first and second order of the kernel without
+    error, at the price of a bias of higher order (the regularised softmax kernel of Choromanski et al. 2021).
     """
     words = np.random.SeedSequence((seed, layer, draw)).generate_state(2)
     generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
-    make = _orthogonal if kind == "orthogonal" else _gaussian
+    make = {"orthogonal": _orthogonal, "sphere": _sphere, "gaussian": _gaussian}[kind]
     # Head after head, so that the omega of a head does not depend on how many heads follow it.
     return torch.stack([make(num_features, head_dim, generator) for _ in range(num_heads)])
 
@@ -30,9 +32,18 @@ def _gaussian(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _orthogonal(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
-    directions = torch.cat([_haar(dim, generator) for _ in range(-(-rows // dim))])[:rows]
+    directions = _directions(rows, dim, generator)
     # The length of a row of N(0, I) is chi-distributed with `dim` degrees of freedom.
     return directions * _gaussian(rows, dim, generator).norm(dim=-1, keepdim=True)
+
+
+def _sphere(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    return _directions(rows, dim, generator) * dim**0.5
+
+
+def _directions(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    """Unit vectors, orthogonal within each block of `dim` rows."""
+    return torch.cat([_haar(dim, generator) for _ in range(-(-rows // dim))])[:rows]
 
 
 def _haar(dim: int, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 | file                    | holds                                                                             |
 |-------------------------|-----------------------------------------------------------------------------------|
-| `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where the base model is from  |
+| `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where the base model is from,  |
+|                         | what calibration found                                                             |
 | `rfa_model.safetensors` | the adapters: omega, its draw number, alpha, gamma, proposal, exact heads         |
 """
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_rfa.adapter import ADAPTER_NAME, named_adapters
+from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.config import FORMAT_VERSION, RFAConfig
 from hf_rfa.errors import CheckpointError
 
@@ -36,6 +38,7 @@ class SavedPair:
     architecture: str
     origin: str | None
     tensors: dict[str, torch.Tensor]
+    report: CalibrationReport | None
 
 
 class ModelSaver:
@@ -44,8 +47,8 @@ class ModelSaver:
     An object and not a closure, so that the model pickles and copies.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, record: Any) -> None:
+        self.model, self.record = model, record  # the record has the `config` and the `report` as they will be then
 
     def __call__(
         self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
@@ -55,18 +58,19 @@ class ModelSaver:
         original(self.model, save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        write_pair(self.model, RFAConfig.from_dict(getattr(self.model.config, CONFIG_FIELD)), Path(save_directory))
+        write_pair(self.model, self.record.config, Path(save_directory), self.record.report)
         if push_to_hub:  # only now: the class's own upload would leave the pair behind
             self.model.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
 
-def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path) -> None:
+def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path, report: CalibrationReport | None) -> None:
     """Write the pair of files of a converted model into an existing folder."""
     described = {
         "format_version": FORMAT_VERSION,
         "rfa": config.to_dict(),
         "architecture": type(model).__name__,
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
+        "calibration": None if report is None else report.to_dict(),
     }
     try:
         save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -108,12 +112,16 @@ def read_pair(name: str) -> SavedPair:
         raise CheckpointError(f"{str(path)!r} lacks {missing}. Got {sorted(values)}. Save the model again.")
     try:
         parsed = RFAConfig.from_dict(values["rfa"])
-    except (TypeError, ValueError, AttributeError) as error:  # ConfigError is a ValueError
+        found = values.get("calibration")
+        report = None if found is None else CalibrationReport.from_dict(found)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # ConfigError is a ValueError
         raise CheckpointError(f"The conversion in {str(path)!r} cannot be read: {error}") from error
     weights = find_file(name, WEIGHTS_FILE)
     if weights is None:
         raise CheckpointError(f"{name!r} lacks {WEIGHTS_FILE}, which holds the conversion. Save the model again.")
-    return SavedPair(parsed, values["architecture"], values.get("base_model_name_or_path"), _read_tensors(weights))
+    return SavedPair(
+        parsed, values["architecture"], values.get("base_model_name_or_path"), _read_tensors(weights), report
+    )
 
 
 def find_file(name: str, file: str) -> Path | None:

@@ -20,7 +20,7 @@ def resample(model: nn.Module, draw: int | None = None) -> int:
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)))
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False)
         >>> hf_rfa.resample(model), hf_rfa.resample(model, draw=7)
         (1, 7)
     """
@@ -55,7 +55,8 @@ class ResampleCallback(TrainerCallback):
         >>> import hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), hf_rfa.RFAConfig(resample=2))
+        >>> model = LlamaForCausalLM(LlamaConfig(**size))
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(resample=2), calibrate=False)
         >>> callback = hf_rfa.ResampleCallback()
         >>> [callback.step(model) for _ in range(4)]
         [False, True, False, True]

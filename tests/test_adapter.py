@@ -35,7 +35,7 @@ def draws(model):
 
 
 def converted(family="llama", **changes):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes))
+    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
 
 
 def same(one, two):
@@ -336,7 +336,7 @@ def test_alpha_and_gamma_are_read_in_every_forward():
 
 
 def test_window_only_sees_the_window_and_the_sinks_alone():
-    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, gamma=0.0, layers=[0]))
+    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, gamma=0.0, layers=[0]), calibrate=False)
     ids = token_ids(1)
     other = ids.clone()
     other[:, 2:40] = token_ids(1, 38, seed=9)  # neither a sink nor in the chunks of tokens 48 to 69
@@ -399,7 +399,7 @@ def test_a_printed_model_says_what_was_done():
     model = converted(softmax_heads=[(1, 0)])
     hf_rfa.resample(model)
     text = repr(model)
-    assert "positive, num_features=16, window=8, key_heads=2, draw=1)" in text
+    assert "hyperbolic, num_features=16, window=8, key_heads=2, draw=1)" in text
     assert "draw=1, softmax_heads=[0])" in text
 
 

@@ -15,12 +15,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
-from hf_rfa.calibrate import ALPHAS, GAMMAS
 from hf_rfa.convert import conversion_config
+from hf_rfa.fitting import ALPHAS, GAMMAS
 
 
 def converted(family="llama", **changes):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes))
+    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
 
 
 def adapters(model):
@@ -80,7 +80,7 @@ def test_losses_are_shares_of_the_layers_squared_output(feature_map):
         return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99, num_key_value_heads=1))
 
     reference, model = build(one_key_head), build(one_key_head)
-    hf_rfa.convert(model, dataclasses.replace(SHORT, feature_map=feature_map))
+    hf_rfa.convert(model, dataclasses.replace(SHORT, feature_map=feature_map), calibrate=False)
     report = hf_rfa.calibrate(model, text(), plant_repeats=False)
     for head in report.heads:
         assert layer_losses(model, reference, text(), head.layer) == pytest.approx(head.loss, rel=1e-3)
@@ -126,7 +126,7 @@ def harmful_and_helpful():
         for projection in (attention.q_proj, attention.k_proj):
             projection.weight.zero_()
             projection.weight[:16, 0] = 3.0
-    return hf_rfa.convert(model, dataclasses.replace(SHORT, sink_tokens=0))
+    return hf_rfa.convert(model, dataclasses.replace(SHORT, sink_tokens=0), calibrate=False)
 
 
 def test_pure_random_features_are_calibrated_too():
@@ -249,7 +249,7 @@ def looked_up():
 def test_a_planted_retrieval_head_is_found_and_kept(feature_map, setting):
     reference = retrieving()
     config = dataclasses.replace(SHORT, num_features=32, feature_map=feature_map, softmax_heads=setting)
-    model = hf_rfa.convert(retrieving(), config)
+    model = hf_rfa.convert(retrieving(), config, calibrate=False)
     report = hf_rfa.calibrate(model, looked_up(), plant_repeats=False)
     assert report.ranking[0][:2] == (0, 1)
     assert report.heads[1].loss > 0.1 > 1e-4 > report.heads[0].loss
@@ -265,9 +265,9 @@ def test_repeats_are_planted_at_the_end_of_plain_texts_only():
     hf_rfa.calibrate(model, ids)
     hf_rfa.calibrate(model, ids, plant_repeats=False)
     hf_rfa.calibrate(model, {"input_ids": ids})
-    assert len(seen) == 6  # two passes each
-    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
-    planted, plain, given = seen[::2]
+    texts = [ids for n, ids in enumerate(seen) if n == 0 or not torch.equal(ids, seen[n - 1])]
+    planted, plain = texts  # the dictionary's, too, is plain
+    given = seen[-1]
     assert torch.equal(planted[:, :-15], ids[:, :-15])
     assert torch.equal(planted[:, -15:], ids[:, 30:45])
     assert torch.equal(plain, ids)
@@ -281,7 +281,7 @@ PRETRAINED = Path(__file__).parents[2] / "shared" / "models" / "books-llama-copy
 @pytest.mark.skipif(not PRETRAINED.is_dir(), reason="needs a pretrained model that copies")
 def test_the_retrieval_head_of_a_pretrained_model_is_found():
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
-    hf_rfa.convert(model, hf_rfa.RFAConfig(softmax_heads="auto"))
+    hf_rfa.convert(model, hf_rfa.RFAConfig(softmax_heads="auto"), calibrate=False)
     generator = torch.Generator().manual_seed(0)
     report = hf_rfa.calibrate(model, torch.randint(5, 4000, (2, 512), generator=generator))
     assert report.ranking[0][:2] == (3, 1)
@@ -365,8 +365,7 @@ def test_the_layers_answer_with_softmax_while_it_runs():
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
     hf_rfa.calibrate(model, text(), plant_repeats=False)
     want = outputs_of(reference, {"input_ids": text()})
-    assert len(seen) == 2
-    for logits in seen:
+    for logits in seen[:2]:  # the two passes of the fit; what follows measures what each layer costs
         assert_close(logits, want, atol=1e-5, rtol=0)
 
 
@@ -387,8 +386,10 @@ def test_the_centres_are_the_mean_queries_and_keys_of_the_original():
     heads = attention.rfa.key_heads
     q = torch.cat([q.unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3) for q, _ in seen[:2]], dim=1)
     k = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k in seen[:2]], dim=1)
-    assert_close(attention.rfa.query_center, q.mean(1), atol=1e-5, rtol=0)
-    assert_close(attention.rfa.key_center, k.mean(1), atol=1e-5, rtol=0)
+    # Each head has these, or those of the pairs that attention lies on (test_geometry).
+    plain = [bool((attention.rfa.query_center[head] - q[head].mean(0)).abs().max() < 1e-5) for head in range(heads)]
+    assert any(plain)
+    assert_close(attention.rfa.key_center[plain], k.mean(1)[plain], atol=1e-5, rtol=0)
     assert attention.rfa.key_center.abs().max() > 1e-2
 
 
@@ -399,9 +400,9 @@ def test_the_report_prints_and_serialises():
     report = hf_rfa.calibrate(converted(softmax_heads=0.25), text())
     lines = str(report).splitlines()
     assert "240 tokens" in lines[0]
-    assert len(lines) == 3 + 4
-    assert lines[3].split()[-1] == "softmax"
-    assert [line.split()[-1] for line in lines[4:]] == ["linear"] * 3
+    assert len(lines) == 4 + 4
+    assert lines[4].split()[-1] == "softmax"
+    assert [line.split()[-1] for line in lines[5:]] == ["linear"] * 3
     values = json.loads(json.dumps(report.to_dict()))
     assert values["tokens"] == 240
     assert [row["key_head"] for row in values["heads"]] == [0, 1, 0, 1]

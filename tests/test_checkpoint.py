@@ -25,7 +25,7 @@ SAVES = {"ours": hf_rfa.save_pretrained, "its own": lambda model, folder: model.
 
 def altered(family="llama", **changes):
     """A converted model that no seed gives back: a redraw instead of a load cannot pass for it."""
-    return alter(hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes)))
+    return alter(hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False))
 
 
 def alter(model):
@@ -97,7 +97,7 @@ def test_the_conversion_alone_comes_back_with_its_base_model(family, tmp_path):
     base = build(family)
     base.save_pretrained(tmp_path / "base")
     model = type(base).from_pretrained(tmp_path / "base").eval()
-    alter(hf_rfa.convert(model, SHORT))
+    alter(hf_rfa.convert(model, SHORT, calibrate=False))
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     assert sorted(path.name for path in (tmp_path / "conversion").iterdir()) == PAIR
     assert_same_model(hf_rfa.from_pretrained(tmp_path / "conversion"), model)
@@ -141,7 +141,7 @@ def test_exact_heads_layers_and_every_field_come_back(tmp_path):
 
 
 def test_a_calibrated_model_comes_back(tmp_path):
-    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, softmax_heads=0.25))
+    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, softmax_heads=0.25), calibrate=False)
     report = hf_rfa.calibrate(model, token_ids(2, 60))
     hf_rfa.resample(model, draw=3)
     hf_rfa.save_pretrained(model, tmp_path)
@@ -184,13 +184,13 @@ def test_a_dtype_for_the_weights_is_not_for_the_adapters(dtype, tmp_path):
     loaded = hf_rfa.from_pretrained(tmp_path / "conversion", dtype=dtype)
     assert loaded.dtype == (getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype).eval()
-    assert_same_model(loaded, alter(hf_rfa.convert(base, SHORT)))
+    assert_same_model(loaded, alter(hf_rfa.convert(base, SHORT, calibrate=False)))
 
 
 def test_a_bfloat16_model_keeps_float32_adapters_in_the_file(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
-    model = alter(hf_rfa.convert(base, SHORT))
+    model = alter(hf_rfa.convert(base, SHORT, calibrate=False))
     for name, save in SAVES.items():
         folder = tmp_path / name
         save(model, folder)
@@ -230,7 +230,11 @@ def test_loading_does_not_touch_the_random_state(tmp_path):
 def test_a_lora_and_a_conversion_share_a_folder(converted_first, tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-    model = lora(hf_rfa.convert(base, SHORT)) if converted_first else hf_rfa.convert(lora(base), SHORT)
+    model = (
+        lora(hf_rfa.convert(base, SHORT, calibrate=False))
+        if converted_first
+        else hf_rfa.convert(lora(base), SHORT, calibrate=False)
+    )
     alter(model)
     hf_rfa.save_pretrained(model, tmp_path / "both")
     names = {path.name for path in (tmp_path / "both").iterdir()}
@@ -246,7 +250,7 @@ def test_a_lora_and_a_conversion_share_a_folder(converted_first, tmp_path):
 
 @PEFT_ASKS
 def test_a_merged_lora_saves_as_a_whole_model(tmp_path):
-    model = alter(lora(hf_rfa.convert(build("llama"), SHORT)).merge_and_unload())
+    model = alter(lora(hf_rfa.convert(build("llama"), SHORT, calibrate=False)).merge_and_unload())
     hf_rfa.save_pretrained(model, tmp_path)
     assert_same_model(hf_rfa.from_pretrained(tmp_path), model)
 
@@ -366,7 +370,7 @@ def test_without_its_pair_of_files_a_folder_does_not_load(name, folder):
 
 def test_missing_weights_of_the_conversion_are_named(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT)
+    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     (tmp_path / "conversion" / PAIR[1]).unlink()
     with pytest.raises(CheckpointError, match=r"lacks .*Save the model again"):
@@ -375,7 +379,7 @@ def test_missing_weights_of_the_conversion_are_named(tmp_path):
 
 def test_a_missing_base_model_is_named(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT)
+    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(CheckpointError, match="base"):
@@ -384,7 +388,7 @@ def test_a_missing_base_model_is_named(tmp_path):
 
 def test_a_conversion_that_does_not_name_its_base_model_says_what_to_do(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT)
+    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     rewrite(tmp_path / "conversion" / PAIR[0], base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="which base model"):
@@ -393,7 +397,7 @@ def test_a_conversion_that_does_not_name_its_base_model_says_what_to_do(tmp_path
 
 def test_another_base_model_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT)
+    model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     shutil.rmtree(tmp_path / "base")
     build("qwen3").save_pretrained(tmp_path / "base")  # heads of another dim

@@ -12,12 +12,14 @@ from hf_rfa.config import FORMAT_VERSION
 def test_defaults():
     config = RFAConfig()
     assert dataclasses.asdict(config) == {
-        "feature_map": "positive",
+        "feature_map": "hyperbolic",
         "num_features": 64,
-        "omega": "orthogonal",
+        "layer_features": None,
+        "omega": "sphere",
         "window": 64,
         "sink_tokens": 4,
         "softmax_heads": None,
+        "loss_budget": 0.005,
         "layers": "all",
         "seed": 0,
         "resample": "never",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel, check_feature_map, optimal_proposal
+from hf_rfa.feature_maps import FarKernel, feature_map_of_heads, optimal_proposal
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 
@@ -43,15 +43,17 @@ class OperatorCall:
 
     @classmethod
     def check(
-        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, omega: torch.Tensor, feature_map: str,
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, omega: torch.Tensor,
+        feature_map: str | Sequence[str],
         window: int, sink_tokens: int, alpha: PerHead, gamma: PerHead, proposal: PerHead | None, scaling: float | None,
         causal: bool, valid: torch.Tensor | None, document: torch.Tensor | None, sink_logits: torch.Tensor | None,
         state: RFAState | None, layout: TokenLayout | None = None, softmax_heads: Sequence[int] = (),
         sliding_window: int | None = None, query_center: torch.Tensor | None = None,
-        key_center: torch.Tensor | None = None,
+        key_center: torch.Tensor | None = None, query_transform: torch.Tensor | None = None,
+        key_transform: torch.Tensor | None = None, query_radius: PerHead | None = None,
+        key_radius: PerHead | None = None,
     ) -> "OperatorCall":  # fmt: skip
         """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
-        check_feature_map(feature_map)
         _check_tensors(query, key, value, omega)
         batch, heads, length, dim = query.shape
         key_heads = key.shape[1]
@@ -102,28 +104,39 @@ class OperatorCall:
             _expect(name, tensor.shape, (key_heads, dim), "(key heads, head_dim)")
             return tensor.to(query.device, wide)
 
+        def matrix(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is not None:
+                _expect(name, tensor.shape, (key_heads, dim, dim), "(key heads, head_dim, head_dim)")
+                tensor = tensor.to(query.device, wide)
+            return tensor
+
         far = FarKernel(
-            feature_map,
+            feature_map_of_heads(feature_map, key_heads),
             omega.to(query.device, wide),
             per_head("alpha", alpha),
             per_head("gamma", gamma),
             per_head("proposal", proposal),
             center("query_center", query_center),
             center("key_center", key_center),
+            matrix("query_transform", query_transform),
+            matrix("key_transform", key_transform),
+            None if query_radius is None else per_head("query_radius", query_radius),
+            None if key_radius is None else per_head("key_radius", key_radius),
         )
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
             sliding_window, sink_logits, state,
         )  # fmt: skip
 
-    def heads(self, index: torch.Tensor) -> "OperatorCall":
-        """The call of some key heads only (indices); the state is passed on as it is."""
+    def heads(self, heads: Sequence[int]) -> "OperatorCall":
+        """The call of some key heads only; the state is passed on as it is."""
+        index = list(heads)
         logits = None if self.sink_logits is None else self.sink_logits[index]
         return self.replace(
             query=self.query[:, index],
             key=self.key[:, index],
             value=self.value[:, index],
-            far=self.far.select(index),
+            far=self.far.select(heads),
             sink_logits=logits,
         )
 

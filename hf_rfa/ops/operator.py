@@ -24,7 +24,7 @@ def rfa_attention(
     value: torch.Tensor,
     *,
     omega: torch.Tensor,
-    feature_map: str = "positive",
+    feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
     alpha: PerHead = 1.0,
@@ -32,6 +32,10 @@ def rfa_attention(
     proposal: PerHead | None = None,
     query_center: torch.Tensor | None = None,
     key_center: torch.Tensor | None = None,
+    query_transform: torch.Tensor | None = None,
+    key_transform: torch.Tensor | None = None,
+    query_radius: PerHead | None = None,
+    key_radius: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -59,13 +63,18 @@ def rfa_attention(
         key: (B, Hk, N, D), Hk dividing H: query head h reads key head h // (H / Hk). Never repeated.
         value: (B, Hk, N, M).
         omega: (Hk, m, D), rows N(0, I); `hf_rfa.omega.draw_omega` draws it.
-        feature_map: 'trigonometric', 'positive', 'hyperbolic' or 'optimal_positive'.
+        feature_map: 'trigonometric', 'positive', 'hyperbolic' or 'optimal_positive'; or one for each key head, where
+            all make equally many components ('trigonometric' with 'hyperbolic').
         window: Chunk size, tokens; 0 = pure RFA (all keys estimated, no sinks).
         sink_tokens: At most `window`.
         alpha, gamma: A number, or one a key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
         query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
             exp(s q.c): exact for alpha = 1, and what b and c say stays exact for alpha < 1. None = zero.
+        query_transform, key_transform: (Hk, D, D) A and A^-T, the change of variable q.k = (A q).(A^-T k) of what is
+            estimated. None = the identity.
+        query_radius, key_radius: A number, or one a key head: the bound of |A (q - b)| and |A^-T (k - c)|; what lies
+            further out is pulled in. 0 or None = no bound.
         scaling: Factor of q.k; None = D ** -0.5.
         causal: False for the bidirectional form (then near has the chunk behind, too).
         valid: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
@@ -98,7 +107,8 @@ def rfa_attention(
         query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
         gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
         softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
-        query_center=query_center, key_center=key_center,
+        query_center=query_center, key_center=key_center, query_transform=query_transform, key_transform=key_transform,
+        query_radius=query_radius, key_radius=key_radius,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, output_final_state, statistics)
@@ -111,7 +121,7 @@ def rfa_attention_reference(
     value: torch.Tensor,
     *,
     omega: torch.Tensor,
-    feature_map: str = "positive",
+    feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
     alpha: PerHead = 1.0,
@@ -119,6 +129,10 @@ def rfa_attention_reference(
     proposal: PerHead | None = None,
     query_center: torch.Tensor | None = None,
     key_center: torch.Tensor | None = None,
+    query_transform: torch.Tensor | None = None,
+    key_transform: torch.Tensor | None = None,
+    query_radius: PerHead | None = None,
+    key_radius: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -144,7 +158,8 @@ def rfa_attention_reference(
         query.double(), key.double(), value.double(), omega=omega, feature_map=feature_map, window=window,
         sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
         valid=valid, document=document, sink_logits=sink_logits, state=initial_state, query_center=query_center,
-        key_center=key_center,
+        key_center=key_center, query_transform=query_transform, key_transform=key_transform,
+        query_radius=query_radius, key_radius=key_radius,
     )  # fmt: skip
     _check_state(call)
     output, state = reference_attention(call, output_final_state)
@@ -166,13 +181,13 @@ def _run(
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
     state = None
     if others:
-        part, state = _linear(call.heads(linear), output_final_state, statistics)
+        part, state = _linear(call.heads(others), output_final_state, statistics)
         output = output.index_copy(1, linear, part.to(output.dtype))
-    part, cache = _exact(call.heads(exact))
+    part, cache = _exact(call.heads(call.softmax_heads))
     output = output.index_copy(1, exact, part.to(output.dtype)).flatten(1, 2)
     if not output_final_state:
         return output, None
-    return output, dataclasses.replace(state or _count_only(call.heads(linear)), **cache)
+    return output, dataclasses.replace(state or _count_only(call.heads(others)), **cache)
 
 
 def _linear(

@@ -1,0 +1,115 @@
+"""`CalibrationReport`: what every key head became and what it costs, as a table, a dictionary and a heat map."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+#: Units of the costs, by what the model gives out.
+NATS, RELATIVE = "nats/token", "relative squared error"
+
+
+@dataclass(frozen=True)
+class HeadCalibration:
+    """What one key head became.
+
+    Attributes:
+        layer, key_head: Which one.
+        feature_map, alpha, gamma: Its far kernel, whether it is used or not; gamma = 0 is the window alone.
+        loss: Its error behind the output projection, as a share of the squared norm of its layer's output.
+        window_loss: The same with the window alone; NaN for `window = 0`.
+        cost: What it adds, if linear, to the divergence from the original: the layer's (see `unit` of the report),
+            shared out by `loss`.
+        softmax: Whether it stays exact.
+    """
+
+    layer: int
+    key_head: int
+    feature_map: str
+    alpha: float
+    gamma: float
+    loss: float
+    window_loss: float
+    cost: float
+    softmax: bool
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The result of `calibrate`; `str()` is a table, costliest heads first.
+
+    Attributes:
+        heads: One entry for each key head of the converted layers.
+        tokens: Number of tokens of the calibration text.
+        unit: Of `cost`, `divergence` and `window_divergence`: the KL divergence from the original's next-token
+            distribution in nats/token; for models without such, the squared error of the output relative to its norm.
+        divergence: Of the calibrated model from the original, on the calibration text.
+        window_divergence: Of the same model with its far parts left out.
+        silenced: Layers whose far parts were switched off because the model would have been worse than with its
+            window alone.
+    """
+
+    heads: list[HeadCalibration]
+    tokens: int
+    unit: str
+    divergence: float
+    window_divergence: float
+    silenced: list[int]
+
+    @property
+    def ranking(self) -> list[tuple[int, int, float]]:
+        """(layer, key_head, cost), costliest first: the order in which heads should stay exact."""
+        return [(h.layer, h.key_head, h.cost) for h in sorted(self.heads, key=lambda h: -h.cost)]
+
+    @property
+    def softmax_heads(self) -> list[tuple[int, int]]:
+        """The (layer, key_head) pairs that stay exact softmax."""
+        return sorted((h.layer, h.key_head) for h in self.heads if h.softmax)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {**asdict(self), "heads": [asdict(head) for head in self.heads]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CalibrationReport":
+        """The report that `to_dict` described."""
+        return cls(**{**values, "heads": [HeadCalibration(**head) for head in values["heads"]]})
+
+    def plot(self, path: str | Path) -> None:
+        """Write a heat map, layers by key heads, of each head's cost; the exact ones are framed."""
+        import matplotlib.pyplot as plt  # slow to import, and only needed here
+        import numpy as np
+
+        layers = sorted({h.layer for h in self.heads})
+        width = 1 + max(h.key_head for h in self.heads)
+        costs = np.full((len(layers), width), np.nan)
+        for h in self.heads:
+            costs[layers.index(h.layer), h.key_head] = h.cost
+        figure, axes = plt.subplots(figsize=(2.5 + 0.45 * width, 1.2 + 0.3 * len(layers)), layout="constrained")
+        image = axes.imshow(costs, aspect="auto", cmap="cividis")
+        for h in self.heads:
+            if h.softmax:
+                corner = (h.key_head - 0.5, layers.index(h.layer) - 0.5)
+                axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
+        axes.set_xticks(range(width))
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.set(xlabel="key head", ylabel="layer", title="Cost of a linear head (framed: kept as softmax)")
+        figure.colorbar(image, label=self.unit)
+        figure.savefig(path)
+        plt.close(figure)
+
+    def __str__(self) -> str:
+        lines = [
+            f"calibrated on {self.tokens} tokens; divergence from the original in {self.unit}: {self.divergence:.5f}, "
+            f"with the window alone {self.window_divergence:.5f}",
+            "loss: share of the layer's squared output; cost: share of the divergence if the head is linear",
+        ]
+        if self.silenced:
+            lines += [f"far parts switched off in layers {self.silenced}: they did more harm than good"]
+        lines += ["", "layer  key head  map            alpha   gamma      loss  window only      cost  kept as"]
+        for h in sorted(self.heads, key=lambda h: -h.cost):
+            kind = "softmax" if h.softmax else "linear" if h.gamma else "window only"
+            lines.append(
+                f"{h.layer:5d}  {h.key_head:8d}  {h.feature_map:13s}  {h.alpha:5.2f}  {h.gamma:6.2f}  {h.loss:8.5f}  "
+                f"{h.window_loss:11.5f}  {h.cost:8.5f}  {kind}"
+            )
+        return "\n".join(lines)
