@@ -105,7 +105,7 @@ def measure_columns(
     tokens = evaluation_windows(documents, longest, plan.windows).flatten()
     together = torch.cat(list(documents))
     bytes_per_token = sum(num_bytes) / len(together)
-    prompt = min(512, longest // 2)
+    prompt = min(512, longest // 2, len(together) // 4)
     greedy = evaluation.greedy_continuations(original, together, prompt, min(100, longest - prompt))
     columns = []
     for name, model in models.items():

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import hf_rfa
 from hf_rfa.adapter import require_adapters
 from hf_rfa.columns import Plan, markdown_table, measure_columns
-from hf_rfa.data import training_batches
+from hf_rfa.data import evaluation_windows, training_batches
 from hf_rfa.document_batches import carried_batches, packed_batches
 from hf_rfa.documents import TokenStream, check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
@@ -164,7 +164,7 @@ def make_batches(options: Options, tokens):
 
 def main(arguments: list[str]) -> None:
     options = read_options(arguments)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     set_seed(options.seed)
     output = Path(options.output)
     say = print if state.is_main_process else lambda *_: None
@@ -192,11 +192,13 @@ def main(arguments: list[str]) -> None:
     held_out, num_bytes = tokenize_documents(
         tokenizer, load_documents(options.data, "validation", text_column=options.text_column)
     )
-    calibration = list(itertools.islice(packed_batches(tokens, options.context, 2, options.seed + 1), 2))
-    plan = Plan(contexts=[options.context], windows=options.evaluation_windows)
-    together = torch.cat(held_out)
+    # Before any work: raises where no held-out document reaches the context.
+    validation = evaluation_windows(held_out, options.context, options.evaluation_windows).flatten()
+    gaps = [300] if sum(map(len, held_out)) >= 2000 else []  # short of that there is no text to copy
+    plan = Plan(contexts=[options.context], windows=options.evaluation_windows, copy_gaps=gaps)
 
     if "calibrate" in options.stages:
+        calibration = list(itertools.islice(packed_batches(tokens, options.context, 2, options.seed + 1), 2))
         hf_rfa.convert(model, conversion(options), calibrate=[batch.input_ids for batch in calibration])
         save(model, tokenizer, output / "calibrated", state)
     if "distill" in options.stages:
@@ -221,7 +223,7 @@ def main(arguments: list[str]) -> None:
             fused_loss=options.fused_loss,
             kl_weight=options.kl_weight,
             teacher=original if options.kl_weight else None,
-            evaluate=lambda m: {"perplexity": perplexity(m, together, options.context, options.evaluation_windows)},
+            evaluate=lambda m: {"perplexity": perplexity(m, validation, options.context)},
             evaluate_every=options.evaluate_every,
             output=output,
             save_every=options.save_every,
