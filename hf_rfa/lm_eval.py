@@ -1,0 +1,69 @@
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""lm-evaluation-harness on a converted folder.
+
+    pip install lm-eval
+    python -m hf_rfa.lm_eval my-model-rfa --tasks lambada_openai
+    python -m hf_rfa.lm_eval my-model-rfa --tasks my_task --include_path folder-with-the-tasks-yaml --output out.json
+
+The harness finds no plugins, so the model is handed to it as an object.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from hf_rfa.checkpoint import from_pretrained
+
+
+def evaluate(
+    folder: str, tasks: list[str], *, include_path: str | None = None, limit: int | None = None, batch_size: int = 1
+) -> dict[str, Any]:
+    """Results of the tasks, task -> metric -> value.
+
+    Args:
+        folder: what `hf_rfa.save_pretrained` wrote, with its tokenizer.
+        include_path: folder with task definitions of your own.
+        limit: only so many examples a task.
+
+    Raises:
+        ImportError: `lm-eval` is not installed.
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("lm-evaluation-harness is not installed: `pip install lm-eval`.") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = from_pretrained(folder).to(device)
+    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+    manager = TaskManager(include_path=include_path)
+    found = simple_evaluate(model=harness, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
+    return found["results"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a converted folder")
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--include_path")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    given = parser.parse_args()
+    results = evaluate(
+        given.folder, given.tasks, include_path=given.include_path, limit=given.limit, batch_size=given.batch_size
+    )
+    text = json.dumps(results, indent=1, default=str)
+    print(text)
+    if given.output:
+        given.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Metrics for Hugging Face Evaluate that load from a folder, without the hub."""
