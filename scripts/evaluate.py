@@ -1,0 +1,134 @@
+"""Compare an original with its conversions and with any number of trained checkpoints, on held-out documents.
+
+    python scripts/evaluate.py --original MODEL --data FOLDER --output report
+    python scripts/evaluate.py --original MODEL --checkpoints run/final other/final --data FOLDER --output report
+    python scripts/evaluate.py --original MODEL --data FOLDER --contexts 512 2048 --stride 1024 --passkey 512 1024
+
+Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints.
+Writes report.json, report.md and plots (perplexity by position; prefill, decoding and cache against length).
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_rfa
+from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.data import evaluation_windows, training_batches
+from hf_rfa.documents import check_tokenizer, load_documents, tokenize_documents
+from hf_rfa.speed import measure_speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", required=True, help="folder or hub id")
+    parser.add_argument("--checkpoints", nargs="*", default=[], help="folders of hf_rfa.save_pretrained")
+    parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--windows", type=int, default=8, help="windows of the longest context")
+    parser.add_argument("--stride", type=int, default=0, help="of the sliding window; 0 leaves whole documents out")
+    parser.add_argument("--document_tokens", type=int, default=8192, help="whole documents are cut to so many")
+    parser.add_argument("--copy_gaps", type=int, nargs="*", default=[300])
+    parser.add_argument("--passkey", type=int, nargs="*", default=[], help="lengths of the passkey task")
+    parser.add_argument("--speed", type=int, nargs="*", default=[1024, 4096], help="prompt lengths that are timed")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--num_features", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original = AutoModelForCausalLM.from_pretrained(given.original, dtype=torch.float32).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(given.original)
+    check_tokenizer(tokenizer, original)
+    longest = max(given.contexts)
+    load = {"text_column": given.text_column}
+    train, _ = tokenize_documents(tokenizer, load_documents(given.data, "train", **load))
+    documents, num_bytes = tokenize_documents(tokenizer, load_documents(given.data, "validation", **load))
+    evaluation_windows(documents, longest)  # raises before any work where no document reaches the context
+    given.output.mkdir(parents=True, exist_ok=True)
+
+    config = hf_rfa.RFAConfig(
+        window=given.window, num_features=given.num_features, softmax_heads="auto", seed=given.seed
+    )
+    calibration = itertools.islice(training_batches(train, max(longest, 8 * given.window), 2, given.seed), 2)
+    models = untrained_columns(original, config, calibration)
+    for folder in given.checkpoints:
+        models[folder] = hf_rfa.from_pretrained(folder, dtype=torch.float32).to(device)
+    plan = Plan(
+        contexts=given.contexts, windows=given.windows, stride=given.stride, document_tokens=given.document_tokens,
+        copy_gaps=given.copy_gaps, passkey_lengths=given.passkey,
+    )  # fmt: skip
+    columns = measure_columns(models, documents, num_bytes, plan, tokenizer.bos_token_id)
+    text = torch.cat(documents)
+    speeds = {n: measure_speed(models, text.repeat(-(-n // len(text))), n) for n in given.speed}
+
+    table = markdown_table(columns) + "\n" + speed_rows(speeds, list(models))
+    (given.output / "report.md").write_text(table, encoding="utf-8")
+    report = {
+        "settings": {name: str(value) for name, value in vars(given).items()},
+        "columns": [column.to_dict() for column in columns],
+        "speed": {n: {name: dataclasses.asdict(s) for name, s in by_name.items()} for n, by_name in speeds.items()},
+    }
+    (given.output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    plot(columns, speeds, given.output)
+    print(table)
+
+
+def speed_rows(speeds, names) -> str:
+    rows = []
+    for n, by_name in speeds.items():
+        for title, value in (
+            (f"prefill of {n} tokens, s", lambda s: f"{s.prefill_seconds:.2f}"),
+            (f"decoding after {n} tokens, tokens/s", lambda s: f"{s.decode_tokens_per_second:.0f}"),
+            (f"cache after {n} tokens, MiB", lambda s: f"{s.cache_bytes / 2**20:.2f}"),
+        ):
+            rows.append(f"| {title} | " + " | ".join(value(by_name[name]) for name in names) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def plot(columns, speeds, output: Path) -> None:
+    """Lines that differ by marker and dash too, so that a print in grey can be read."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    styles = list(itertools.islice(itertools.cycle(zip("os^Dvx", ["-", "--", "-.", ":", "-", "--"], strict=True)), 99))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for column, (marker, line) in zip(columns, styles, strict=False):
+        axes.plot([b.end for b in column.by_position], [b.perplexity for b in column.by_position],
+                  marker=marker, linestyle=line, label=column.name)  # fmt: skip
+    axes.set(xscale="log", xlabel="position in the context, tokens (end of bin)", ylabel="perplexity")
+    axes.legend(fontsize=8)
+    figure.savefig(output / "perplexity_by_position.png", dpi=150)
+    plt.close(figure)
+    if not speeds:
+        return
+    figure, three = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for column, (marker, line) in zip(columns, styles, strict=False):
+        measured = [by_name[column.name] for by_name in speeds.values()]
+        for axes, values in zip(
+            three,
+            (
+                [s.prefill_seconds for s in measured],
+                [s.decode_tokens_per_second for s in measured],
+                [s.cache_bytes / 2**20 for s in measured],
+            ),
+            strict=True,
+        ):
+            axes.plot(list(speeds), values, marker=marker, linestyle=line, label=column.name)
+    for axes, title in zip(three, ("prefill, s", "decoding, tokens/s", "cache, MiB"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel=title)
+    three[0].legend(fontsize=8)
+    figure.savefig(output / "cost.png", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
