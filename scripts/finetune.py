@@ -32,7 +32,7 @@ import hf_rfa
 from hf_rfa.adapter import require_adapters
 from hf_rfa.columns import Plan, markdown_table, measure_columns
 from hf_rfa.data import evaluation_windows, training_batches
-from hf_rfa.document_batches import carried_batches, packed_batches
+from hf_rfa.document_batches import Batch, carried_batches, packed_batches
 from hf_rfa.documents import TokenStream, check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
     if "distill" in options.stages:
         from hf_rfa.distill import distill
 
-        distill(model, make_batches(options, tokens), steps=options.distill_steps)
+        distill(model, (Batch.of(b).input_ids for b in make_batches(options, tokens)), steps=options.distill_steps)
         save(model, tokenizer, output / "distilled", state)
     if "finetune" in options.stages:
         trained = prepare_training(model, options)
