@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, with_gradients
 from torch.testing import assert_close
 
-from hf_rfa import rfa_attention, rfa_attention_reference
+from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
 from hf_rfa.ops.chunks import BLOCK_CHUNKS
 from hf_rfa.ops.combine import FarStatistics
 
@@ -120,6 +120,60 @@ def test_parameters_of_each_head_and_their_gradients(feature_map, window, causal
     assert bool((gradients["alpha"].abs() > 1e-6).all())
     if window:  # without a window gamma cancels
         assert bool((gradients["gamma"].abs() > 1e-6).all())
+
+
+def balanced_and_bounded(inputs):
+    """The inputs with a change of variable A, A^-T of each key head and bounds that about half of all tokens meet."""
+    generator = torch.Generator().manual_seed(11)
+    change = torch.eye(8, dtype=torch.float64) + 0.2 * torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    inputs["query_transform"], inputs["key_transform"] = change, torch.linalg.inv(change).mT.contiguous()
+    inputs["query_radius"] = torch.tensor([1.2, 2.5], dtype=torch.float64)
+    inputs["key_radius"] = torch.tensor([2.5, 1.2], dtype=torch.float64)
+    return inputs
+
+
+@CAUSAL
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, ("hyperbolic", "trigonometric")])
+def test_changes_of_variable_bounds_and_their_gradients(feature_map, window, causal):
+    inputs = balanced_and_bounded(random_inputs(50, size=1.0 if window else 0.5))
+    options = {"feature_map": feature_map, "window": window, "causal": causal, "alpha": 0.5, "sink_tokens": 2}
+    gradients = assert_equals_the_definition(inputs, **options)
+    for name in ("query_transform", "key_transform"):
+        assert bool((gradients[name].abs() > 1e-7).any())
+    plain = {name: tensor for name, tensor in inputs.items() if "transform" not in name and "radius" not in name}
+    assert (rfa_attention(**inputs, **options) - rfa_attention(**plain, **options)).abs().max() > 1e-5
+
+
+def test_a_bound_pulls_in_what_lies_outside_and_nothing_else():
+    inputs = random_inputs(50)
+    options = {"window": 8, "alpha": 0.5}
+    plain = rfa_attention(**inputs, **options)
+    wide = rfa_attention(**inputs, **options, query_radius=100.0, key_radius=0.0)  # 0 = none
+    assert torch.equal(wide, plain)
+    narrow = rfa_attention(**inputs, **options, key_radius=1.0)
+    size = inputs["key"].norm(dim=-1, keepdim=True)
+    assert (size > 1).all()
+    # At alpha = 1 / |k| the kernel sees keys of length 1 in either case.
+    inside = {**inputs, "key": inputs["key"] / size}
+    far = rfa_attention(**inputs, window=0, alpha=0.5, key_radius=1.0)
+    assert_near(far, rfa_attention(**inside, window=0, alpha=0.5), 1e-12)
+    assert (narrow - plain).abs().max() > 1e-4
+
+
+def test_heads_with_maps_of_their_own_are_what_they_are_alone():
+    inputs = random_inputs(60)
+    names = ("trigonometric", "hyperbolic")
+    options = {"window": 8, "alpha": 0.4, "sink_tokens": 2}
+    both = rfa_attention(**inputs, **options, feature_map=names)
+    for head, name in enumerate(names):
+        alone = rfa_attention(**inputs, **options, feature_map=name)
+        queries = slice(2 * head, 2 * head + 2)
+        assert_near(both[:, queries], alone[:, queries], 1e-13)
+    with pytest.raises(ConfigError, match="equally many components"):
+        rfa_attention(**inputs, feature_map=("positive", "hyperbolic"))
+    with pytest.raises(ConfigError, match=r"one for each of 2 key heads\. Got 3 names"):
+        rfa_attention(**inputs, feature_map=("positive",) * 3)
 
 
 @CAUSAL

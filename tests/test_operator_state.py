@@ -105,6 +105,10 @@ def test_pieces_with_parameters_of_each_head(cuts, feature_map, window):
     options["query_center"], options["key_center"] = 0.5 * torch.randn(
         2, 3, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64
     )
+    change = torch.eye(8, dtype=torch.float64) + 0.1 * torch.ones(8, 8, dtype=torch.float64)
+    options["query_transform"] = change.repeat(3, 1, 1)
+    options["key_transform"] = torch.linalg.inv(change).mT.repeat(3, 1, 1)
+    options["query_radius"], options["key_radius"] = 2.0, torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
     whole, final = rfa_attention(**inputs, **options, output_final_state=True)
     output, state = run_in_pieces(inputs, CUTS[cuts], **options)
     assert_near(output, whole, 1e-10)
