@@ -13,7 +13,8 @@ FORMAT_VERSION = 1
 FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive")
 #: What `calibrate` chooses from for each key head with `feature_map="auto"`, whose layers begin with the first.
 AUTO_MAPS = ("hyperbolic", "trigonometric")
-OMEGA_DRAWS = ("sphere", "orthogonal", "gaussian")
+#: "learned" is what `distill` makes of omega: it begins as "sphere" and is never redrawn.
+OMEGA_DRAWS = ("sphere", "orthogonal", "gaussian", "learned")
 _RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
 
 
@@ -57,7 +58,8 @@ class RFAConfig:
     )
     omega: str = _help(
         "How omega is drawn: 'sphere' (blocks of orthogonal directions of equal length: least error, a small bias), "
-        "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.).",
+        "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.). 'learned': begun as "
+        "'sphere', then trained by `distill`; never redrawn.",
         "sphere",
     )
     window: int = _help(
@@ -114,6 +116,10 @@ class RFAConfig:
             raise ConfigError(
                 "`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
                 f"{self.resample!r}. Set RFAConfig(resample='never')."
+            )
+        if self.omega == "learned" and self.resample != "never":
+            raise ConfigError(
+                f"omega='learned' is never redrawn. Got resample={self.resample!r}. Set RFAConfig(resample='never')."
             )
         object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))

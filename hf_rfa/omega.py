@@ -21,7 +21,7 @@ def draw_omega(
     """
     words = np.random.SeedSequence((seed, layer, draw)).generate_state(2)
     generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
-    make = {"orthogonal": _orthogonal, "sphere": _sphere, "gaussian": _gaussian}[kind]
+    make = {"orthogonal": _orthogonal, "sphere": _sphere, "learned": _sphere, "gaussian": _gaussian}[kind]
     # Head after head, so that the omega of a head does not depend on how many heads follow it.
     return torch.stack([make(num_features, head_dim, generator) for _ in range(num_heads)])
 

@@ -28,6 +28,8 @@ def resample(model: nn.Module, draw: int | None = None) -> int:
     number = max(adapter.draw_number for adapter in adapters) + 1 if draw is None else draw
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ConfigError(f"`draw` must be a non-negative integer. Got {number!r}. Pass None for the next draw.")
+    if any(adapter.config.omega == "learned" for adapter in adapters):
+        raise ConfigError("The model's omega is learned: a new draw would undo what was trained. Do not resample it.")
     for adapter in adapters:
         adapter.redraw(number)
     return number

@@ -43,7 +43,7 @@ def test_a_config_does_not_change():
     [
         ("feature_map", "cosine"),
         ("feature_map", None),
-        ("omega", "learned"),
+        ("omega", "trained"),
         ("num_features", 0),
         ("num_features", -1),
         ("num_features", 64.0),

@@ -27,7 +27,7 @@ def far_masses(
     batch, heads, groups, length, _ = query.shape
     given = query.new_zeros(batch, heads, groups, length, dtype=torch.float32)
     taken = query.new_zeros(batch, heads, length, dtype=torch.float32)
-    valid, document, rank = _places(layout, batch, length, query.device)
+    valid, document, rank = places(layout, batch, length, query.device)
     chunk = rank // max(window, 1)
     slots = torch.arange(length, device=query.device)
     for row in range(batch):
@@ -51,7 +51,7 @@ def far_masses(
     return given, taken
 
 
-def _places(
+def places(
     layout: TokenLayout, batch: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Whether each slot holds a token, its document, and its number within it: (B, N) each."""

@@ -1,0 +1,255 @@
+"""`distill`: attention transfer. The far kernels learn, layer by layer, to give what softmax gives on the same inputs.
+
+The model's own weights stay frozen and each layer hands on its softmax output, so that every layer sees what it sees
+in the original and no gradient crosses a layer. Source: Zhang et al. 2024 (LoLCATs), attention transfer.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hf_rfa.adapter import RFAAdapter, named_adapters
+from hf_rfa.calibrate import Batch
+from hf_rfa.convert import base_model, conversion_config, store_config
+from hf_rfa.divergence import ignore
+from hf_rfa.dry_run import quiet_eval
+from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.layer_transfer import LayerTransfer, TransferLoss
+
+CHECKPOINT = "distill.pt"
+WARMUP_SHARE = 0.05
+
+
+@dataclass
+class Transfer:
+    """What `distill` did: per step, the loss of each layer."""
+
+    steps: int = 0
+    losses: list[dict[int, float]] = field(default_factory=list)  # {layer: loss}, one per step
+
+    def mean(self, steps: int = 20) -> dict[int, float]:
+        """Per layer, the mean loss of the last `steps` steps."""
+        last = self.losses[-steps:]
+        return {layer: sum(row[layer] for row in last) / len(last) for layer in last[-1]} if last else {}
+
+
+def distill(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    omega: str = "learned",
+    learning_rate: float = 1e-2,
+    weight_loss: float = 0.0,
+    sampled_queries: int = 64,
+    window_dropout: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    output: str | Path | None = None,
+    save_every: int = 100,
+    resume: bool = False,
+    progress: bool = True,
+) -> Transfer:
+    """Train the far kernels of a converted model towards its own softmax layers; only the adapters are changed.
+
+    The loss of a layer is the squared error of its output behind the output projection W, relative to the output,
+
+        loss = sum |W (rfa - softmax)|^2 / sum |W softmax|^2 + weight_loss * CE(softmax weights, estimated weights)
+
+    and centres, changes of variable, alpha and gamma are trained by Adam, with them omega if it is to be learned.
+    Memory is linear in the number of tokens: the teacher is exact attention, never an N x N tensor.
+
+    Args:
+        model: A converted model, best after `calibrate`. Trigonometric and positive maps alike.
+        batches: Token ids (batch, seq) int64 or keyword arguments of the model; the same sequence on every resume.
+        steps: Adam steps in total, those before a resume included; one batch each.
+        omega: "learned" trains the projections too: they are no longer random, the config says so, and they are never
+            redrawn. "random" redraws omega in each step and trains only the geometry, so that the number of features
+            can be chosen, or omega redrawn, afterwards.
+        learning_rate: Its highest value; it falls to 0 along a cosine.
+        weight_loss: Weight of the cross-entropy on sampled attention weights, which names the keys that a head looks
+            up. Heads with the trigonometric map are left out of it: their estimates may be negative.
+        sampled_queries: On so many places of each sequence.
+        window_dropout: Share of the steps in which the far part has to answer for the near keys too.
+        max_grad_norm: The gradient of each layer is clipped to it.
+        seed: Of the sampled places and the window dropout.
+        output, save_every, resume: Folder of the checkpoint `distill.pt`, how often it is written, and whether to go
+            on from it; from the start if there is none yet. None saves nothing.
+        progress: Show a bar with the mean loss of the layers.
+
+    Returns:
+        The loss of each layer in each step.
+
+    Raises:
+        ConfigError: An argument out of its range, nothing to train, or batches that end before `steps`.
+        CheckpointError: The checkpoint cannot be read or belongs to another run.
+        FloatingPointError: A loss is NaN or infinite; the message names layer and step. The kernels are those of the
+            step before.
+        UnsupportedModelError: The model is not converted.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from hf_rfa.distill import distill
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> config = hf_rfa.RFAConfig(window=16, num_features=8)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), config, calibrate=False)
+        >>> result = distill(model, [torch.randint(64, (2, 96))] * 3, steps=3, progress=False)
+        >>> result.steps, sorted(result.losses[0])
+        (3, [0, 1])
+    """
+    loss = TransferLoss(weight_loss, sampled_queries, window_dropout, seed)
+    _check_arguments(steps, omega, learning_rate, max_grad_norm, output, save_every, resume)
+    config = conversion_config(model)
+    learned = config.omega == "learned"
+    if learned and omega == "random":
+        raise ConfigError("omega of this model is learned and is not redrawn. Got omega='random'. Pass 'learned'.")
+    base = base_model(model)
+    adapters = [adapter for _, _, adapter in named_adapters(base)]
+    layers = {
+        adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned")
+        for adapter in adapters
+        if adapter.converted and len(adapter.softmax_heads) < adapter.key_heads
+    }
+    if not layers:
+        raise ConfigError("Every key head of the model is exact, so that there is nothing to train.")
+    if weight_loss and not any(layer.positive_heads for layer in layers.values()):
+        raise ConfigError(
+            "`weight_loss` needs heads whose estimated weights are positive. Got the trigonometric map everywhere. "
+            "Set weight_loss=0 or convert with another `feature_map`."
+        )
+    optimizers = {number: torch.optim.Adam(layer.tensors.values(), lr=0.0) for number, layer in layers.items()}
+    path = None if output is None else Path(output) / CHECKPOINT
+    done = _load(path, layers, optimizers, steps) if path is not None and resume else Transfer()
+    bar = tqdm(
+        total=steps, initial=done.steps, desc="attention transfer", unit="step", leave=False, disable=not progress
+    )
+    try:
+        for batch in _batches(batches, done.steps, steps):
+            _forward(base, adapters, layers, batch, done.steps)
+            _check_finite(layers, done.steps)
+            for number, layer in layers.items():
+                nn.utils.clip_grad_norm_(layer.tensors.values(), max_grad_norm)
+                optimizers[number].param_groups[0]["lr"] = learning_rate * _schedule(done.steps, steps)
+                optimizers[number].step()
+                optimizers[number].zero_grad()
+            done.losses.append({number: layer.loss for number, layer in layers.items()})
+            done.steps += 1
+            bar.set_postfix(loss=f"{sum(done.losses[-1].values()) / len(layers):.4f}", refresh=False)
+            bar.update()
+            if path is not None and (done.steps % save_every == 0 or done.steps == steps):
+                _save(path, layers, optimizers, done)
+    finally:
+        bar.close()
+        for layer in layers.values():
+            layer.write_back()
+        if omega == "learned" and done.steps and not learned:
+            _mark_learned(model, adapters)
+    return done
+
+
+def _forward(
+    base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: Batch, step: int
+) -> None:
+    """One pass of the original, in which each layer takes the gradient of its own loss."""
+    device = next(base.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+    if base.can_generate():
+        inputs.setdefault("use_cache", False)
+    for layer in layers.values():
+        layer.begin(step)
+    for adapter in adapters:
+        adapter.observer = layers.get(adapter.layer, ignore)
+    try:
+        with quiet_eval(base):
+            base(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+    finally:
+        for adapter in adapters:
+            adapter.observer = None
+
+
+def _check_finite(layers: Mapping[int, LayerTransfer], step: int) -> None:
+    for number, layer in layers.items():
+        gradients = [t.grad for t in layer.tensors.values() if t.grad is not None]
+        if not math.isfinite(layer.loss) or not all(bool(g.isfinite().all()) for g in gradients):
+            raise FloatingPointError(
+                f"The loss of layer {number} is {layer.loss}, or its gradient is not finite, at step {step + 1}. The "
+                "kernels are those of the step before. Lower `learning_rate` or calibrate the model first."
+            )
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _batches(batches: Iterable[Batch], first: int, steps: int) -> Iterator[Batch]:
+    number = first
+    for batch in islice(batches, first, steps):
+        yield batch
+        number += 1
+    if number < steps:
+        raise ConfigError(f"The batches ended after {number} of {steps} steps. Pass more, or lower `steps`.")
+
+
+def _mark_learned(model: nn.Module, adapters: list[RFAAdapter]) -> None:
+    """From now on omega is part of what was trained: the config says so, and it is never redrawn."""
+    config = replace(conversion_config(model), omega="learned", resample="never")
+    store_config(model, config)
+    for adapter in adapters:
+        adapter.config = config
+
+
+def _save(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[int, Any], done: Transfer) -> None:
+    state = {
+        "tensors": {number: layer.state() for number, layer in layers.items()},
+        "optimizers": {number: optimizer.state_dict() for number, optimizer in optimizers.items()},
+        "losses": done.losses,
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, partial)
+        os.replace(partial, path)  # a run that is killed while it saves keeps the checkpoint before
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"Could not save step {done.steps} to {str(path)!r}: {error}") from error
+
+
+def _load(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[int, Any], steps: int) -> Transfer:
+    if not path.exists():
+        return Transfer()
+    try:
+        state = torch.load(path, weights_only=True)
+        losses = list(state["losses"])
+        for number, layer in layers.items():
+            layer.load(state["tensors"][number])
+            optimizers[number].load_state_dict(state["optimizers"][number])
+    except Exception as error:  # torch raises whatever its readers raise
+        raise CheckpointError(
+            f"Cannot resume from {str(path)!r}: {error} Delete it, or start without `resume`."
+        ) from error
+    if len(losses) > steps:
+        raise CheckpointError(f"{str(path)!r} has {len(losses)} steps, more than `steps`={steps}. Raise `steps`.")
+    return Transfer(len(losses), losses)
+
+
+def _check_arguments(
+    steps: int, omega: str, learning_rate: float, max_grad_norm: float, output: Any, save_every: int, resume: bool
+) -> None:
+    if steps < 1 or save_every < 1:
+        raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
+    if omega not in ("learned", "random"):
+        raise ConfigError(f"`omega` must be 'learned' or 'random'. Got {omega!r}. Choose one of them.")
+    for name, value in (("learning_rate", learning_rate), ("max_grad_norm", max_grad_norm)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"`{name}` must be positive and finite. Got {value}. Set, for example, 1e-2.")
+    if resume and output is None:
+        raise ConfigError("`resume=True` needs the folder of the run. Set `output`.")

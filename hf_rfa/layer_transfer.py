@@ -1,0 +1,148 @@
+"""The trainable far kernel of one layer, and its loss against the softmax layer that it stands in for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_rfa.adapter import RFAAdapter
+from hf_rfa.errors import ConfigError
+from hf_rfa.head_errors import output_projection
+from hf_rfa.omega import draw_omega
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.operator import rfa_attention
+from hf_rfa.weight_loss import sampled_weight_loss
+
+#: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
+LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01
+GEOMETRY = ("query_center", "key_center", "query_transform", "key_transform")
+
+
+@dataclass(frozen=True)
+class TransferLoss:
+    """What `LayerTransfer` minimises: see `distill`."""
+
+    weight_loss: float
+    sampled_queries: int
+    window_dropout: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_loss < float("inf"):
+            raise ConfigError(f"`weight_loss` must be a finite number >= 0. Got {self.weight_loss}. Set, e.g., 0.1.")
+        if self.sampled_queries < 1:
+            raise ConfigError(f"`sampled_queries` must be at least 1. Got {self.sampled_queries}. Set, e.g., 64.")
+        if not 0 <= self.window_dropout <= 1:
+            raise ConfigError(f"`window_dropout` must be a share, 0 to 1. Got {self.window_dropout}. Set, e.g., 0.5.")
+
+
+class LayerTransfer:
+    """Observer of one layer (see `RFAAdapter.observer`) that takes the gradient of its loss in each forward.
+
+    Attributes:
+        tensors: What is trained, by name; alpha and gamma as logarithms.
+        loss: Of the last forward.
+    """
+
+    def __init__(self, adapter: RFAAdapter, loss: TransferLoss, *, learn_omega: bool) -> None:
+        self.adapter, self.settings, self.learn_omega = adapter, loss, learn_omega
+        start = {name: getattr(adapter, name) for name in GEOMETRY}
+        start["log_alpha"] = adapter.alpha.clamp_min(LEAST_ALPHA).log()
+        start["log_gamma"] = adapter.gamma.clamp_min(LEAST_GAMMA).log()
+        if learn_omega:
+            start["omega"] = adapter.omega
+        self.tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
+        self.loss, self.step = float("nan"), 0
+
+    @property
+    def positive_heads(self) -> list[int]:
+        """Linear key heads whose estimated weights cannot be negative."""
+        names, exact = self.adapter.feature_maps, self.adapter.softmax_heads
+        return [head for head, name in enumerate(names) if name != "trigonometric" and head not in exact]
+
+    def begin(self, step: int) -> None:
+        """Called before the forward of step number `step`, on which all random choices depend."""
+        self.step = step
+
+    def __call__(
+        self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
+    ) -> None:  # fmt: skip
+        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            query, key, value, exact = (x.detach().float() for x in (query, key, value, exact))
+            kernel = self._kernel()
+            rng = np.random.default_rng((self.settings.seed, adapter.layer, self.step))
+            dropped = rng.random() < self.settings.window_dropout
+            given = {name: options[name] for name in ("scaling", "causal")} | {
+                "layout": layout,
+                "window": 0 if dropped else adapter.config.window,
+                "sink_tokens": 0 if dropped else adapter.config.sink_tokens,
+            }
+            output = rfa_attention(
+                query, key, value, sink_logits=options["sink_logits"], softmax_heads=adapter.softmax_heads, **kernel,
+                **given,
+            )  # fmt: skip
+            assert isinstance(output, torch.Tensor)
+            loss = _relative_error(module, output, exact)
+            if self.settings.weight_loss and self.positive_heads:
+                rows = rng.choice(query.shape[2], min(self.settings.sampled_queries, query.shape[2]), replace=False)
+                call = OperatorCall.check(
+                    query, key, value, valid=None, document=None, state=None, sink_logits=None,
+                    **{"proposal": None, **kernel}, **given,
+                ).heads(self.positive_heads)  # fmt: skip
+                entropy = sampled_weight_loss(
+                    call.query, call.key, call.far, torch.as_tensor(np.sort(rows), device=query.device), **given
+                )
+                loss = loss + self.settings.weight_loss * entropy
+            if loss.requires_grad:
+                loss.backward()
+        self.loss = loss.item()
+
+    def write_back(self) -> None:
+        """Put what was trained into the adapter."""
+        adapter, kernel = self.adapter, self._kernel(original_draw=True)
+        trained = {name: x for name, x in kernel.items() if name in {*GEOMETRY, "alpha", "gamma"}}
+        if self.learn_omega:
+            trained["omega"] = kernel["omega"]
+        adapter.set_kernel(adapter.feature_maps, **{name: x.detach() for name, x in trained.items()})
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is trained, as plain tensors."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state`; `ValueError` if it belongs to another kind of layer or run."""
+        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        want = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if got != want:
+            raise ValueError(f"layer {self.adapter.layer} trains {want}, the checkpoint has {got}.")
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state[name])
+
+    def _kernel(self, original_draw: bool = False) -> dict[str, Any]:
+        """The far kernel as arguments of the operator, differentiable."""
+        adapter, tensors = self.adapter, self.tensors
+        omega = tensors.get("omega", adapter.omega)
+        if not self.learn_omega and not original_draw:
+            heads, features, dim = omega.shape
+            config = adapter.config
+            omega = draw_omega(
+                heads, features, dim, kind=config.omega, seed=config.seed, layer=adapter.layer, draw=self.step + 1
+            ).to(omega.device)
+        kernel: dict[str, Any] = {"feature_map": adapter.feature_maps, "omega": omega, "proposal": adapter.proposal}
+        kernel |= {name: tensors[name] for name in GEOMETRY}
+        kernel |= {"alpha": tensors["log_alpha"].exp(), "gamma": tensors["log_gamma"].exp()}
+        return kernel | {"query_radius": adapter.query_radius, "key_radius": adapter.key_radius}
+
+
+def _relative_error(module: nn.Module, output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """sum |W (output - exact)|^2 / sum |W exact|^2 of (B, H, N, M)."""
+    projection = output_projection(module, exact.shape[1] * exact.shape[3])
+    error, whole = (x.transpose(1, 2).flatten(2) for x in (output - exact, exact))
+    if projection is not None:
+        error, whole = error @ projection.T, whole @ projection.T
+    return error.square().sum() / whole.square().sum().clamp_min(torch.finfo(whole.dtype).tiny)
