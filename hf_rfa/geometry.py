@@ -100,7 +100,7 @@ class Moments:
 def balance(query_cov: torch.Tensor, key_cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The A (..., D, D), and its A^-T, that minimise E|A q|^2 + E|A^-T k|^2; A q and A^-T k then covary alike.
 
-        A^T A = Cq^-1/2 (Cq^1/2 Ck Cq^1/2)^1/2 Cq^-1/2
+    A^T A = Cq^-1/2 (Cq^1/2 Ck Cq^1/2)^1/2 Cq^-1/2
     """
     query_cov, key_cov = _ridge(query_cov), _ridge(key_cov)
     root, inverse_root = _power(query_cov, 0.5), _power(query_cov, -0.5)

@@ -24,7 +24,7 @@ class CompareSettings:
     model: str
     data: str = "stdlib"
     output: str = "hf-rfa-report"
-    feature_map: str = "positive"
+    feature_map: str = "hyperbolic"
     num_features: int = 64
     window: int = 64
     sink_tokens: int = 4

@@ -1,0 +1,171 @@
+"""The study behind the defaults of `RFAConfig`: maps, feature counts, windows and stages, all in one table.
+
+    python scripts/experiments/run.py scripts/experiments/maps.yaml --model MODEL --data DATA --output OUTPUT
+    python scripts/experiments/run.py scripts/experiments/budget.yaml --model MODEL --data DATA --output OUTPUT
+
+MODEL and DATA are a folder or an id of the hub (without them: the embedded model on the standard library). A YAML file
+lists values for each field of a run; every combination is one run, OUTPUT/runs/NAME.json one result. What is there
+already is not run again, so that a study that was cut goes on where it was. At the end OUTPUT gets `results.json`,
+`table.md` and the plots.
+
+Stages of a run, each from a fresh copy of the original:
+
+    uncalibrated   the config's alpha and gamma on every head
+    calibrated     hf_rfa.calibrate; no weight is trained
+    transferred    calibrated, then hf_rfa.distill for `transfer_steps`
+    finetuned      transferred, then all weights for `finetune_steps`, next-token loss on text with planted repeats
+"""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from plots import write_plots
+from table import write_table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import hf_rfa
+from hf_rfa.adapter import require_adapters
+from hf_rfa.compare import default_model
+from hf_rfa.measuring import Measurer, Tokens
+from hf_rfa.results import CompareSettings
+from hf_rfa.training import finetune
+
+FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
+STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")
+CACHE_TOKENS = 8192
+
+
+def main() -> None:
+    arguments = parse()
+    study = yaml.safe_load(arguments.study.read_text())
+    unknown = sorted(set(study) - {"runs", "settings", "transfer_steps", "finetune_steps"})
+    if unknown:
+        raise SystemExit(f"{arguments.study}: unknown keys {unknown}.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    folder = arguments.output / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = CompareSettings(model=arguments.model, data=arguments.data, **settings_of(study))
+    original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
+    measure = Measurer(original, tokens, settings)
+    runs = [run for run in all_runs(study["runs"]) if not (folder / f"{name_of(run)}.json").exists()]
+    for run in tqdm(runs, desc=arguments.study.stem, unit="run"):
+        result = run_one(run, study, original, tokens, measure)
+        path = folder / f"{name_of(run)}.json"
+        path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".partial").rename(path)
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_table(results, arguments.output / "table.md")
+    write_plots(results, arguments.output)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--model", default=None, help="folder or hub id of the original; default: the embedded model")
+    parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--threads", type=int, default=0, help="0 = PyTorch's own number")
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or default_model()
+    return arguments
+
+
+def settings_of(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured, and on how many tokens: fields of CompareSettings."""
+    given = dict(study.get("settings", {}))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of each group's values; the original first, then the window alone of each width."""
+    found = {
+        "original": {"feature_map": None, "num_features": 0, "window": 0, "softmax_heads": None, "stage": "original"}
+    }
+    for group in groups:
+        if sorted(group) != sorted(FIELDS) or not set(group["stage"]) <= set(STAGES):
+            raise SystemExit(f"A group of runs needs lists for {list(FIELDS)}, stages of {list(STAGES)}. Got {group}.")
+        for values in itertools.product(*(group[field] for field in FIELDS)):
+            run = dict(zip(FIELDS, values, strict=True))
+            if run["window"]:
+                bare = {**run, "feature_map": None, "num_features": 0, "softmax_heads": None, "stage": "window only"}
+                found[name_of(bare)] = bare
+            found[name_of(run)] = run
+    yield from found.values()
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A file name: one for each run."""
+    heads = "linear" if run["softmax_heads"] is None else f"exact-{run['softmax_heads']}"
+    parts = [run["stage"], run["feature_map"], run["num_features"], f"window-{run['window']}", heads]
+    return "_".join(str(part).replace(" ", "-") for part in parts if part)
+
+
+def run_one(
+    run: dict[str, Any], study: Mapping[str, Any], original: PreTrainedModel, tokens: Tokens, measure: Measurer
+) -> dict[str, Any]:
+    """Make the model of one run, and measure it."""
+    started = time.perf_counter()
+    if run["stage"] == "original":
+        model, seconds = original, {}
+    else:
+        model, seconds = make(run, study, original, tokens)
+    quality = dataclasses.asdict(measure(model))
+    quality.pop("far_recovery")  # the table knows the window-only run
+    made = {"seconds": {**seconds, "all": time.perf_counter() - started}, "cache_bytes": bytes_after(model)}
+    converted = [] if run["stage"] == "original" else require_adapters(model)
+    heads = [[adapter.layer, head] for adapter in converted for head in adapter.softmax_heads]
+    return {"run": run, **quality, **made, "exact_heads": heads}
+
+
+def make(
+    run: dict[str, Any], study: Mapping[str, Any], original: PreTrainedModel, tokens: Tokens
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The converted model of a run, and how long each stage took."""
+    bare = run["stage"] == "window only"
+    config = hf_rfa.RFAConfig(
+        feature_map=run["feature_map"] or "hyperbolic", num_features=run["num_features"] or 1, window=run["window"],
+        sink_tokens=4 if run["window"] else 0, softmax_heads=run["softmax_heads"], gamma=0.0 if bare else 1.0,
+    )  # fmt: skip
+    model, seconds = hf_rfa.convert(copy.deepcopy(original), config, calibrate=False), {}
+
+    def timed(name: str, action: Any) -> None:
+        started = time.perf_counter()
+        action()
+        seconds[name] = time.perf_counter() - started
+
+    if run["stage"] in STAGES[1:]:
+        timed("calibrate", lambda: hf_rfa.calibrate(model, tokens.calibration_batches()))
+    if run["stage"] in STAGES[2:]:
+        steps = study["transfer_steps"]
+        timed("transfer", lambda: hf_rfa.distill(model, tokens.training_batches(), steps=steps, progress=False))
+    if run["stage"] == "finetuned":
+        steps = study["finetune_steps"]
+        timed("finetune", lambda: finetune(model, tokens.training_batches(), steps=steps, progress=False))
+    return model.eval(), seconds
+
+
+def bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
+    """Bytes of the cache after so many tokens; it grows by the same amount with each (or not at all)."""
+    sizes = []
+    for length in (512, 1024):
+        with torch.no_grad():
+            cache = model(torch.ones(1, length, dtype=torch.int64), use_cache=True).past_key_values
+        sizes.append(hf_rfa.cache_bytes(cache))
+    return sizes[0] + (sizes[1] - sizes[0]) * (tokens - 512) // 512
+
+
+if __name__ == "__main__":
+    main()
