@@ -152,8 +152,15 @@ class OperatorCall:
 
     def empty_state(self) -> RFAState:
         """The state before the first token of this call's key heads."""
+        return RFAState.empty(*self._state_size())
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the tensors of a state of this call have."""
+        return RFAState.shapes(*self._state_size())
+
+    def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int]:
         window = self.window if self.causal else 0  # the bidirectional form keeps no near keys
-        return RFAState.empty(len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens)
+        return len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, omega: torch.Tensor) -> None:

@@ -212,13 +212,12 @@ def _check_state(call: OperatorCall) -> None:
     """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
     if call.state is None:
         return
-    empty = call.empty_state()
-    for name in ("kv_state", "near_key", "near_value", "sink_key", "sink_value"):
-        got, want = getattr(call.state, name).shape, getattr(empty, name).shape
+    for name, want in call.state_shapes().items():  # shapes alone: this runs for each token that is decoded
+        got = tuple(getattr(call.state, name).shape)
         if got != want:
             raise ConfigError(
-                f"`initial_state` comes from another kind of call: its `{name}` has shape {tuple(got)}, this call "
-                f"needs {tuple(want)}. Continue with the window, sinks, heads, features and causality of that call."
+                f"`initial_state` comes from another kind of call: its `{name}` has shape {got}, this call "
+                f"needs {want}. Continue with the window, sinks, heads, features and causality of that call."
             )
 
 

@@ -41,18 +41,33 @@ class RFAState:
         cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int
     ) -> "RFAState":
         """The state before the first token, shaped and placed like key (_, Hk, _, D) and value (_, Hk, _, M)."""
-        heads, dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
-        sinks = sink_tokens if window else 0
+        shapes = cls.shapes(batch, key, value, components, window, sink_tokens)
         wide = accumulation_dtype(key.dtype)
         return cls(
-            kv_state=key.new_zeros(batch, heads, components, value_dim + 1, dtype=wide),
-            log_max=key.new_full((batch, heads), -torch.inf, dtype=wide),
-            near_key=key.new_zeros(batch, heads, 2 * window, dim),
-            near_value=value.new_zeros(batch, heads, 2 * window, value_dim),
-            sink_key=key.new_zeros(batch, heads, sinks, dim),
-            sink_value=value.new_zeros(batch, heads, sinks, value_dim),
+            kv_state=key.new_zeros(shapes["kv_state"], dtype=wide),
+            log_max=key.new_full(shapes["log_max"], -torch.inf, dtype=wide),
+            near_key=key.new_zeros(shapes["near_key"]),
+            near_value=value.new_zeros(shapes["near_value"]),
+            sink_key=key.new_zeros(shapes["sink_key"]),
+            sink_value=value.new_zeros(shapes["sink_value"]),
             count=torch.zeros(batch, dtype=torch.int64),
         )
+
+    @staticmethod
+    def shapes(
+        batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of the linear heads' tensors, see `empty`."""
+        heads, dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
+        sinks = sink_tokens if window else 0
+        return {
+            "kv_state": (batch, heads, components, value_dim + 1),
+            "log_max": (batch, heads),
+            "near_key": (batch, heads, 2 * window, dim),
+            "near_value": (batch, heads, 2 * window, value_dim),
+            "sink_key": (batch, heads, sinks, dim),
+            "sink_value": (batch, heads, sinks, value_dim),
+        }
 
     @property
     def z_state(self) -> torch.Tensor:

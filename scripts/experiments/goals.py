@@ -2,10 +2,10 @@
 
     python scripts/experiments/goals.py --model MODEL --data DATA --measure measure.py [--feature_map hyperbolic]
 
-`measure.py` defines `validation_ids(tokenizer)`, `perplexity(model, ids, length, n)`, `copy_perplexity(model, ids, gap,
-n)`, `kl_divergence(original, model, ids, length, n)` and `greedy_agreement(original, model, ids)`. Calibrated on 2 rows
-of 2,048 tokens of the training split. `exact, bare window` keeps the same heads and leaves the far parts out, as
-DuoAttention does.
+`measure.py` defines `validation_ids(tokenizer)`, `perplexity(model, ids, length, n)`, `copy_perplexity(model, ids,
+gap, n)`, `kl_divergence(original, model, ids, length, n)` and `greedy_agreement(original, model, ids)`. Calibrated on
+2 rows of 2,048 tokens of the training split. `exact, bare window` keeps the same heads and leaves the far parts out,
+as DuoAttention does.
 """
 
 import argparse

@@ -55,6 +55,16 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     folder = arguments.output / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+    if not arguments.tables_only:
+        run_all(study, arguments, folder)
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_table(results, arguments.output / "table.md")
+    write_plots(results, arguments.output)
+
+
+def run_all(study: Mapping[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
+    """Every run of the study that has no result yet."""
     settings = CompareSettings(model=arguments.model, data=arguments.data, **settings_of(study))
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
@@ -65,10 +75,6 @@ def main() -> None:
         path = folder / f"{name_of(run)}.json"
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".partial").rename(path)
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_table(results, arguments.output / "table.md")
-    write_plots(results, arguments.output)
 
 
 def parse() -> argparse.Namespace:
@@ -77,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=None, help="folder or hub id of the original; default: the embedded model")
     parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--tables_only", action="store_true", help="table and plots of what is there; run nothing")
     parser.add_argument("--threads", type=int, default=0, help="0 = PyTorch's own number")
     arguments = parser.parse_args()
     arguments.model = arguments.model or default_model()
