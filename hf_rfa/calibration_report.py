@@ -92,7 +92,11 @@ class CalibrationReport:
                 axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
         axes.set_xticks(range(width))
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        axes.set(xlabel="key head", ylabel="layer", title="Cost of a linear head (framed: kept as softmax)")
+        axes.set(
+            xlabel="key head",
+            ylabel="layer",
+        )
+        axes.set_title("cost of a linear head\n(framed: kept as softmax)", fontsize=9)
         figure.colorbar(image, label=self.unit)
         figure.savefig(path)
         plt.close(figure)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import SHORT, attention_modules, build, inputs_for, outputs_of, token_ids
+from processes import launch
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -415,3 +416,20 @@ def test_a_projection_under_another_name_is_only_a_little_worse():
         layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj)
     report = hf_rfa.calibrate(model, text())
     assert all(h.loss <= h.window_loss for h in report.heads)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multi_process
+def test_statistics_are_added_over_processes(tmp_path):
+    """Two processes with half of the rows each fit what one process fits on all of them."""
+    launch([str(Path(__file__).with_name("worker_calibrate.py")), str(tmp_path)], 2)
+    first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    alone = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(4, 120))).to_dict()
+    assert first["tokens"] == alone["tokens"] == 480
+    assert first["divergence"] == pytest.approx(alone["divergence"], rel=1e-4)
+    for got, want in zip(first["heads"], alone["heads"], strict=True):
+        assert (got["alpha"], got["gamma"]) == (want["alpha"], want["gamma"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)

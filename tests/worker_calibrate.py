@@ -1,0 +1,25 @@
+"""Run by test_calibrate under torchrun: each process calibrates on rows of its own; the report goes to a file."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from families import SHORT, build, token_ids
+
+import hf_rfa
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(4, 120)[rank::processes])
+    report = hf_rfa.calibration_report(model).to_dict()
+    (folder / f"report-{rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
