@@ -1,0 +1,165 @@
+"""Tiny random models of any Transformers class, from its config class alone.
+
+`SIZES` says what each field of a config becomes, by the field's name; the config's own defaults and validation do the
+rest. `OVERRIDES` holds what a family needs besides, by model type. A composite config is shrunk part by part.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+VOCABULARY = 99
+#: Layers that a tiny model has: enough that a pattern of layer kinds shows each kind.
+LAYERS = 2
+
+#: What a field of a config becomes in a tiny one, wherever a config class declares it.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys("hidden_size d_model n_embd dim emb_dim word_embed_proj_dim embedding_size".split(), 32),
+    **dict.fromkeys("encoder_hidden_size decoder_hidden_size cross_attention_hidden_size".split(), 32),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split(), LAYERS),
+    **dict.fromkeys("depth num_encoder_layers num_decoder_layers text_encoder_layers".split(), LAYERS),
+    **dict.fromkeys("speech_encoder_layers text_decoder_layers t2u_encoder_layers t2u_decoder_layers".split(), 1),
+    **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
+    **dict.fromkeys("decoder_attention_heads speech_encoder_attention_heads".split(), 4),
+    **dict.fromkeys("text_encoder_attention_heads text_decoder_attention_heads".split(), 4),
+    **dict.fromkeys("intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff hidden_dim n_inner".split(), 48),
+    **dict.fromkeys("ffn_hidden_size shared_intermediate_size dense_intermediate_size".split(), 48),
+    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size".split(), 16),
+    **dict.fromkeys("moe_shared_expert_intermediate_size expert_intermediate_size".split(), 16),
+    **dict.fromkeys("speech_encoder_intermediate_size".split(), 48),
+    **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok num_experts_per_token top_k moe_topk moe_k".split(), 2),
+    **dict.fromkeys("n_group topk_group num_expert_group".split(), 1),
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "d_kv": 8,
+    "kv_channels": 8,
+    "attention_head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "sliding_window": 16,
+    "attention_chunk_size": 16,
+    "max_position_embeddings": 512,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "max_source_positions": 512,
+    "max_target_positions": 512,
+    "image_size": 64,
+    "patch_size": 8,
+    "num_channels": 3,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "first_k_dense_layers": 1,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "num_mel_bins": 16,
+    **dict.fromkeys(
+        "attention_dropout attn_pdrop attention_probs_dropout_prob hidden_dropout_prob resid_pdrop embd_pdrop dropout "
+        "activation_dropout hidden_dropout encoder_layerdrop decoder_layerdrop layerdrop drop_path_rate "
+        "dropout_rate activation_dropout residual_dropout classifier_dropout resid_dropout embedding_dropout "
+        "feat_proj_dropout layerdrop final_dropout attn_dropout mlp_dropout ffn_dropout "
+        "speech_encoder_layerdrop".split(),
+        0.0,
+    ),
+}
+
+#: What a family needs besides, by model type: its own invariants.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_key_value_heads": 4},  # latent attention: a key head for each query head
+}
+
+#: Classes that are tried besides those of Transformers' own tables of language models.
+ENCODERS = """
+    ASTModel BeitModel Blip2Model CLIPModel CLIPVisionModel DeiTModel Dinov2Model DINOv3ViTModel Gemma3Model
+    HubertModel Idefics3Model LlavaModel PaliGemmaModel Qwen2_5_VLModel Qwen2VLModel Qwen3VLModel SeamlessM4TModel
+    SiglipModel Speech2TextModel SwinModel VideoMAEModel ViTModel Wav2Vec2Model WhisperModel
+""".split()
+_TABLES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Case:
+    """A model class beside one of the config classes that it takes."""
+
+    table: str
+    model_type: str
+    class_name: str
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.class_name}"
+
+
+def all_cases() -> list[Case]:
+    """Every language model class of Transformers' tables with each of its config types, and `ENCODERS`."""
+    cases = []
+    for table in _TABLES:
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        cases += [Case(table.lower(), kind, name) for kind, name in names.items() if isinstance(name, str)]
+    kinds = {name: kind for kind, name in modeling_auto.MODEL_MAPPING_NAMES.items() if isinstance(name, str)}
+    return cases + [Case("encoder", kinds[name], name) for name in ENCODERS]
+
+
+def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    """The config class with its sizes made tiny; `more` goes before every rule."""
+    declared = {field.name: field for field in dataclasses.fields(config_class)}
+    values: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        field = declared.get(config_class.attribute_map.get(name, name)) or declared.get(name)
+        if field is not None and not _is_pattern(field):
+            values[field.name] = size
+    for name in ("sliding_window", "attention_chunk_size"):
+        if name in values and declared[name].default is None:
+            del values[name]
+    overrides = OVERRIDES.get(config_class.model_type, {})
+    whole = None
+    for name, part in config_class.sub_configs.items():
+        if name in more or name in overrides:
+            continue
+        if part is AutoConfig:
+            whole = config_class() if whole is None else whole
+            part = type(getattr(whole, name))
+        if isinstance(part, type) and issubclass(part, PreTrainedConfig):
+            values[name] = tiny_config(part)
+    values |= overrides | more
+    return config_class(**values)
+
+
+def _is_pattern(field: dataclasses.Field) -> bool:
+    """Whether the field lists one value a layer or a stage, which no single number can stand for."""
+    return isinstance(field.default, (list, tuple)) or (
+        field.default_factory is not dataclasses.MISSING and isinstance(field.default_factory(), (list, tuple))
+    )
+
+
+def tiny_model(case: Case) -> PreTrainedModel:
+    """The same random model every time, in evaluation mode; the caller's random state stays as it was."""
+    model_class = getattr(transformers, case.class_name)
+    config_class = type(AutoConfig.for_model(case.model_type))
+    if not issubclass(config_class, model_class.config_class):
+        config_class = model_class.config_class
+    config = tiny_config(config_class)
+    if case.table == "causal_lm" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = model_class(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # a token like any other: generation runs to its length
+    return model
+
+
+def token_ids(batch: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:
+    """Ordinary tokens (batch, length), none of them special."""
+    return torch.randint(5, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
