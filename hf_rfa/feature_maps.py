@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_rfa.errors import ConfigError
 
@@ -113,6 +114,7 @@ class FarKernel:
         query_radius, key_radius: (key_heads,) bound of |A (q - b)| and |A^-T (k - c)|: what lies further out is pulled
             in to it. The variance of every map grows exponentially with these norms, so that a few outliers would
             drown what all others say. 0 or None = no bound.
+        gate_weight, gate_bias: (key_heads, D), (key_heads,) of the forget gate, see `log_gate`; None = no gate.
     """
 
     feature_maps: tuple[str, ...]
@@ -126,6 +128,8 @@ class FarKernel:
     key_transform: torch.Tensor | None = None
     query_radius: torch.Tensor | None = None
     key_radius: torch.Tensor | None = None
+    gate_weight: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
 
     @property
     def num_components(self) -> int:
@@ -183,6 +187,18 @@ class FarKernel:
         back = [order.index(head) for head in range(len(order))]
         features, log_scale = (torch.cat(tensors, dim=1)[:, back] for tensors in zip(*parts, strict=True))
         return features, log_scale
+
+    def log_gate(self, key: torch.Tensor) -> torch.Tensor | None:
+        """log g of tokens with keys (batch, key_heads, ..., N, D), as (batch, key_heads, ..., N); None = no gate.
+
+            g_t = sigmoid(w.k_t + b),       weight of far key j for query i:  times prod_{t = j+1..i} g_t
+
+        Source: Peng et al. 2021, section 3.2; there the gate reads the layer's input, here the token's key.
+        """
+        if self.gate_weight is None or self.gate_bias is None:
+            return None
+        logit = torch.einsum("bh...d,hd->bh...", key, self.gate_weight)
+        return F.logsigmoid(logit + self.gate_bias.view(-1, *(1,) * (logit.dim() - 2)))
 
     def log_gamma(self) -> torch.Tensor:
         """log gamma (key_heads,), with a finite placeholder where gamma is 0 (see `alive`)."""

@@ -118,6 +118,11 @@ class Shard:
                 "Sequence parallelism splits one causal document a row, without padding or packing. Got a layer with "
                 "one of them. Pass whole documents, or leave the mode."
             )
+        if options.get("gate_weight") is not None:
+            raise ConfigError(
+                "Sequence parallelism cannot carry a gate over processes yet. Got a layer with one. Use "
+                "RFAConfig(gate=False), or one process a document."
+            )
         rank = dist.get_rank(self.group)
         length, window = key.shape[2], self.adapter.config.window
         exact = list(options["softmax_heads"])

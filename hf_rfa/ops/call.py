@@ -51,7 +51,8 @@ class OperatorCall:
         sliding_window: int | None = None, query_center: torch.Tensor | None = None,
         key_center: torch.Tensor | None = None, query_transform: torch.Tensor | None = None,
         key_transform: torch.Tensor | None = None, query_radius: PerHead | None = None,
-        key_radius: PerHead | None = None,
+        key_radius: PerHead | None = None, gate_weight: torch.Tensor | None = None,
+        gate_bias: torch.Tensor | None = None,
     ) -> "OperatorCall":  # fmt: skip
         """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
         _check_tensors(query, key, value, omega)
@@ -104,11 +105,26 @@ class OperatorCall:
             _expect(name, tensor.shape, (key_heads, dim), "(key heads, head_dim)")
             return tensor.to(query.device, wide)
 
-        def matrix(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def optional(
+            name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], meaning: str
+        ) -> torch.Tensor | None:
             if tensor is not None:
-                _expect(name, tensor.shape, (key_heads, dim, dim), "(key heads, head_dim, head_dim)")
+                _expect(name, tensor.shape, shape, meaning)
                 tensor = tensor.to(query.device, wide)
             return tensor
+
+        def matrix(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return optional(name, tensor, (key_heads, dim, dim), "(key heads, head_dim, head_dim)")
+
+        if (gate_weight is None) != (gate_bias is None):
+            raise ConfigError(
+                "`gate_weight` and `gate_bias` describe one gate. Got only one of them. Pass both, or None for both."
+            )
+        if gate_weight is not None and not causal:
+            raise ConfigError(
+                "The gate forgets what lies behind a query: it needs an order of time. Got a gate with causal=False. "
+                "Drop `gate_weight` and `gate_bias` (RFAConfig(gate=False))."
+            )
 
         far = FarKernel(
             feature_map_of_heads(feature_map, key_heads),
@@ -122,6 +138,8 @@ class OperatorCall:
             matrix("key_transform", key_transform),
             None if query_radius is None else per_head("query_radius", query_radius),
             None if key_radius is None else per_head("key_radius", key_radius),
+            optional("gate_weight", gate_weight, (key_heads, dim), "(key heads, head_dim)"),
+            optional("gate_bias", gate_bias, (key_heads,), "(key heads,)"),
         )
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,

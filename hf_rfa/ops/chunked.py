@@ -62,13 +62,20 @@ class CausalPass:
         self.sink_keys = sink_table(self.keys, state.sink_key, sinks)
         self.sink_values = sink_table(self.values, state.sink_value, sinks)
         self.carry, self.carry_peak = state.kv_state.to(key.dtype), state.log_max.to(key.dtype)
+        log_gate = call.far.log_gate(self.keys)
+        self.log_gate = None if log_gate is None else log_gate.masked_fill(~plan.valid.unsqueeze(1), 0.0)
+        if self.log_gate is not None and history:  # the state counts from its last token, the blocks from their first
+            remembered = plan.valid & ~plan.asked
+            self.carry_peak = self.carry_peak - torch.where(remembered.unsqueeze(1), self.log_gate, 0.0).sum((-2, -1))
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
         """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
-        far, scaling, plan = self.call.far, self.call.scaling, self.plan
+        far, scaling, plan, groups = self.call.far, self.call.scaling, self.plan, self.call.query.shape[2]
         for block in self._split():
             states, maxima = _far_states(block, far, plan, self.lag, scaling, self.carry, self.carry_peak)
             features, log_scale = far.query_features(block.queries, scaling)
+            if block.decay is not None:
+                log_scale = log_scale + block.own(block.decay).repeat(1, 1, 1, groups)
             if self.call.window:
                 near = _near(block, plan, scaling)
                 products = features @ states
@@ -77,6 +84,8 @@ class CausalPass:
                 near = None
                 far_part = _pure_part(block, features, log_scale, states, maxima, far, plan, scaling)
             self.carry, self.carry_peak = states[:, :, -1], maxima[:, :, -1]
+            if block.decay is not None:
+                self.carry_peak = self.carry_peak + block.decay[:, :, -1, -1]  # the next block counts from here
             yield block.span, near, far_part
 
     def final_state(self) -> RFAState:
@@ -90,13 +99,15 @@ class CausalPass:
         # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
         sink_chunk = self.plan.sink_chunk + 1
         sinks = (take(self.sink_keys, sink_chunk), take(self.sink_values, sink_chunk))
-        whole = (self.queries, self.keys, self.values, *sinks)
-        lead_keys, lead_values = self.keys[:, :, :0], self.values[:, :, :0]
+        gate = self.keys[..., :0] if self.log_gate is None else self.log_gate.unsqueeze(-1)
+        whole = (self.queries, *sinks, self.keys, self.values, gate)
+        leads = [x[:, :, :0] for x in (self.keys, self.values, gate)]
         start = 0
-        for q, k, v, sink_k, sink_v in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in whole), strict=True):
-            k, v = torch.cat([lead_keys, k], dim=2), torch.cat([lead_values, v], dim=2)
-            yield _Block(slice(start, start + q.shape[2]), q, k, v, sink_k, sink_v)
-            lead_keys, lead_values = k[:, :, -self.lag :], v[:, :, -self.lag :]
+        for q, sink_k, sink_v, *own in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in whole), strict=True):
+            k, v, g = (torch.cat(pair, dim=2) for pair in zip(leads, own, strict=True))
+            decay = None if self.log_gate is None else g.squeeze(-1).cumsum(-1)
+            yield _Block(slice(start, start + q.shape[2]), q, k, v, sink_k, sink_v, decay)
+            leads = [x[:, :, -self.lag :] for x in (k, v, g)]
             start += q.shape[2]
 
 
@@ -104,7 +115,8 @@ class CausalPass:
 class _Block:
     """A few chunks that are handled at once: n of their own, t <= lag before them (none before the first block).
 
-    queries (B, H, n, G * C, D); keys, values (B, H, t + n, C, D or M); sink_keys, sink_values (B, H, n, s, D or M).
+    queries (B, H, n, G * C, D); keys, values (B, H, t + n, C, D or M); sink_keys, sink_values (B, H, n, s, D or M);
+    decay (B, H, t + n, C), the sum of log g from the chunk's first slot on; None = no gate.
     """
 
     span: slice
@@ -113,11 +125,21 @@ class _Block:
     values: torch.Tensor
     sink_keys: torch.Tensor
     sink_values: torch.Tensor
+    decay: torch.Tensor | None
 
     @property
     def lead(self) -> int:
         """t, the number of chunks before the block's own."""
         return self.keys.shape[2] - self.queries.shape[2]
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """(B, H, t + n) sum of log g from the block's first own slot to the start of each chunk."""
+        # Counted anew in every block, and apart from the chunks' own sums: long sequences then lose no digits.
+        assert self.decay is not None
+        total = self.decay[..., -1]
+        before = total.cumsum(-1) - total
+        return before - before[..., self.lead, None]
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
         """The block's own chunks of `keys` or `values`."""
@@ -131,7 +153,7 @@ class _Block:
 def _far_states(
     block: _Block, far: FarKernel, plan: Plan, lag: int, scaling: float, carry: torch.Tensor, carry_peak: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each chunk of the block reads: the sums over the chunks up to `lag` before it."""
+    """What each chunk of the block reads: the sums over the chunks up to `lag` before it, as of its first slot."""
     span, document, device = block.span, plan.document, carry.device
     first, last = max(0, span.start - lag), max(0, span.stop - lag)
     # The carry is what the chunk before the block read; before the first block, what the initial state holds.
@@ -141,14 +163,21 @@ def _far_states(
         shape = (*carry.shape[:2], span.stop - span.start)
         maximum = carry_peak.unsqueeze(-1).masked_fill(~keep.unsqueeze(1), -torch.inf).expand(shape)
         kept = torch.where(keep[:, None, :, None, None], carry.unsqueeze(2), 0.0)
+        if block.decay is not None:
+            maximum = maximum + block.own(block.offset)
         return kept.expand(*shape, *carry.shape[2:]), maximum
     keys, values = block.keys[:, :, : last - first], block.values[:, :, : last - first]
     features, log_scale = far.key_features(keys, scaling)
+    if block.decay is not None:
+        log_scale = log_scale - block.decay[:, :, : last - first]
     sums, peak = chunk_sums(features, log_scale, values, plan.fold[:, first:last])
+    if block.decay is not None:
+        peak = peak - block.offset[:, :, : last - first]
     readers = torch.arange(span.start, span.stop, device=device)
     added = torch.arange(first, last, device=device)
     member = (added <= readers[:, None] - lag) & (document[:, span, None] == document[:, None, first:last])
-    return scan_chunks(sums, peak, member, carry, carry_peak, keep)
+    states, maximum = scan_chunks(sums, peak, member, carry, carry_peak, keep)
+    return states, maximum if block.decay is None else maximum + block.own(block.offset)
 
 
 def _near(block: _Block, plan: Plan, scaling: float) -> Part:
@@ -181,6 +210,8 @@ def _pure_part(
     """
     keys, values = block.own(block.keys), block.own(block.values)
     key_features, key_log_scale = far.key_features(keys, scaling)
+    if block.decay is not None:
+        key_log_scale = key_log_scale - block.own(block.decay)
     chunk, groups = keys.shape[3], features.shape[3] // keys.shape[3]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
     key_log_scale = key_log_scale.masked_fill(~plan.valid[:, None, block.span], -torch.inf)

@@ -36,6 +36,8 @@ def rfa_attention(
     key_transform: torch.Tensor | None = None,
     query_radius: PerHead | None = None,
     key_radius: PerHead | None = None,
+    gate_weight: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -75,6 +77,8 @@ def rfa_attention(
             estimated. None = the identity.
         query_radius, key_radius: A number, or one a key head: the bound of |A (q - b)| and |A^-T (k - c)|; what lies
             further out is pulled in. 0 or None = no bound.
+        gate_weight, gate_bias: (Hk, D), (Hk,) w and b of a forget gate: the weight of far key j for query i is
+            multiplied by prod_{t=j+1..i} sigmoid(w.k_t + b) over the tokens of the document. Causal only; None = none.
         scaling: Factor of q.k; None = D ** -0.5.
         causal: False for the bidirectional form (then near has the chunk behind, too).
         valid: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
@@ -108,7 +112,7 @@ def rfa_attention(
         gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
         softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
         query_center=query_center, key_center=key_center, query_transform=query_transform, key_transform=key_transform,
-        query_radius=query_radius, key_radius=key_radius,
+        query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, output_final_state, statistics)
@@ -133,6 +137,8 @@ def rfa_attention_reference(
     key_transform: torch.Tensor | None = None,
     query_radius: PerHead | None = None,
     key_radius: PerHead | None = None,
+    gate_weight: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
     valid: torch.Tensor | None = None,
@@ -159,7 +165,7 @@ def rfa_attention_reference(
         sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
         valid=valid, document=document, sink_logits=sink_logits, state=initial_state, query_center=query_center,
         key_center=key_center, query_transform=query_transform, key_transform=key_transform,
-        query_radius=query_radius, key_radius=key_radius,
+        query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
     )  # fmt: skip
     _check_state(call)
     output, state = reference_attention(call, output_final_state)

@@ -23,6 +23,10 @@ def recurrent_step(call: OperatorCall, statistics: FarStatistics | None) -> tupl
     sink_logits = call.sink_logits
     valid = call.layout.valid.to(query.device) if call.layout.valid is not None else None
     present = torch.ones(1, 1, dtype=torch.bool, device=query.device) if valid is None else valid
+    log_gate = far.log_gate(key)
+    if log_gate is not None:  # what is far counts from the new token on
+        forgotten = torch.where(present, log_gate.squeeze(-1), 0.0)
+        state = dataclasses.replace(state, log_max=state.log_max.to(query.dtype) + forgotten)
     if window:
         state = _write(state, key, value, window, present)
         near = _near(query, state, window, scaling)
@@ -77,10 +81,13 @@ def _near(query: torch.Tensor, state: RFAState, window: int, scaling: float) -> 
 
 
 def _fold(
-    state: RFAState, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, far: FarKernel, scaling: float
-) -> RFAState:
-    """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool."""
+    state: RFAState, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, far: FarKernel, scaling: float,
+    behind: torch.Tensor | None = None,
+) -> RFAState:  # fmt: skip
+    """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool; behind (B, H, C), log g summed behind each."""
     features, log_scale = far.key_features(key.unsqueeze(2), scaling)
+    if behind is not None:
+        log_scale = log_scale + behind.unsqueeze(2)
     added, peak = chunk_sums(features, log_scale, value.unsqueeze(2), keep.unsqueeze(1))
     sums, maximum = merge_states(
         (state.kv_state.to(key.dtype), state.log_max.to(key.dtype)), (added.squeeze(2), peak.squeeze(2))
@@ -97,8 +104,11 @@ def _roll(state: RFAState, window: int, far: FarKernel, scaling: float, moved: t
     chunk = (state.count // window - 2).to(device).unsqueeze(-1)  # the one that becomes far; -1 if there is none yet
     slots = torch.arange(window, device=device)
     keep = (chunk >= 0) & ~((chunk == 0) & (slots < state.sink_key.shape[2])) & full.to(device).unsqueeze(-1)
-    old_key, old_value = (t[:, :, :window].to(far.omega.dtype) for t in (state.near_key, state.near_value))
-    state = _fold(state, old_key, old_value, keep, far, scaling)
+    keys, values = (t.to(far.omega.dtype) for t in (state.near_key, state.near_value))
+    log_gate, behind = far.log_gate(keys), None
+    if log_gate is not None:
+        behind = log_gate[..., 1:].flip(-1).cumsum(-1).flip(-1)[..., :window]
+    state = _fold(state, keys[:, :, :window], values[:, :, :window], keep, far, scaling, behind)
     rows = full.to(device).view(-1, 1, 1, 1)
 
     def shift(table: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The definition: quadratic, in float64, written to be read. Every fast path is held to it.
 
 out_i = (sum_{j in near(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_near e_ij + gamma sum_far f_ij)
-e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j),       x' = x sqrt(scaling)
+e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j) prod_{t=j+1..i} g_t,    x' = x sqrt(scaling)
 """
 
 import torch
@@ -47,6 +47,7 @@ class _Sequence:
         # Without causality an earlier state is a bag of far keys; chunks and sinks are those of the new tokens.
         self.rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
         self.new_rank = self.rank
+        self.decay, self.forgotten = self._decay(0)
         if state is None or not (window and self.causal):
             return
         # Sinks that are no longer among the near keys, then chunks c0 - 1 and c0.
@@ -58,6 +59,15 @@ class _Sequence:
         self.value = torch.cat([state.sink_value[:, :, sinks_left], state.near_value[:, :, old - first], value], 2).to(
             value
         )
+        self.decay, self.forgotten = self._decay(len(sinks_left) + len(old))
+
+    def _decay(self, earlier: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, from the last of the `earlier` keys on."""
+        log_gate = self.far.log_gate(self.key)
+        if log_gate is None:
+            log_gate = self.key.new_zeros(self.key.shape[:3])
+        decay = log_gate.cumsum(-1) - log_gate[..., :earlier].sum(-1, keepdim=True)
+        return decay, log_gate[..., earlier:].sum(-1)
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         """Output (1, Hk, G, n, M) of the document's queries."""
@@ -69,11 +79,15 @@ class _Sequence:
         exact = torch.where(near, (query @ keys.mT * scaling).exp(), 0.0)
         query_features, query_scale = far.query_features(query, scaling)
         key_features, key_scale = far.key_features(keys, scaling)
-        kernel = (query_features @ key_features.mT) * (query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2)).exp()
+        given = self.decay[:, :, len(self.rank) - len(self.new_rank) :].unsqueeze(2)  # (1, Hk, 1, n)
+        decay = torch.where(visible, given.unsqueeze(-1) - self.decay[:, :, None, None], 0.0)
+        kernel = (query_features @ key_features.mT) * (
+            query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2) + decay
+        ).exp()
         estimated = torch.where(visible & ~near, kernel, 0.0)
         far_numerator, far_denominator = estimated @ values, estimated.sum(-1)
         if self.state is not None:
-            psi = query_features * query_scale.unsqueeze(-1).exp()
+            psi = query_features * (query_scale + given).unsqueeze(-1).exp()
             sums = self.state.kv_state.to(query) * self.state.log_max.to(query).exp()[..., None, None]
             carried = psi @ sums.unsqueeze(2)
             far_numerator, far_denominator = far_numerator + carried[..., :-1], far_denominator + carried[..., -1]
@@ -102,11 +116,14 @@ class _Sequence:
         chunk = self.rank // window if window else self.rank
         is_far = (self.rank >= sinks) & (chunk <= count // window - 2) if window else torch.ones_like(self.rank).bool()
         features, log_scale = self.far.key_features(self.key, self.scaling)
-        weights = torch.where(is_far, log_scale.exp(), 0.0)
+        # The sums are relative to the last token.
+        decay = self.forgotten.unsqueeze(-1) - self.decay
+        weights = torch.where(is_far, (log_scale + decay).exp(), 0.0)
         ones = torch.cat([self.value, torch.ones_like(self.value[..., :1])], dim=-1)
         sums = (features * weights.unsqueeze(-1)).mT @ ones
         if self.state is not None:
-            sums = sums + self.state.kv_state.to(sums) * self.state.log_max.to(sums).exp()[..., None, None]
+            scale = self.state.log_max.to(sums) + self.forgotten
+            sums = sums + self.state.kv_state.to(sums) * scale.exp()[..., None, None]
         near_key, near_value = state.near_key.clone(), state.near_value.clone()
         sink_key, sink_value = state.sink_key.clone(), state.sink_value.clone()
         for index, rank in enumerate(self.rank.tolist()):

@@ -38,7 +38,7 @@ def scan_chunks(
     Args:
         sums, peak: (B, H, m, F, M + 1), (B, H, m): what each of m chunks adds (`chunk_sums`).
         member: (R, n, m) bool: which chunks add to the state that chunk i reads.
-        carry, carry_peak: (B, H, F, M + 1), (B, H): the state before the block.
+        carry, carry_peak: (B, H, F, M + 1), (B, H): the state before the block. A gate's gradient flows through peaks.
         keep: (R, n) bool: whether the state before the block belongs to the document of chunk i.
 
     Returns:
@@ -47,7 +47,7 @@ def scan_chunks(
     member, keep = member.unsqueeze(1), keep.unsqueeze(1)
     added = peak.unsqueeze(-2).masked_fill(~member, -torch.inf)
     carried = carry_peak.unsqueeze(-1).masked_fill(~keep, -torch.inf)
-    maximum = torch.maximum(added.amax(-1), carried)
+    maximum = torch.maximum(added.detach().amax(-1), carried.detach())
     base = _finite(maximum)
     weights = (added - base.unsqueeze(-1)).exp()
     states = torch.einsum("bhij,bhjfm->bhifm", weights, sums)
@@ -59,7 +59,7 @@ def merge_states(
     one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of two (sums, maximum) pairs of equal shapes (..., F, M + 1) and (...)."""
-    maximum = torch.maximum(one[1], two[1])
+    maximum = torch.maximum(one[1], two[1]).detach()
     base = _finite(maximum)
     weigh = [(m - base).exp()[..., None, None] * sums for sums, m in (one, two)]
     return weigh[0] + weigh[1], maximum

@@ -16,7 +16,8 @@ class RFAState:
 
     Attributes:
         kv_state: (B, Hk, F, M + 1) sums over the far keys, `sum_j psi(k_j) [v_j, 1]`, divided by exp(log_max): the
-            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks (all keys if C = 0).
+            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks (all keys if C = 0). With
+            a gate, key j counts exp(sum of log g over the tokens behind it).
         log_max: (B, Hk) running maximum of the far keys' log-scale, -inf while there are none.
         near_key, near_value: (B, Hk, 2C, D or M), the keys of chunks c0 - 1 and c0, in their places.
         sink_key, sink_value: (B, Hk, s, D or M), the first tokens of the sequence.
