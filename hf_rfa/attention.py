@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
@@ -32,6 +32,11 @@ REFUSED = {
     "topk_indices": "sparse attention indices",
     "indices": "sparse attention indices",
 }
+
+_NO_WEIGHTS = (
+    "Random-feature attention never makes the attention weights. Got output_attentions=True, as an argument or in the "
+    "model's config. Call `hf_rfa.revert(model)` first, or drop it."
+)
 
 
 class Recorder(Protocol):
@@ -87,6 +92,11 @@ def _attend(
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if isinstance(adapter, RFAAdapter):
+        if adapter.omega.is_meta:
+            raise UnsupportedModelError(
+                f"The adapter of {type(module).__name__} was offloaded (offload_buffers=True), but nothing brings it "
+                "back: offload without buffers. Adapters take a few kB a layer."
+            )
         adapter.calls += 1
     if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
         return _cross(module, query, key, value, mask, scaling, dropout)
@@ -189,10 +199,14 @@ def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
                 "softmax attention for this model."
             )
     if extras.get("output_attentions"):
-        raise UnsupportedModelError(
-            "Random-feature attention never makes the attention weights. Got output_attentions=True. Call "
-            "`hf_rfa.revert(model)` first, or drop the argument."
-        )
+        raise UnsupportedModelError(_NO_WEIGHTS)
+
+
+def refuse_attention_weights(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of converted models: some swallow the argument, and would answer with empty tuples."""
+    asked = kwargs.get("output_attentions")
+    if asked if asked is not None else getattr(model.config, "output_attentions", False):
+        raise UnsupportedModelError(_NO_WEIGHTS)
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

@@ -22,6 +22,7 @@ from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration_report import CalibrationReport, HeadCalibration
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import base_model, conversion_config, set_softmax_heads, store_report
+from hf_rfa.devices import execution_device
 from hf_rfa.divergence import Divergence, ignore, measure
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
@@ -132,7 +133,7 @@ def _observe(
 
 def _inputs(base: Any, batch: Batch, plant_repeats: bool) -> tuple[dict[str, Any], int]:
     """Keyword arguments of the model, and how many tokens at the end of each row repeat earlier ones."""
-    device = next(base.parameters()).device
+    device = execution_device(base)
     if not isinstance(batch, torch.Tensor):
         return {name: value.to(device) for name, value in batch.items()}, 0
     span = batch.shape[1] // 8 if plant_repeats else 0

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
-from hf_rfa.attention import IMPLEMENTATION, stash_cache
+from hf_rfa.attention import IMPLEMENTATION, refuse_attention_weights, stash_cache
 from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.config import RFAConfig
+from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, guess_inputs, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.generation import CachePreparer
@@ -256,9 +256,11 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
         chosen = not call.cross and call.sliding_window is None and config.converts_layer(number)
         # Cross-attention has no number of its own; its adapter only says so.
         adapter = RFAAdapter(config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross)
-        device = next(call.module.parameters(), torch.empty(0)).device
-        call.module.add_module(ADAPTER_NAME, adapter.to(device))
+        call.module.add_module(ADAPTER_NAME, adapter.to(execution_device(call.module)))
         call.module.register_forward_pre_hook(stash_cache, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
     if not any(adapter.converted for _, _, adapter in named_adapters(model)):
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} was left to convert: all have a sliding window of their own, are "
@@ -305,6 +307,7 @@ def _detach(model: PreTrainedModel) -> None:
         _remove_hook(module, stash_cache)
     _remove_hook(model, resample_before_forward)
     for module in model.modules():
+        _remove_hook(module, refuse_attention_weights)
         module.__dict__.pop("_prepare_cache_for_generation", None)
     model.__dict__.pop("save_pretrained", None)
     model.__dict__.pop(_RECORD, None)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_rfa.attention import recorder
+from hf_rfa.devices import execution_device
 from hf_rfa.errors import UnsupportedModelError
 
 #: Two primes, so that no other dimension of a tiny model is mistaken for a sequence length.
@@ -125,7 +126,7 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 def guess_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Small inputs for a dry run, from the model's config; `UnsupportedModelError` where they cannot be guessed."""
     config = model.config
-    device = next(model.parameters()).device
+    device = execution_device(model)
     if device.type == "meta":
         raise UnsupportedModelError("The model's weights are on the meta device. Load them before `hf_rfa.convert`.")
     name = model.main_input_name

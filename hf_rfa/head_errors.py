@@ -6,8 +6,10 @@ run.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from hf_rfa.ops.combine import Part, smallest_denominator
@@ -53,18 +55,21 @@ def squared_errors(
 def output_projection(module: nn.Module, size: int) -> torch.Tensor | None:
     """The weight (hidden, size) that follows the attention in the same module, if it is there under a usual name."""
     for name in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj"):
-        weight = getattr(getattr(module, name, None), "weight", None)
+        linear: Any = getattr(module, name, None)
+        weight = getattr(linear, "weight", None)
         if (
             isinstance(weight, torch.Tensor)
             and weight.dim() == 2
             and size in weight.shape
             and weight.is_floating_point()
         ):
+            with align_module_device(linear):  # it may be offloaded
+                weight = linear.weight.detach()
             # GPT-2's Conv1D stores the transpose of a Linear.
-            transposed = type(getattr(module, name)).__name__ == "Conv1D"
+            transposed = type(linear).__name__ == "Conv1D"
             weight = weight.T if transposed else weight
             if weight.shape[1] == size:
-                return weight.detach().float()
+                return weight.float()
     return None
 
 

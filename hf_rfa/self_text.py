@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError
 
@@ -53,7 +54,7 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
         ),
         0,
     )
-    prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=model.device)
+    prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=execution_device(model))
     with quiet_eval(model):  # forks the random state, so that the seed stays inside
         torch.manual_seed(seed)
         generate: Any = model.generate
