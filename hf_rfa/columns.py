@@ -65,21 +65,27 @@ class Column:
         return dataclasses.asdict(self)
 
 
-def untrained_columns(
-    original: PreTrainedModel, config: hf_rfa.RFAConfig, batches: Iterable[Tensor]
-) -> dict[str, PreTrainedModel]:
-    """The original and its three conversions, nothing trained; the last two are calibrated on `batches`."""
-    window_only = dataclasses.replace(config, gamma=0.0, softmax_heads=None)
-    near = hf_rfa.convert(copy.deepcopy(original), window_only, calibrate=False)
-    heads = config.softmax_heads or "auto"
-    exact = hf_rfa.convert(
-        copy.deepcopy(original), dataclasses.replace(config, softmax_heads=heads), calibrate=list(batches)
-    )
-    linear = copy.deepcopy(original)
-    hf_rfa.convert(linear, conversion_config(exact), calibrate=False)
-    linear.load_state_dict(exact.state_dict())
-    hf_rfa.set_softmax_heads(linear, [])
-    return {ORIGINAL: original, WINDOW_ONLY: near, LINEAR: linear, EXACT: exact}
+def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The original and its three conversions, nothing trained; their weights are shared, so that they cost no memory.
+
+    Args:
+        calibrated: the same model, converted and calibrated, with the exact heads that calibration chose. Without
+            exact heads it is the column of linear heads, and there is no fourth one.
+    """
+    config = conversion_config(calibrated)
+    near = dataclasses.replace(config, gamma=0.0, softmax_heads=None)
+    models = {
+        ORIGINAL: original,
+        WINDOW_ONLY: hf_rfa.convert(_with_same_weights(original), near, calibrate=False),
+        LINEAR: _with_same_weights(calibrated),
+    }
+    hf_rfa.set_softmax_heads(models[LINEAR], [])
+    return models | ({EXACT: calibrated} if config.softmax_heads else {})
+
+
+def _with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that holds the same parameters, not copies of them; its buffers are its own."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def measure_columns(

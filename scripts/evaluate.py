@@ -9,6 +9,7 @@ Writes report.json, report.md and plots (perplexity by position; prefill, decodi
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -59,7 +60,8 @@ def main() -> None:
         window=given.window, num_features=given.num_features, softmax_heads="auto", seed=given.seed
     )
     calibration = itertools.islice(training_batches(train, max(longest, 8 * given.window), 2, given.seed), 2)
-    models = untrained_columns(original, config, calibration)
+    calibrated = hf_rfa.convert(copy.deepcopy(original), config, calibrate=list(calibration))
+    models = untrained_columns(original, calibrated)
     for folder in given.checkpoints:
         models[folder] = hf_rfa.from_pretrained(folder, dtype=torch.float32).to(device)
     plan = Plan(
