@@ -26,7 +26,8 @@ class _Step:
 class RFACacheLayer(CacheLayerMixin):
     """Cache layer of a converted attention module, used by plain `model.generate`.
 
-    `update` hands the new keys and values through; the attention function reads `state` and calls `advance`.
+    `update` hands the new keys and values through; the attention function reads `state` and calls `advance`. `given`
+    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them.
     """
 
     is_croppable = True
@@ -38,6 +39,7 @@ class RFACacheLayer(CacheLayerMixin):
         self.seen = 0  # token slots, padding included
         self.draw: int | None = None
         self.record_past = False
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps: list[_Step] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -58,6 +60,22 @@ class RFACacheLayer(CacheLayerMixin):
                 f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
                 "sequence after `hf_rfa.resample`."
             )
+
+    def absorb(
+        self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, options: dict[str, Any]
+    ) -> None:
+        """Make the state of what was `given`; `valid` (B, seen) is False for padding among it."""
+        if self.given is None:
+            return
+        key, value = self.given
+        if any(a.shape[1::2] != b.shape[1::2] for a, b in ((key, new_key), (value, new_value))):
+            raise UnsupportedModelError(
+                f"This cache holds {self.seen} tokens, but not as the keys and values of the attention (it has "
+                f"{tuple(key.shape)}, the attention {tuple(new_key.shape)}). Start with an empty cache."
+            )
+        self.given = None
+        layout = TokenLayout(None if valid is None else valid[:, -key.shape[2] :])
+        self.state = _state_after(key, value, layout, None, options)
 
     def advance(
         self,
@@ -84,7 +102,7 @@ class RFACacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.draw = None, 0, None
+        self.state, self.seen, self.draw, self.given = None, 0, None, None
         self._steps.clear()
 
     def activate_past_recording(self) -> None:
@@ -124,8 +142,8 @@ class RFACacheLayer(CacheLayerMixin):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self._select(torch.arange(len(self.state.count)).repeat_interleave(repeats))
+        rows = len(self.given[0]) if self.given else 0 if self.state is None else len(self.state.count)
+        self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if indices.dtype == torch.bool:
@@ -140,6 +158,9 @@ class RFACacheLayer(CacheLayerMixin):
     def _select(self, rows: torch.Tensor) -> None:
         if self.state is not None:
             self.state = self.state.select_rows(rows)
+        if self.given is not None:
+            key, value = self.given
+            self.given = key[rows.to(key.device)], value[rows.to(value.device)]
         self._steps.clear()
 
 
@@ -147,15 +168,25 @@ def _replay(step: _Step, kept: int) -> RFAState:
     """The state after the first `kept` tokens of a forward."""
     valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
     key, value = step.key[:, :, :kept], step.value[:, :, :kept]
-    options = {**step.options, "sink_logits": None}
-    _, state = rfa_attention(
-        key, key, value, layout=TokenLayout(valid), initial_state=step.before, output_final_state=True, **options
-    )
+    return _state_after(key, value, TokenLayout(valid), step.before, step.options)
+
+
+def _state_after(
+    key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, before: RFAState | None, options: dict[str, Any]
+) -> RFAState:
+    """The state after these keys and values; what the queries are does not matter to it."""
+    options = {**options, "sink_logits": None}
+    _, state = rfa_attention(key, key, value, layout=layout, initial_state=before, output_final_state=True, **options)
+    assert isinstance(state, RFAState)
     return state
 
 
 def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
-    """The `RFACacheLayer` number `index` of `cache`, put there in place of a fresh dynamic layer."""
+    """The `RFACacheLayer` number `index` of `cache`, put there in place of a dynamic layer.
+
+    Keys and values that the dynamic layer holds already (a learned prefix of PEFT; what the model saw as softmax
+    before it was converted) become the layer's state.
+    """
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
@@ -170,14 +201,13 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
         raise UnsupportedModelError(
             "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
         )
-    seen = cache.get_seq_length(index)
-    if seen:
-        raise UnsupportedModelError(
-            f"This cache already holds {seen} tokens that the model saw before it was converted. Start with an empty "
-            "cache."
-        )
     new = RFACacheLayer()
     new.record_past = getattr(layer, "record_past", False)
+    new.seen = cache.get_seq_length(index)
+    if new.seen:
+        assert layer.keys is not None
+        assert layer.values is not None
+        new.given = layer.keys, layer.values
     cache.layers[index] = new
     return new
 
@@ -198,6 +228,7 @@ def cache_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, RFACacheLayer):
             total += layer.state.nbytes if layer.state is not None else 0
+            total += sum(tensor.nbytes for tensor in layer.given or ())
         else:
             for value in vars(layer).values():
                 tensors = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]

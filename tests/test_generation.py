@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.cache import RFACacheLayer
+from hf_rfa.generation import adopt_cache
 
 NEW = 24  # tokens: three windows of 8
 
@@ -436,13 +437,52 @@ def test_an_offloaded_cache_object_is_refused():
         model(ids, past_key_values=DynamicCache(config=model.config, offloading=True))
 
 
-def test_a_cache_that_was_filled_before_the_conversion_is_refused():
-    model, ids = build("llama"), token_ids()
+# --- caches that hold keys and values already ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gpt_neox"])
+def test_a_cache_that_was_filled_as_softmax_goes_on_as_a_state(family):
+    """A window over everything shows that no key is lost; Gemma 3's sliding layers keep the last 15 of 40 tokens."""
+    model = build(family)
+    ids, mask = left_padded()
+    want = outputs_of(model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)})[:, 40:]
+    caches = [in_pieces(model, ids[:, :40], [40], mask=mask[:, :40])[1] for _ in range(2)]
+
+    def rest(cache, start, stop):
+        options = {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+        with torch.no_grad():
+            return model(ids[:, start:stop], past_key_values=cache, **options).logits
+
+    hf_rfa.convert(model, dataclasses.replace(SHORT, window=70), calibrate=False)
+    assert_close(torch.cat([rest(caches[0], 40, 50), rest(caches[0], 50, 70)], dim=1), want, atol=2e-5, rtol=0)
+    assert caches[0].get_seq_length() == 70
+    hf_rfa.convert(hf_rfa.revert(model), SHORT, calibrate=False)
+    assert (rest(caches[1], 40, 70) - want).abs().max() > 1e-3
+
+
+def test_a_cache_of_compressed_keys_is_refused():
+    model, ids = build("deepseek_v3"), token_ids()
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     hf_rfa.convert(model, SHORT, calibrate=False)
-    with pytest.raises(UnsupportedModelError, match="before it was converted"):
+    with pytest.raises(UnsupportedModelError, match="not as the keys"):
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_cache_that_was_filled_as_softmax_follows_its_rows():
+    model, ids, rows = build("llama"), token_ids(), torch.tensor([3, 0, 0, 1])
+    want = outputs_of(model, {"input_ids": ids, "use_cache": False})[:, 40:]
+    with torch.no_grad():
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+    before = hf_rfa.cache_bytes(cache)
+    hf_rfa.convert(model, dataclasses.replace(SHORT, window=70), calibrate=False)
+    adopt_cache(model, cache)
+    assert hf_rfa.cache_bytes(cache) == before
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(rows)
+    with torch.no_grad():
+        logits = model(ids[rows // 2, 40:], past_key_values=cache).logits
+    assert_close(logits, want[rows // 2], atol=2e-5, rtol=0)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
