@@ -16,6 +16,9 @@ from hf_rfa.ops.combine import FarStatistics
 ADAPTER_NAME = "rfa"
 #: The order is part of the saved format.
 MAP_CODES = tuple(FEATURE_MAPS)
+#: The tensors that are Parameters, which any optimiser trains, once omega is learned: the geometry and omega itself.
+GEOMETRY = ("query_center", "key_center", "query_transform", "key_transform")
+LEARNED = ("omega", *GEOMETRY)
 
 
 class RFAAdapter(nn.Module):
@@ -32,6 +35,7 @@ class RFAAdapter(nn.Module):
         draw: () int64, the number of the draw that omega came from.
         statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
         calls: How often the attention function ran for this layer; `convert` checks it.
+        cross, masked: Whether the layer is cross-attention, or has a mask of its own: softmax with the cache it had.
     """
 
     omega: torch.Tensor
@@ -49,10 +53,11 @@ class RFAAdapter(nn.Module):
     draw: torch.Tensor
 
     def __init__(
-        self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False
-    ) -> None:
+        self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False,
+        masked: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.layer, self.converted, self.cross = config, layer, converted, cross
+        self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
         ones = torch.ones(key_heads)
         self.register_buffer("omega", torch.empty(key_heads, config.features_of(layer), head_dim))
         self.register_buffer("alpha", ones * config.alpha)
@@ -74,6 +79,8 @@ class RFAAdapter(nn.Module):
         self.observer: Any = None  # set by `calibrate`: sees q, k, v while the layer answers with exact softmax
         self._python: dict[str, Any] = {}
         self.redraw(0)
+        if config.omega == "learned" and converted:
+            self.learn()
 
     @property
     def key_heads(self) -> int:
@@ -98,6 +105,8 @@ class RFAAdapter(nn.Module):
     @property
     def _calibrated(self) -> bool:
         """Whether the changes of variable and the bounds say anything; they cost nothing where they do not."""
+        if isinstance(self.query_transform, nn.Parameter):
+            return True
         if "calibrated" not in self._python:
             eye = torch.eye(self.omega.shape[2], device=self.omega.device)
             identity = all(bool((m == eye).all()) for m in (self.query_transform, self.key_transform))
@@ -108,9 +117,18 @@ class RFAAdapter(nn.Module):
     def set_kernel(self, feature_maps: Sequence[str], **tensors: torch.Tensor) -> None:
         """Replace the far kernel: each key head's map, and any of the tensors by name."""
         self.map_codes.copy_(torch.tensor([MAP_CODES.index(name) for name in feature_maps]))
-        for name, tensor in tensors.items():
-            getattr(self, name).copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                getattr(self, name).copy_(tensor)
         self._python.clear()
+
+    def learn(self) -> None:
+        """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
+        for name in LEARNED:
+            if name in self._buffers:
+                tensor = getattr(self, name)
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor))
 
     @property
     def softmax_heads(self) -> tuple[int, ...]:
@@ -157,12 +175,16 @@ class RFAAdapter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RFAAdapter":
         # `model.to(bfloat16)` moves the adapter but does not round it: features are computed in float32.
-        kept = {name: (tensor, tensor.dtype) for name, tensor in self.named_buffers(recurse=False)}
+        own = [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
+        kept = {name: tensor.detach() for name, tensor in own}
         super()._apply(fn, recurse)
-        for name, (tensor, dtype) in kept.items():
+        for name, tensor in kept.items():
             moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, tensor.to(moved.device))
+            if moved.dtype != tensor.dtype:
+                if isinstance(moved, nn.Parameter):
+                    moved.data = tensor.to(moved.device)
+                else:
+                    setattr(self, name, tensor.to(moved.device))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

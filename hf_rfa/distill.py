@@ -206,6 +206,8 @@ def _mark_learned(model: nn.Module, adapters: list[RFAAdapter]) -> None:
     store_config(model, config)
     for adapter in adapters:
         adapter.config = config
+        if adapter.converted:
+            adapter.learn()
 
 
 def _save(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[int, Any], done: Transfer) -> None:

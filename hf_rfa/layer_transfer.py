@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_rfa.adapter import RFAAdapter
+from hf_rfa.adapter import GEOMETRY, RFAAdapter
 from hf_rfa.errors import ConfigError
 from hf_rfa.head_errors import output_projection
 from hf_rfa.omega import draw_omega
@@ -18,7 +18,6 @@ from hf_rfa.weight_loss import sampled_weight_loss
 
 #: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
 LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01
-GEOMETRY = ("query_center", "key_center", "query_transform", "key_transform")
 
 
 @dataclass(frozen=True)

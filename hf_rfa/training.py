@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+from hf_rfa.adapter import named_adapters
 from hf_rfa.carry import Carry, check_carry
 from hf_rfa.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.sequence_parallel import sequence_parallel as parallel_layers
+from hf_rfa.sharded import callable_inside
 from hf_rfa.training_checkpoint import check_output, load_checkpoint, save_checkpoint
 from hf_rfa.training_loss import LossModule
 from hf_rfa.training_step import Progress, Share, Step
@@ -43,6 +45,7 @@ def finetune(
     *,
     steps: int,
     learning_rate: float = 1e-4,
+    feature_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: str = "cosine",
@@ -70,10 +73,13 @@ def finetune(
     of the same sequence. So the losses do not depend on n, and a run resumes on another number of processes.
 
     Args:
-        model: a causal LM, converted or not. Parameters with `requires_grad=False` stay as they are.
+        model: a causal LM, converted or not. Parameters with `requires_grad=False` stay as they are. Under FSDP2 its
+            weights are spread over the processes afterwards: see `hf_rfa.sharded.full_state_dict`.
         batches: token ids (batch, seq) int64, or `Batch`es; the same sequence in every process and on every resume.
         steps: optimiser steps in total, those before a resume included.
         learning_rate: its highest value, after the warm-up.
+        feature_learning_rate: the same for learned random features (see `distill`), which want a higher one; None:
+            `learning_rate`. They are never decayed.
         warmup_steps: steps of linear warm-up; by default a tenth of `steps`.
         schedule: "cosine" (down to 0), or "wsd" (constant, then down to 0 over the last `WSD_DECAY_SHARE`).
         max_grad_norm: the gradient's norm is clipped to it.
@@ -101,9 +107,8 @@ def finetune(
         FloatingPointError: the loss is NaN or infinite; the message names the step, the batches and the last good
             checkpoint. The model keeps the weights of the step before.
     """
-    _check_arguments(steps, learning_rate, schedule, mixed_precision, output, save_every, resume)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    _check_arguments(steps, learning_rate, feature_learning_rate, schedule, mixed_precision, output, save_every, resume)
+    if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no parameter with `requires_grad=True`. Unfreeze some before fine-tuning.")
     if evaluate_every < 1:
         raise ConfigError(f"`evaluate_every` must be at least 1. Got {evaluate_every}.")
@@ -121,7 +126,8 @@ def finetune(
         cpu=model.device.type == "cpu", log_with=list(trackers) or None, project_dir=output if trackers else None
     )
     share = Share.of(accelerator, batches_per_step, sequence_parallel, kl_weight)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    groups = _parameter_groups(model, learning_rate, feature_learning_rate or learning_rate, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
     wsd = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * steps))} if schedule == "wsd" else None
     scheduler = get_scheduler(
         "warmup_stable_decay" if schedule == "wsd" else schedule,
@@ -189,7 +195,8 @@ def finetune(
                     step=done.step,
                 )
             if evaluate is not None and (done.step % evaluate_every == 0 or done.step == steps):
-                figures = dict(evaluate(model))
+                with callable_inside(prepared):
+                    figures = dict(evaluate(model))
                 done.evaluations.append({"step": done.step, **figures})
                 if trackers:
                     accelerator.log(figures, step=done.step)
@@ -223,9 +230,21 @@ def _own_batches(batches: Iterable[Tensor | Batch], share: Share, done: Progress
         yield [Batch.of(whole[lane]) for lane in share.lanes]
 
 
+def _parameter_groups(model: nn.Module, rate: float, feature_rate: float, decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters: those of the model itself, and those of the adapters, which are not decayed."""
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    features = [trained.pop(id(p)) for _, _, a in named_adapters(model) for p in a.parameters() if id(p) in trained]
+    groups = [
+        {"params": list(trained.values()), "lr": rate, "weight_decay": decay},
+        {"params": features, "lr": feature_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def _check_arguments(
     steps: int,
     learning_rate: float,
+    feature_learning_rate: float | None,
     schedule: str,
     mixed_precision: str,
     output: str | Path | None,
@@ -234,8 +253,9 @@ def _check_arguments(
 ) -> None:
     if steps < 1 or save_every < 1:
         raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
-    if not 0 < learning_rate < math.inf:
-        raise ConfigError(f"`learning_rate` must be positive. Got {learning_rate}. Set, for example, 1e-4.")
+    for name, rate in (("learning_rate", learning_rate), ("feature_learning_rate", feature_learning_rate)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"`{name}` must be positive. Got {rate}. Set, for example, 1e-4.")
     if schedule not in SCHEDULES:
         raise ConfigError(f"`schedule` must be one of {list(SCHEDULES)}. Got {schedule!r}.")
     if mixed_precision not in PRECISIONS:
