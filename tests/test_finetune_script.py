@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import hf_rfa
 
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
+FSDP = [str(ROOT / "tests" / "worker_fsdp.py"), str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")]
 
 
 @pytest.fixture
@@ -46,52 +47,110 @@ def arguments(folder: Path, output: str, **options) -> list[str]:
     return [SCRIPT, str(folder / "run.yaml"), f"--output={folder / output}", *given]
 
 
+def kill_when_saved(folder: Path, pattern: str, started: list[str], processes: int = 0) -> None:
+    """Start it, and kill it without a word as soon as `folder` has what the pattern names."""
+    doomed = subprocess.Popen(
+        command(started, processes),
+        env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not any(path.suffix != ".partial" for path in folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        assert doomed.poll() is None
+        time.sleep(0.01)
+    os.killpg(doomed.pid, signal.SIGKILL)
+    doomed.wait()
+
+
 def progress(folder: Path, output: str) -> dict:
     return json.loads((folder / output / "progress.json").read_text())
 
 
-def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
+def weights(folder: Path, output: str, stage: str = "final") -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for file in ("model.safetensors", "rfa_model.safetensors")
-        for name, tensor in load_file(folder / output / "final" / file).items()
+        for name, tensor in load_file(folder / output / stage / file).items()
     }
 
 
+def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, **tolerance, msg=lambda message, name=name: f"{name}: {message}"
+        )
+
+
 @pytest.mark.multi_process
-def test_a_run_that_is_killed_resumes_and_two_processes_give_the_same(run):
+def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run):
     launch(arguments(run, "whole"))
     whole = progress(run, "whole")
     assert len(set(whole["losses"])) == 6
     assert [e["step"] for e in whole["evaluations"]] == [3, 6]
-    assert "| perplexity, windows of 128 tokens |" in (run / "whole" / "final" / "README.md").read_text()
+    card = (run / "whole" / "final" / "README.md").read_text()
+    assert "| | original | window only | every head linear | retrieval heads exact | fine-tuned |" in card
+    assert "| perplexity, windows of 128 tokens |" in card
     assert hf_rfa.from_pretrained(run / "whole" / "final").config.vocab_size == 128
-
-    # Two processes, the same global batch; killed without a word as soon as a checkpoint is there.
-    killed = subprocess.Popen(
-        command(arguments(run, "killed", save_every=1), 2),
-        env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not any(p.suffix != ".partial" for p in (run / "killed").glob("checkpoint-*")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (run / "killed" / "progress.json").exists()
-
-    # Resumed on one process.
-    launch(arguments(run, "killed", resume=True))
-    resumed = progress(run, "killed")
-    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert resumed["tokens"] == whole["tokens"]
-    found, expected = weights(run, "killed"), weights(run, "whole")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    columns = json.loads((run / "whole" / "columns.json").read_text())
+    assert columns[4]["perplexity"]["128"] == pytest.approx(whole["evaluations"][-1]["perplexity"], rel=1e-6)
+    expected = weights(run, "whole")
     omegas = [name for name in expected if name.endswith("omega")]
     assert omegas
+
+    # The same number of processes: nothing differs, and what was calibrated is not calibrated again.
+    kill_when_saved(run / "killed", "checkpoint-*", arguments(run, "killed", save_every=1))
+    assert not (run / "killed" / "progress.json").exists()
+    resumed = launch(arguments(run, "killed", resume=True))
+    assert f"calibrate: taken from {run / 'killed' / 'calibrated'}" in resumed.stdout
+    assert progress(run, "killed")["losses"] == whole["losses"]
+    assert progress(run, "killed")["evaluations"] == whole["evaluations"]
+    assert_same_weights(weights(run, "killed"), expected, rtol=0, atol=0)
+
+    # Two processes and the same global batch, resumed on one.
+    kill_when_saved(run / "two", "checkpoint-*", arguments(run, "two", save_every=1), processes=2)
+    launch(arguments(run, "two", resume=True))
+    assert progress(run, "two")["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert progress(run, "two")["tokens"] == whole["tokens"]
+    found = weights(run, "two")
+    assert_same_weights(found, expected, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(found[name], expected[name]) for name in omegas)  # drawn three times since the start
+
+
+def test_attention_transfer_that_is_killed_resumes_and_fine_tuning_alone_starts_from_it(run):
+    options = {"stages": "calibrate", "resample": "never", "distill_steps": 12, "save_every": 3}
+    stages = ["--stages", "calibrate", "distill"]
+    launch([*arguments(run, "whole", **options), *stages])
+    kill_when_saved(run / "killed", "distill.pt", [*arguments(run, "killed", **options), *stages])
+    assert not (run / "killed" / "distilled").exists()
+    launch([*arguments(run, "killed", resume=True, **options), *stages])
+    assert_same_weights(weights(run, "killed", "distilled"), weights(run, "whole", "distilled"), rtol=0, atol=0)
+
+    alone = {"model": run / "whole" / "distilled", "stages": "finetune", "train": "adapter", "steps": 2}
+    launch(arguments(run, "alone", resample="never", learning_rate="1e-2", **alone))
+    before, after = weights(run, "whole", "distilled"), weights(run, "alone")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(".rfa." in name for name in changed)
+    original = json.loads((run / "alone" / "columns.json").read_text())[0]
+    assert original["name"] == "original"  # the folder that it started from, with softmax again
+    assert original["kl_to_original"] == 0
+
+
+@pytest.mark.multi_process
+def test_fsdp2_gives_what_one_process_gives_and_resumes(run):
+    options = {"steps": 4, "evaluate_every": 2}
+    launch(arguments(run, "one", **options))
+    started = [*FSDP, *arguments(run, "sharded", save_every=1, **options)]
+    kill_when_saved(run / "sharded", "checkpoint-*", started, processes=2)
+    assert any((run / "sharded").glob("checkpoint-*/pytorch_model_fsdp_0"))  # sharded indeed
+    launch([*FSDP, *arguments(run, "sharded", resume=True, **options)], 2)
+    one, sharded = progress(run, "one"), progress(run, "sharded")
+    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for found, expected in zip(sharded["evaluations"], one["evaluations"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert_same_weights(weights(run, "sharded"), weights(run, "one"), rtol=1e-3, atol=1e-4)
+    assert "| fine-tuned |" in (run / "sharded" / "final" / "README.md").read_text()
 
 
 @pytest.mark.multi_process
