@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.cache import RFACacheLayer, adopt_cache_layer
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.mask import RFAMask, rfa_mask
-from hf_rfa.ops.exact import cross_attention
+from hf_rfa.mask import MaskRows, RFAMask, padding_of, rfa_mask
+from hf_rfa.ops.exact import cross_attention, masked_attention
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 from hf_rfa.ops.state import RFAState
@@ -88,6 +88,8 @@ def _attend(
             "a saved one. (A model built from the same config object as a converted one shares its setting: build it "
             "from a copy of the config.)"
         )
+    if isinstance(attention_mask, torch.Tensor) and not _is_causal(module, is_causal):
+        attention_mask = padding_of(attention_mask) or attention_mask
     check_inputs(module, attention_mask, kwargs)
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -98,18 +100,25 @@ def _attend(
                 "back: offload without buffers. Adapters take a few kB a layer."
             )
         adapter.calls += 1
+    sliding = kwargs.get("sliding_window")
+    rows = mask_of_its_own(mask, kwargs)
+    if rows is not None:
+        if isinstance(adapter, RFAAdapter) and adapter.converted:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} combines its mask with something that it did not have when it was converted "
+                "(for example image tokens that see each other), which random features cannot follow. Call the model "
+                "without it, or pass `example_inputs` that have it to `convert`: the layer then stays softmax."
+            )
+        return masked_attention(
+            query, key, value, rows.blocks(), scaling=scaling, sink_logits=kwargs.get("s_aux"),
+            dropout=dropout if module.training else 0.0,
+        )  # fmt: skip
     if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
         return _cross(module, query, key, value, mask, scaling, dropout)
     causal = mask.causal if mask is not None else _is_causal(module, is_causal)
-    sliding = kwargs.get("sliding_window")
-    if mask is not None and mask.limited and sliding is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} hides old tokens by its mask without naming a `sliding_window`. Keep softmax "
-            "for this model."
-        )
     if sliding is not None and not causal:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has a sliding window on both sides, which is not supported. Keep softmax for "
+            f"{type(module).__name__} has a sliding window on both sides and no mask that says so. Keep softmax for "
             "this model."
         )
     layout = _layout(mask, kwargs, query.shape[2], query.device)
@@ -144,6 +153,13 @@ def _attend(
         past = mask.valid[:, : -query.shape[2]] if mask is not None and mask.valid is not None else None
         cache_layer.absorb(key, value, past, options)
     return _cached(adapter, cache_layer, query, key, value, layout, options, counts)
+
+
+def mask_of_its_own(mask: Any, extras: dict[str, Any]) -> MaskRows | None:
+    """A layer's mask, if it is more than causality, padding, packing and a sliding window that the layer names."""
+    rows = mask.rows if isinstance(mask, RFAMask) else None
+    named = rows is not None and rows.sliding and extras.get("sliding_window") is not None
+    return None if named else rows
 
 
 def _operator(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -181,7 +197,7 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    if cache is None or adapter.cross or recorder.get() is not None or adapter.observer is not None:
+    if cache is None or adapter.cross or adapter.masked or recorder.get() is not None or adapter.observer is not None:
         return
     index = getattr(module, "layer_idx", None)
     if index is None:
@@ -232,15 +248,15 @@ def _cross(
     dropout: float,
 ) -> torch.Tensor:
     """Attention over another sequence stays softmax: near and far have no meaning there."""
-    if mask is not None and (mask.causal or mask.document is not None or mask.limited):
+    if mask is not None and (mask.causal or mask.document is not None):
         raise UnsupportedModelError(
             f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} queries under a causal mask "
-            "(prefix tuning, or a cache of its own), which is not supported. Keep softmax attention for it."
+            "(compressed keys, prefix tuning, or a cache of its own), which is not supported. Keep softmax attention."
         )
     if mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
         raise UnsupportedModelError(
-            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (prefix tuning, or "
-            "a cache of its own), which is not supported. Keep softmax attention for it."
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (compressed "
+            "keys, prefix tuning, or a cache of its own), which is not supported. Keep softmax attention."
         )
     valid = None if mask is None or mask.valid is None else mask.valid
     return cross_attention(

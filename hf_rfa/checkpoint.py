@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.adapter import ADAPTER_NAME, named_adapters
-from hf_rfa.convert import base_model, conversion_config, store_report, stored_report, swap_attention
+from hf_rfa.convert import base_model, conversion_config, store_report, stored_report, stored_scope, swap_attention
+from hf_rfa.devices import execution_device
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.example_inputs import rebuild
 from hf_rfa.pair import adapter_tensors, find_file, read_pair, write_pair
 
 _PEFT_FILE = "adapter_config.json"
@@ -66,7 +68,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         raise CheckpointError(
             f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
         ) from error
-    write_pair(base, config, folder, stored_report(base))
+    write_pair(base, config, folder, stored_report(base), stored_scope(base))
 
 
 def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
@@ -100,7 +102,9 @@ def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
         )
     model = _load_base(model_class, source, kwargs)
     try:
-        swap_attention(model, pair.config)
+        given = pair.scope.get("example_inputs")
+        inputs = None if given is None else rebuild(given, execution_device(model))
+        swap_attention(model, pair.config, example_inputs=inputs, parts=pair.scope.get("parts"))
     except ConfigError as error:
         raise CheckpointError(f"The conversion in {name!r} does not fit the model: {error}") from error
     _load_adapters(model, pair.tensors, name)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,13 +11,16 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
-from hf_rfa.attention import IMPLEMENTATION, refuse_attention_weights, stash_cache
+from hf_rfa.attention import refuse_attention_weights, stash_cache
 from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.config import RFAConfig
 from hf_rfa.devices import execution_device
-from hf_rfa.dry_run import AttentionCalls, DryRun, guess_inputs, quiet_eval, watch
+from hf_rfa.dry_run import AttentionCalls, DryRun, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
+from hf_rfa.example_inputs import describe, guess_inputs
 from hf_rfa.generation import CachePreparer
+from hf_rfa.implementation import IMPLEMENTATION, Implementations, implementations, keep_unreached, restore, switch
+from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
 from hf_rfa.resample import resample_before_forward
 
@@ -30,14 +33,26 @@ _RECORD = "_rfa_conversion"
 
 @dataclass
 class Conversion:
-    """What `revert` needs: the config objects of the model and the implementation that each had."""
+    """What `revert` and saving need.
+
+    Attributes:
+        implementations: The config objects of the model and the implementation that each had.
+        scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
+    """
 
     config: RFAConfig
-    implementations: list[tuple[Any, str]]
+    implementations: Implementations
+    scope: dict[str, Any]
     report: CalibrationReport | None = None
 
 
-def swap_attention(model: ModelT, config: RFAConfig, *, example_inputs: Mapping[str, Any] | None = None) -> ModelT:
+def swap_attention(
+    model: ModelT,
+    config: RFAConfig,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    parts: Sequence[str] | None = None,
+) -> ModelT:
     """`hf_rfa.convert` without its calibration: hang in the adapters, switch the implementation, verify, or undo all.
 
     Raises:
@@ -52,19 +67,31 @@ def swap_attention(model: ModelT, config: RFAConfig, *, example_inputs: Mapping[
         raise UnsupportedModelError(
             "The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is."
         )
-    inputs = dict(example_inputs) if example_inputs is not None else guess_inputs(base)
-    before = [(c, c._attn_implementation) for c in _configs(base)]
+    scope: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
+    if example_inputs is not None:
+        scope["example_inputs"] = describe(example_inputs)
+    before = implementations(base)
     try:
-        _switch(base)
-        run = _watch(base, inputs)
+        switch(base, before, parts)
+        run, inputs = _watch(base, [dict(example_inputs)] if example_inputs is not None else guess_inputs(base))
         _refuse_unrouted(base, run)
+        left = keep_unreached(base, before, [call.module for call in run.calls.values()])
         _attach(base, config, list(run.calls.values()))
-        setattr(base, _RECORD, Conversion(config, [(c, "sdpa" if i == IMPLEMENTATION else i) for c, i in before]))
+        originals = [(c, "sdpa" if i == IMPLEMENTATION else i) for c, i in before]
+        setattr(base, _RECORD, Conversion(config, originals, scope))
         _verify(base, run, inputs)
+        packs = keeps_documents_apart(base, inputs)
     except BaseException:
         _detach(base)
-        _restore(before)
+        restore(before)
         raise
+    base.register_forward_pre_hook(refuse_packing_beside_a_cache if packs else refuse_packing, with_kwargs=True)
+    if left:
+        logger.warning(
+            "The dry run did not reach %s: left with the attention that it had. To convert it, pass `example_inputs` "
+            "that reach it.",
+            ", ".join(left),
+        )
     store_config(base, config)
     # On the instance: the class stays untouched.
     base.__dict__["save_pretrained"] = ModelSaver(base, getattr(base, _RECORD))
@@ -93,7 +120,7 @@ def revert(model: ModelT) -> ModelT:
     if conversion is None:
         raise UnsupportedModelError(f"This {type(base).__name__} is not converted, so there is nothing to revert.")
     _detach(base)
-    _restore(conversion.implementations)
+    restore(conversion.implementations)
     return model
 
 
@@ -129,6 +156,12 @@ def stored_report(model: nn.Module) -> CalibrationReport | None:
     """What calibration found; None if the model was not calibrated."""
     report: CalibrationReport | None = getattr(base_model(model), _RECORD).report
     return report
+
+
+def stored_scope(model: nn.Module) -> dict[str, Any]:
+    """What the caller of `convert` said of its dry run, as JSON."""
+    scope: dict[str, Any] = getattr(base_model(model), _RECORD).scope
+    return scope
 
 
 def calibration_report(model: nn.Module) -> CalibrationReport:
@@ -189,44 +222,21 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config object in the model, outer ones first (setting an outer one sets the inner ones)."""
-    found: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            for name in config.sub_configs:
-                visit(getattr(config, name, None))
-
-    visit(model.config)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            visit(module.config)
-    return list(found.values())
-
-
-def _switch(model: PreTrainedModel) -> None:
-    for config in _configs(model):
-        config._attn_implementation = IMPLEMENTATION
-
-
-def _restore(implementations: list[tuple[Any, str]]) -> None:
-    for config, implementation in implementations:
-        config._attn_implementation = implementation
-
-
-def _watch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> DryRun:
-    try:
-        return watch(model, inputs)
-    except RFAError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"The dry run of {type(model).__name__} failed with {type(error).__name__}: {error}. If its inputs were "
-            f"wrong, pass "
-            "`example_inputs={...}`; otherwise the model handles its attention mask in a way that is not supported."
-        ) from error
+def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[DryRun, dict[str, Any]]:
+    """The dry run on the first of the inputs that the model takes."""
+    first: Exception | None = None
+    for inputs in candidates:
+        try:
+            return watch(model, inputs), inputs
+        except RFAError:
+            raise
+        except Exception as error:
+            first = first or error
+    raise UnsupportedModelError(
+        f"The dry run of {type(model).__name__} failed with {type(first).__name__}: {first}. If its inputs were "
+        "wrong, pass `example_inputs={...}`; otherwise the model handles its attention mask in a way that is not "
+        "supported."
+    ) from first
 
 
 def _refuse_unrouted(model: PreTrainedModel, run: DryRun) -> None:
@@ -253,9 +263,13 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
         )
     for call in calls:
         number = numbers.get(id(call.module), -1)
-        chosen = not call.cross and call.sliding_window is None and config.converts_layer(number)
+        local = call.sliding_window is not None or call.masked
+        chosen = not call.cross and not local and config.converts_layer(number)
         # Cross-attention has no number of its own; its adapter only says so.
-        adapter = RFAAdapter(config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross)
+        adapter = RFAAdapter(
+            config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross,
+            masked=call.masked,
+        )  # fmt: skip
         call.module.add_module(ADAPTER_NAME, adapter.to(execution_device(call.module)))
         call.module.register_forward_pre_hook(stash_cache, with_kwargs=True)
     for module in model.modules():
@@ -263,8 +277,8 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
             module.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
     if not any(adapter.converted for _, _, adapter in named_adapters(model)):
         raise UnsupportedModelError(
-            f"No layer of {type(model).__name__} was left to convert: all have a sliding window of their own, are "
-            "cross-attention or are excluded by `layers`. Choose other layers."
+            f"No layer of {type(model).__name__} was left to convert: all have a sliding window or a mask of "
+            "their own (their cost is linear already), are cross-attention or are excluded by `layers`."
         )
     _apply_heads(model, config)
 
@@ -305,7 +319,8 @@ def _detach(model: PreTrainedModel) -> None:
     for _, module, _ in list(named_adapters(model)):
         del module._modules[ADAPTER_NAME]
         _remove_hook(module, stash_cache)
-    _remove_hook(model, resample_before_forward)
+    for hook in (resample_before_forward, refuse_packing, refuse_packing_beside_a_cache):
+        _remove_hook(model, hook)
     for module in model.modules():
         _remove_hook(module, refuse_attention_weights)
         module.__dict__.pop("_prepare_cache_for_generation", None)

@@ -4,8 +4,6 @@ On a model that does not use the interface, any registered `attn_implementation`
 model's own attention runs. So nothing is believed: a short forward is watched, and softmax elsewhere is noticed.
 """
 
-import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from hf_rfa.attention import recorder
-from hf_rfa.devices import execution_device
-from hf_rfa.errors import UnsupportedModelError
-
-#: Two primes, so that no other dimension of a tiny model is mistaken for a sequence length.
-TEXT_TOKENS, DECODER_TOKENS = 37, 29
+from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own, recorder
 
 
 @dataclass
@@ -34,6 +27,7 @@ class AttentionCalls:
     head_dim: int
     cross: bool
     sliding_window: int | None
+    masked: bool
     causal: bool
     count: int = 0
 
@@ -45,7 +39,7 @@ class DryRun:
     calls: dict[int, AttentionCalls] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
     foreign: list[tuple[int, int]] = field(default_factory=list)
-    inside: bool = False
+    inside: int = 0
 
     @contextmanager
     def call(
@@ -60,16 +54,25 @@ class DryRun:
                 key.shape[3],
                 cross=key.shape[2] != query.shape[2],
                 sliding_window=extras.get("sliding_window"),
+                masked=mask_of_its_own(mask, extras) is not None,
                 causal=mask.causal
                 if mask is not None and hasattr(mask, "causal")
                 else bool(getattr(module, "is_causal", True)),
             )
         self.calls[id(module)].count += 1
-        self.inside = True
+        self.enter()
         try:
             yield
         finally:
-            self.inside = False
+            self.leave()
+
+    def enter(self) -> None:
+        """From here on softmax is known of."""
+        self.inside += 1
+
+    def leave(self) -> None:
+        """The end of what `enter` began."""
+        self.inside -= 1
 
     def foreign_attention(self) -> bool:
         """Whether a softmax over tokens was computed outside of the interface."""
@@ -103,11 +106,26 @@ def watch(model: nn.Module, inputs: Mapping[str, Any]) -> DryRun:
     run = DryRun()
     token = recorder.set(run)
     try:
-        with _SoftmaxWatch(run), quiet_eval(model):
+        with _SoftmaxWatch(run), quiet_eval(model), _parts_left_out(model, run):
             model(**inputs)
     finally:
         recorder.reset(token)
     return run
+
+
+@contextmanager
+def _parts_left_out(model: nn.Module, run: DryRun) -> Iterator[None]:
+    """Softmax in the parts that are not to be converted is no surprise."""
+    handles = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != IMPLEMENTATION:
+            handles.append(module.register_forward_pre_hook(lambda *_: run.enter()))
+            handles.append(module.register_forward_hook(lambda *_: run.leave(), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -121,49 +139,3 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def guess_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Small inputs for a dry run, from the model's config; `UnsupportedModelError` where they cannot be guessed."""
-    config = model.config
-    device = execution_device(model)
-    if device.type == "meta":
-        raise UnsupportedModelError("The model's weights are on the meta device. Load them before `hf_rfa.convert`.")
-    name = model.main_input_name
-    inputs: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    if name == "input_ids":
-        text = config.get_text_config()
-        inputs[name] = _token_ids(text, TEXT_TOKENS, device)
-    elif name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        dtype = next(model.parameters()).dtype
-        inputs[name] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width, device=device, dtype=dtype)
-    elif getattr(model, "dummy_inputs", None):
-        inputs |= {
-            key: value.to(device)
-            for key, value in copy.copy(model.dummy_inputs).items()
-            if isinstance(value, torch.Tensor)
-        }
-    if name not in inputs:
-        raise UnsupportedModelError(
-            f"`convert` does not know what to feed {type(model).__name__} (its main input is {name!r}) in its dry "
-            f"run. Pass "
-            "`convert(model, config, example_inputs={...})` with a small batch."
-        )
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _token_ids(config.get_text_config(decoder=True), DECODER_TOKENS, device)
-    return inputs
-
-
-def _token_ids(config: Any, length: int, device: torch.device) -> torch.Tensor:
-    longest = getattr(config, "max_position_embeddings", None) or length
-    length = min(length, longest - 4) if longest > 8 else longest  # some models count positions from 2 on
-    vocabulary = getattr(config, "vocab_size", 16) or 16
-    # Ordinary tokens: the first few are often padding, which some models mask; image placeholders are high.
-    return (5 + torch.arange(length) % max(1, min(vocabulary, 64) - 5)).clamp_max(vocabulary - 1)[None].to(device)
-
-
-def _accepts(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters

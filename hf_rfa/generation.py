@@ -37,7 +37,7 @@ def adopt_cache(model: GenerationMixin, cache: Cache) -> None:
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for _, module, adapter in named_adapters(model):  # type: ignore[arg-type]
         index = getattr(module, "layer_idx", None)
-        if not adapter.cross and index is not None and getattr(module, "is_causal", True):
+        if not (adapter.cross or adapter.masked) and index is not None and getattr(module, "is_causal", True):
             adopt_cache_layer(own, index)
 
 

@@ -5,10 +5,44 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.ops.exact import QUERY_BLOCK, MaskBlock
 from hf_rfa.ops.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """A mask that is more than causality, padding and packing, made a block of rows at a time.
+
+    Attributes:
+        arguments: What Transformers hands its own mask functions.
+        sliding: Whether it is nothing but a causal window of old tokens, which exact attention knows how to follow.
+    """
+
+    arguments: dict[str, Any]
+    sliding: bool
+    _blocks: list[MaskBlock] = field(default_factory=list, repr=False, compare=False)
+
+    def blocks(self) -> list[MaskBlock]:
+        """The mask, without the columns that a block of rows does not see; made once for all layers of a forward."""
+        if not self._blocks:
+            queries, keys = self.arguments["q_length"], self.arguments["kv_length"]
+            for start in range(0, queries, QUERY_BLOCK):
+                stop = min(start + QUERY_BLOCK, queries)
+                self._blocks.append(self._block(start, stop, keys))
+        return self._blocks
+
+    def _block(self, start: int, stop: int, keys: int) -> MaskBlock:
+        arguments = {**self.arguments, "q_offset": self.arguments["q_offset"] + start, "q_length": stop - start}
+        visible = sdpa_mask(**arguments, allow_is_causal_skip=False)
+        assert visible is not None
+        low, high = 0, keys
+        if not torch.compiler.is_compiling():
+            seen = visible.any(dim=2).any(dim=0)[0].nonzero().flatten()
+            low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+        return MaskBlock(start, stop, low, high, visible[..., low:high])
 
 
 @dataclass(frozen=True)
@@ -19,13 +53,14 @@ class RFAMask:
         causal: Whether a token sees only what comes before it.
         valid: (B, T) bool over old and new tokens, False for padding; None if there is none.
         document: (B, N) number of each new token's packed document; None for one a row.
-        limited: Whether the mask hides old tokens, as a layer's own sliding window does.
+        rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
+            whatever a model combines its mask with. Such layers can only stay softmax.
     """
 
     causal: bool
     valid: torch.Tensor | None = None
     document: torch.Tensor | None = None
-    limited: bool = False
+    rows: MaskRows | None = None
     _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
 
     def layout(self, length: int) -> TokenLayout:
@@ -46,39 +81,59 @@ def rfa_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> RFAMask | None:
     """Called by Transformers' `create_causal_mask` and its relatives. None stands for nothing to say: no padding."""
-    if use_vmap:
-        raise UnsupportedModelError(
-            "The model combines its mask with a function of its own, which random features cannot follow. Keep "
-            "softmax for this model, or call it without that feature (for example without image tokens)."
-        )
-    causal = mask_function is not bidirectional_mask_function
-    document, limited = None, False
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
-    valid = attention_mask
-    if valid is not None and valid.dim() != 2:
+    padding = attention_mask
+    if padding is not None and padding.dim() != 2:
         raise UnsupportedModelError(
             "Only 2-D attention masks (batch, tokens) can be used with random features. Got shape "
-            f"{tuple(valid.shape)}. Describe padding by a 2-D mask and packing by `position_ids`."
+            f"{tuple(padding.shape)}. Describe padding by a 2-D mask and packing by `position_ids`."
         )
+    causal: bool | None = mask_function is not bidirectional_mask_function
+    document, limited = None, False
+    if use_vmap:
+        causal = None
+    elif mask_function not in (causal_mask_function, bidirectional_mask_function):
+        causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
+    rows = None
+    if limited or causal is None or local_size is not None:
+        arguments = {
+            "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": int(q_offset),
+            "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": padding, "use_vmap": use_vmap,
+            "device": device,
+        }  # fmt: skip
+        rows = MaskRows(arguments, sliding=bool(causal))
+    valid = padding
     if valid is not None:
         valid = valid[:, -max(kv_length, q_length) :].bool()
         if not torch.compiler.is_compiling() and bool(valid.all()):
             valid = None
-    if valid is None and document is None and not limited:
+    if valid is None and document is None and rows is None:
         return None
-    return RFAMask(causal, valid, document, limited)
+    return RFAMask(bool(causal), valid, document, rows)
+
+
+def padding_of(mask: torch.Tensor) -> RFAMask | None:
+    """The `RFAMask` of a 4-D mask (B, 1, 1, T) of a bidirectional layer: the same keys for all queries, so padding.
+
+    None for any other mask. Some models make it of a 2-D mask themselves, bool or 0 and a very negative number.
+    """
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
+    if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
+        return None
+    return RFAMask(causal=False, valid=valid)
 
 
 def _probe(
     mask_function: Callable[..., Any], batch: int, length: int, offset: int, device: torch.device
-) -> tuple[bool, torch.Tensor | None, bool]:
-    """What a composed mask function means, asked at O(N) pairs: (causal, document, limited).
+) -> tuple[bool | None, torch.Tensor | None, bool]:
+    """What a composed mask function means, asked at O(N) pairs: (causal, document, limited); causal None for neither.
 
     A packed mask hides a token's neighbour at a border; a sliding one hides the document's first token.
     """
@@ -95,10 +150,7 @@ def _probe(
     joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
     causal = not bool(forward.any())
     if not causal and not bool(forward.all()):
-        raise UnsupportedModelError(
-            "The model's mask is neither causal nor bidirectional (some tokens see ahead, others do not), which "
-            "random features cannot follow. Keep softmax for this model, or call it without that feature."
-        )
+        return None, None, True
     document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
     first = torch.searchsorted(document, document)
     limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (

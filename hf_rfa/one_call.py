@@ -1,7 +1,7 @@
 """`hf_rfa.convert`: swap the attention of a loaded model and fit it, in one call."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,13 +26,16 @@ def convert(
     *,
     calibrate: bool | Batch | Iterable[Batch] = True,
     example_inputs: Mapping[str, Any] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> ModelT:
     """Convert a loaded model from softmax to random-feature attention, in place; its class stays what it is.
 
     Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
-    `config.layers` leaves out, layers with a sliding window of their own and cross-attention stay exact softmax. The
-    result is verified by a second dry run, then every head is calibrated (`hf_rfa.calibrate`); if anything fails, the
-    model is put back as it was. `hf_rfa.calibration_report(model)` says what each head became and what it lost.
+    `config.layers` leaves out, layers with a sliding window, chunks or another mask of their own and cross-attention
+    stay exact softmax. Parts that the dry run does not reach (the image tower of a model that is fed text) keep the
+    attention that they have. The result is verified by a second dry run, then every head is calibrated
+    (`hf_rfa.calibrate`); if anything fails, the model is put back as it was. `hf_rfa.calibration_report(model)` says
+    what each head became and what it lost.
 
     Args:
         model: A loaded Transformers model (or a PEFT model around one).
@@ -40,7 +43,10 @@ def convert(
         calibrate: True: on four texts of at most 1,024 tokens that the model writes itself. Batches of your own (see
             `hf_rfa.calibrate`) are better, and encoders need them. False leaves it out: the far part then has the
             config's alpha and gamma on every head.
-        example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config.
+        example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
+            to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
+        parts: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every part
+            that the dry run reaches.
 
     Returns:
         The same model.
@@ -68,7 +74,7 @@ def convert(
     config = RFAConfig() if config is None else config
     if calibrate is True and isinstance(config, RFAConfig):
         check_can_write(base_model(model), config.window)
-    swap_attention(model, config, example_inputs=example_inputs)
+    swap_attention(model, config, example_inputs=example_inputs, parts=parts)
     if calibrate is False:
         return model
     try:

@@ -3,7 +3,7 @@
 | file                    | holds                                                                             |
 |-------------------------|-----------------------------------------------------------------------------------|
 | `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where the base model is from,  |
-|                         | what calibration found                                                             |
+|                         | what calibration found, what the dry run was told                                  |
 | `rfa_model.safetensors` | the adapters: omega, its draw number, alpha, gamma, proposal, exact heads         |
 """
 
@@ -32,13 +32,15 @@ _UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_
 
 @dataclass(frozen=True)
 class SavedPair:
-    """What the pair says: the conversion, the model's class, the base model's name, the adapters' tensors."""
+    """What the pair says: the conversion, the model's class, the base model's name, the adapters' tensors, and what
+    the caller of `convert` said of its dry run."""
 
     config: RFAConfig
     architecture: str
     origin: str | None
     tensors: dict[str, torch.Tensor]
     report: CalibrationReport | None
+    scope: dict[str, Any]
 
 
 class ModelSaver:
@@ -58,12 +60,14 @@ class ModelSaver:
         original(self.model, save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        write_pair(self.model, self.record.config, Path(save_directory), self.record.report)
+        write_pair(self.model, self.record.config, Path(save_directory), self.record.report, self.record.scope)
         if push_to_hub:  # only now: the class's own upload would leave the pair behind
             self.model.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
 
-def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path, report: CalibrationReport | None) -> None:
+def write_pair(
+    model: PreTrainedModel, config: RFAConfig, folder: Path, report: CalibrationReport | None, scope: dict[str, Any]
+) -> None:
     """Write the pair of files of a converted model into an existing folder."""
     described = {
         "format_version": FORMAT_VERSION,
@@ -71,6 +75,7 @@ def write_pair(model: PreTrainedModel, config: RFAConfig, folder: Path, report: 
         "architecture": type(model).__name__,
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
         "calibration": None if report is None else report.to_dict(),
+        "scope": scope,
     }
     try:
         save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -120,8 +125,9 @@ def read_pair(name: str) -> SavedPair:
     if weights is None:
         raise CheckpointError(f"{name!r} lacks {WEIGHTS_FILE}, which holds the conversion. Save the model again.")
     return SavedPair(
-        parsed, values["architecture"], values.get("base_model_name_or_path"), _read_tensors(weights), report
-    )
+        parsed, values["architecture"], values.get("base_model_name_or_path"), _read_tensors(weights), report,
+        values.get("scope", {}),
+    )  # fmt: skip
 
 
 def find_file(name: str, file: str) -> Path | None:

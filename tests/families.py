@@ -72,6 +72,10 @@ OTHERS: dict[str, Builder] = {
     ),
     "vit": lambda: T.ViTModel(T.ViTConfig(**_SHAPE, intermediate_size=48, **_VIT)),
     "bart": lambda: T.BartForConditionalGeneration(T.BartConfig(**_BART, **_TOKENS)),
+    # One layer without a window, one whose window lies on both sides.
+    "modernbert": lambda: T.ModernBertForMaskedLM(
+        T.ModernBertConfig(**_ENCODER, max_position_embeddings=256, cls_token_id=0, sep_token_id=1, local_attention=16)
+    ),
 }
 
 SUPPORTED = {**CAUSAL, **OTHERS}
@@ -96,12 +100,6 @@ REFUSED: dict[str, tuple[Builder, str]] = {
     "mamba": (
         lambda: T.MambaForCausalLM(T.MambaConfig(hidden_size=32, num_hidden_layers=2, **_TOKENS)),
         "attention of its own",
-    ),
-    "modernbert": (
-        lambda: T.ModernBertForMaskedLM(
-            T.ModernBertConfig(**_ENCODER, max_position_embeddings=256, cls_token_id=0, sep_token_id=1)
-        ),
-        "sliding window on both sides",
     ),
 }
 

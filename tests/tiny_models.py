@@ -62,6 +62,15 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
     "num_mel_bins": 16,
+    "input_feat_per_channel": 16,
+    "conv_channels": 32,
+    "num_frames": 4,
+    "index_topk": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "encoder_hash_byte_group_vocab": 97,
     **dict.fromkeys(
         "attention_dropout attn_pdrop attention_probs_dropout_prob hidden_dropout_prob resid_pdrop embd_pdrop dropout "
         "activation_dropout hidden_dropout encoder_layerdrop decoder_layerdrop layerdrop drop_path_rate "
@@ -72,9 +81,29 @@ SIZES: dict[str, Any] = {
     ),
 }
 
-#: What a family needs besides, by model type: its own invariants.
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+
+#: What a family needs besides, by model type: its own invariants, and layers of each of its kinds.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_key_value_heads": 4},  # latent attention: a key head for each query head
+    "audio-spectrogram-transformer": {"max_length": 128, "patch_size": 16},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}},
+    "dots1": {"n_shared_experts": 1},
+    "esmc": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "neomme": {"head_dim": 16},
+    "qwen2_5_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_vl_text": {"rope_parameters": _MROPE},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "whisper": {"max_source_positions": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 #: Classes that are tried besides those of Transformers' own tables of language models.
@@ -116,8 +145,12 @@ def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrained
         field = declared.get(config_class.attribute_map.get(name, name)) or declared.get(name)
         if field is not None and not _is_pattern(field):
             values[field.name] = size
+    if declared.keys() & {"kv_lora_rank", "q_lora_rank"} and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention expands to one for each
+    values |= _layers_of_each_kind(config_class, declared)
+    local = "sliding_attention" in values.get("layer_types", ())
     for name in ("sliding_window", "attention_chunk_size"):
-        if name in values and declared[name].default is None:
+        if name in values and declared[name].default is None and not local:
             del values[name]
     overrides = OVERRIDES.get(config_class.model_type, {})
     whole = None
@@ -131,6 +164,19 @@ def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrained
             values[name] = tiny_config(part)
     values |= overrides | more
     return config_class(**values)
+
+
+def _layers_of_each_kind(config_class: type[PreTrainedConfig], declared: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind that the config class's own defaults have, and at least one of full attention."""
+    name = config_class.attribute_map.get("layer_types", "layer_types")
+    number = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name not in declared or number not in declared or name in OVERRIDES.get(config_class.model_type, {}):
+        return {}
+    kinds = list(dict.fromkeys(getattr(config_class(), name) or ()))
+    if kinds == ["sliding_attention"]:
+        kinds.append("full_attention")
+    kinds = kinds if len(kinds) > 1 else kinds * LAYERS
+    return {name: kinds, number: len(kinds)} if kinds else {}
 
 
 def _is_pattern(field: dataclasses.Field) -> bool:

@@ -4,6 +4,8 @@ Scaled dot-product attention does the work. Its causal flag covers the plain cas
 before the queries) the queries are taken in blocks, so that the mask is a block of rows and memory stays linear.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,17 @@ from hf_rfa.ops.layout import TokenLayout
 
 #: Rows of the mask made at once, when one is needed.
 QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class MaskBlock:
+    """The mask of queries `start` to `stop` over keys `low` to `high`: `visible` (B, 1, rows, high - low) bool."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    visible: torch.Tensor
 
 
 def exact_attention(
@@ -84,6 +97,40 @@ def exact_attention(
         outputs.append(F.scaled_dot_product_attention(block_query, block_key, block_value, attn_mask=mask, **options))
     output = torch.cat(outputs, dim=2)[..., :value_dim]
     return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Iterable[MaskBlock],
+    *,
+    scaling: float,
+    sink_logits: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention (B, H, N, M) under any mask, given as blocks of its rows; rows that see nothing get zeros."""
+    groups = query.shape[1] // key.shape[1]
+    value_dim = value.shape[-1]
+    if sink_logits is not None:
+        key, value, query = _with_sink(key, value, query, sink_logits, scaling, groups)
+    widest = max(query.shape[-1], value_dim)
+    query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
+    outputs = []
+    for block in blocks:
+        visible = block.visible
+        sees = visible.any(dim=-1, keepdim=True)
+        visible = visible | ~sees
+        keys, values = key[:, :, block.low : block.high], value[:, :, block.low : block.high]
+        if sink_logits is not None:
+            visible = torch.cat([visible, visible.new_ones(*visible.shape[:-1], 1)], dim=-1)
+            keys, values = torch.cat([keys, key[:, :, -1:]], dim=2), torch.cat([values, value[:, :, -1:]], dim=2)
+        output = F.scaled_dot_product_attention(
+            query[:, :, block.start : block.stop], keys, values, attn_mask=visible, scale=scaling, dropout_p=dropout,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        outputs.append(output.masked_fill(~sees, 0.0))
+    return torch.cat(outputs, dim=2)[..., :value_dim]
 
 
 def cross_attention(
