@@ -2,10 +2,12 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import SHORT, build, inputs_for, outputs_of, token_ids
+from packaging.version import Version
 
 import hf_rfa
 from hf_rfa import RFAConfig, UnsupportedModelError
@@ -13,6 +15,9 @@ from hf_rfa.adapter import require_adapters
 
 SIX = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_oss", "jamba", "bert"])
 CPU = torch.device("cpu")
+EVERYTHING_TO_DISK = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"), reason="Accelerate refuses a device map that leaves nothing"
+)
 
 
 def converted(family):
@@ -25,7 +30,7 @@ def to_disk(model):
 
 
 def is_offloaded(model):
-    return {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    return all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("how", [{"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"device_map": "auto"}], ids=str)
@@ -39,6 +44,7 @@ def test_a_saved_model_loads_through_the_meta_device(family, how, tmp_path):
     assert torch.equal(outputs_of(loaded, inputs_for(model)), outputs_of(model, inputs_for(model)))
 
 
+@EVERYTHING_TO_DISK
 @SIX
 def test_a_saved_model_loads_onto_the_disk(family, tmp_path):
     model = converted(family)
@@ -50,6 +56,7 @@ def test_a_saved_model_loads_onto_the_disk(family, tmp_path):
     assert torch.equal(outputs_of(loaded, inputs_for(model)), outputs_of(model, inputs_for(model)))
 
 
+@EVERYTHING_TO_DISK
 @SIX
 def test_a_model_that_lies_on_the_disk_is_converted_there(family, tmp_path):
     want = converted(family)
@@ -97,6 +104,7 @@ def test_an_offloaded_model_gives_the_same_logits(family, converted_first, offlo
     assert torch.equal(outputs_of(twin, inputs_for(model)), want)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate.*device type different:UserWarning")  # before 5.23
 def test_an_offloaded_model_calibrates_itself_and_generates(tmp_path):
     config = RFAConfig(window=16, num_features=16, sink_tokens=2)
     model, ids = build("llama"), token_ids()

@@ -36,6 +36,9 @@ PROMPTS = {
     ),
 }  # fmt: skip
 
+# What PEFT says of every model.
+IGNORED_POSITIONS = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+
 
 def wrap(model, config):
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +93,7 @@ def test_all_linear_layers_are_the_models_own():
 
 
 @PEFT_ASKS
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT says so of every model
+@IGNORED_POSITIONS
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_learned_prompts_are_tokens_like_others(family, prompt):
@@ -125,6 +128,7 @@ def test_a_prefix_in_the_window_is_the_prefix_of_softmax(family, converted_first
 
 
 @PEFT_ASKS
+@IGNORED_POSITIONS
 @pytest.mark.parametrize("softmax_heads", [None, [(1, 0)]])
 def test_a_prefix_out_of_the_window_is_estimated_trained_and_generated_from(softmax_heads):
     """Six virtual tokens: two are sinks, the others are far from the last of 70 tokens."""
