@@ -36,7 +36,8 @@ model = hf_rfa.from_pretrained("{Path(folder).name}")
 
 ## Beside the original
 
-On held-out documents of the same source. *Window only* sees the exact window and the sinks and nothing else.
+On held-out documents of the same source. *Window only* sees the exact window and the sinks and nothing else; only in
+*fine-tuned*, which is this folder, are weights of the model trained.
 
 {table}
 

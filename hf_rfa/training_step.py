@@ -107,19 +107,26 @@ class Step:
                 # Gathered, so that all of them stop at the same step.
                 mean = accelerator.reduce(loss.detach().float(), reduction="mean").item()
                 if not math.isfinite(mean):
-                    self.optimizer.zero_grad()
-                    first = done.batches
-                    raise FloatingPointError(
-                        f"The loss is {mean} at step {done.step + 1}, in one of the batches {first} to "
-                        f"{first + share.batches_per_step - 1} (counted from 0). The weights are those of the step "
-                        f"before. Last good checkpoint: {checkpoint or 'none'}. Lower `learning_rate`, lower "
-                        "`max_grad_norm`, or train without `mixed_precision`; `resume=True` goes on from there."
-                    )
+                    # One batch a replica was under way.
+                    first = done.batches + number * share.replicas
+                    raise self._stop(f"The loss is {mean}", done, range(first, first + share.replicas), checkpoint)
                 accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            whole = range(done.batches, done.batches + share.batches_per_step)
+            raise self._stop(f"The gradient's norm is {float(norm)}", done, whole, checkpoint)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return accelerator.reduce(total, reduction="mean").item(), tokens
+
+    def _stop(self, what: str, done: Progress, batches: range, checkpoint: Path | None) -> FloatingPointError:
+        self.optimizer.zero_grad()
+        which = f"batch {batches[0]}" if len(batches) == 1 else f"one of the batches {batches[0]} to {batches[-1]}"
+        return FloatingPointError(
+            f"{what} at step {done.step + 1}, in {which} (counted from 0). The weights are those of the step before. "
+            f"Last good checkpoint: {checkpoint or 'none'}. Lower `learning_rate`, lower `max_grad_norm`, or train "
+            "without `mixed_precision`; `resume=True` goes on from there."
+        )
 
     def _forward(self, batch: Batch, lane: int) -> Tensor:
         device = self.accelerator.device

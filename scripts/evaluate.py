@@ -23,6 +23,7 @@ import hf_rfa
 from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
 from hf_rfa.data import evaluation_windows, training_batches
 from hf_rfa.documents import check_tokenizer, load_documents, tokenize_documents
+from hf_rfa.errors import ConfigError
 from hf_rfa.speed import measure_speed
 
 
@@ -54,7 +55,10 @@ def main() -> None:
     train, _ = tokenize_documents(tokenizer, load_documents(given.data, "train", **load))
     documents, num_bytes = tokenize_documents(tokenizer, load_documents(given.data, "validation", **load))
     evaluation_windows(documents, longest)  # raises before any work where no document reaches the context
-    given.output.mkdir(parents=True, exist_ok=True)
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot write to {str(given.output)!r}: {error}. Choose another --output.") from error
 
     config = hf_rfa.RFAConfig(
         window=given.window, num_features=given.num_features, softmax_heads="auto", seed=given.seed
@@ -64,6 +68,7 @@ def main() -> None:
     models = untrained_columns(original, calibrated)
     for folder in given.checkpoints:
         models[folder] = hf_rfa.from_pretrained(folder, dtype=torch.float32).to(device)
+        check_tokenizer(tokenizer, models[folder])
     plan = Plan(
         contexts=given.contexts, windows=given.windows, stride=given.stride, document_tokens=given.document_tokens,
         copy_gaps=given.copy_gaps, passkey_lengths=given.passkey,

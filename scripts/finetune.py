@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     )
     # Before any work: raises where no held-out document reaches the context.
     validation = evaluation_windows(held_out, options.context, options.evaluation_windows).flatten()
-    make_batches(options, tokens)  # raises where there is nothing to train on
+    next(make_batches(options, tokens))  # raises where there is nothing to train on
     if state.is_main_process:
         settle(options, output)
     state.wait_for_everyone()
@@ -212,6 +212,7 @@ def train(model, options: Options, tokens, validation):
         make_batches(options, tokens),
         steps=options.steps,
         learning_rate=options.learning_rate,
+        feature_learning_rate=options.feature_learning_rate,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup_steps,
         schedule=options.schedule,

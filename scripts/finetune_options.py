@@ -43,7 +43,7 @@ class Options:
 
     train: str = field(default="all", metadata={"help": f"Which weights: one of {TRAINED}."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
-    documents: str = field(default="random", metadata={"help": f"One of {DOCUMENTS}: see hf_rfa.document_batches."})
+    documents: str = field(default="packed", metadata={"help": f"One of {DOCUMENTS}; 'random' crosses their borders."})
     repeat_probability: float = field(default=0.0, metadata={"help": "Planted repeats, for 'random' documents."})
     context: int = field(default=2048, metadata={"help": "Tokens a sequence."})
     batch_size: int = field(default=1, metadata={"help": "Sequences a batch."})
@@ -51,6 +51,7 @@ class Options:
     steps: int = field(default=100, metadata={"help": "Optimiser steps of fine-tuning."})
     distill_steps: int = field(default=100, metadata={"help": "Optimiser steps of attention transfer."})
     learning_rate: float = field(default=1e-4, metadata={"help": "The highest value."})
+    feature_learning_rate: float | None = field(default=None, metadata={"help": "Of distilled features."})
     weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
     warmup_steps: int | None = field(default=None, metadata={"help": "By default a tenth of the steps."})
     schedule: str = field(default="cosine", metadata={"help": "'cosine' or 'wsd'."})

@@ -144,6 +144,12 @@ def test_a_context_that_no_document_reaches_is_named_before_any_work(setting, mo
             "--contexts", 5000,
         )  # fmt: skip
     assert not (tmp_path / "r").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"Cannot write to .* Choose another --output"):
+        run_script(
+            monkeypatch, "--original", setting / "original", "--data", setting / "data", "--output",
+            tmp_path / "file" / "r", "--contexts", 64,
+        )  # fmt: skip
 
 
 def test_untrained_columns_share_the_weights_and_leave_the_calibrated_model_alone(setting):

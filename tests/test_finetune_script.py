@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import hf_rfa
+from hf_rfa.errors import CheckpointError, ConfigError
 
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
 FSDP = [str(ROOT / "tests" / "worker_fsdp.py"), str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")]
@@ -161,13 +163,82 @@ def test_one_document_on_two_processes_trains_like_on_one(run):
     assert progress(run, "two")["losses"] == pytest.approx(progress(run, "one")["losses"], rel=1e-5)
 
 
-def test_bad_options_are_named(run):
-    for extra, message in (
-        ({"train": "everything"}, "`train` must be of"),
-        ({"stages": "sleep"}, "`stages` must be of"),
-        ({"context": 5000}, "No document reaches the context of 5000 tokens"),
-    ):
-        failed = launch(arguments(run, "bad", **extra), check=False)
-        assert failed.returncode != 0
-        assert message in failed.stderr
-        assert not (run / "bad").exists()
+@pytest.fixture
+def main(monkeypatch):
+    """`main` of the script in this process, with a calibration that must not be reached."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("work was done before the input was checked")
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(hf_rfa, "convert", reached)
+    script = runpy.run_path(SCRIPT)
+    return lambda folder, output="bad", **options: script["main"](arguments(folder, output, **options)[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"train": "everything"}, ConfigError, "`train` must be of"),
+        ({"stages": "sleep"}, ConfigError, "`stages` must be of"),
+        ({"stages": "finetune"}, ConfigError, r"is not converted yet\. Got stages=\['finetune'\]"),
+        ({"streaming": True, "documents": "random"}, ConfigError, "A stream has no random positions"),
+        ({"context": 5000}, ConfigError, "No document reaches the context of 5000 tokens: the longest has 700"),
+        ({"text_column": "body"}, ConfigError, r"no column 'body'\. Its columns are 'text'\. Set `text_column`"),
+        ({"data": "missing.jsonl"}, FileNotFoundError, "No file or folder at 'missing.jsonl'"),
+        ({"data": "emozilla/pg19"}, ConnectionError, "Could not load the dataset 'emozilla/pg19' .* a local folder"),
+    ],
+)
+def test_bad_options_are_named_before_any_work(run, main, monkeypatch, options, error, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(error, match=message):
+        main(run, **options)
+    assert not (run / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["", " \n"], "The train split of .* has no text: every document is empty"),
+        (["w1", "w2", "w3"], "No document reaches the context of 128 tokens: the longest has 1"),
+        (["w1"] * 18 + [" ".join(["w1"] * 400)] * 2, "No document has two tokens, one to see and one to predict"),
+    ],
+)
+def test_empty_and_tiny_documents_are_named_before_any_work(run, main, texts, message):
+    (run / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(ConfigError, match=message):
+        main(run)
+    assert not (run / "bad").exists()
+
+
+def test_the_tokenizer_of_another_model_is_named_before_any_work(run, main):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "model")
+    tokenizer.add_tokens([f"more{i}" for i in range(10)])
+    tokenizer.save_pretrained(run / "model")
+    with pytest.raises(ConfigError, match="The tokenizer has 138 tokens, the model embeddings for 128"):
+        main(run)
+
+
+def test_a_folder_that_takes_no_run_is_named_before_any_work(run, main, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"Cannot write to .*data\.jsonl/run.*Choose another `output`"):
+        main(run, "data.jsonl/run")
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("hf_rfa.training_checkpoint.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"Two checkpoints need .* has 0 MiB left"):
+        main(run)
+
+
+def test_another_run_in_the_same_folder_is_not_overwritten(run, main):
+    (run / "bad").mkdir()
+    with pytest.raises(AssertionError, match="work was done"):  # as far as the calibration that must not be reached
+        main(run)
+    with pytest.raises(ConfigError, match=r"holds a run already\. Go on with it by resume=true"):
+        main(run)
+    with pytest.raises(ConfigError, match=r"other settings: \{'num_features': 8\}\. Got \{'num_features': 16\}"):
+        main(run, resume=True, num_features=16)
+
+
+def test_an_unknown_key_of_the_yaml_file_is_named(run, main):
+    (run / "run.yaml").write_text("modle: x\n")
+    with pytest.raises(ConfigError, match=r"unknown keys: \['modle'\]"):
+        main(run)

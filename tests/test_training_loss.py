@@ -75,13 +75,42 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tiny_llama, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_a_loss_that_is_no_number_names_the_batches_and_the_last_checkpoint(tiny_llama, tmp_path):
-    class Breaker:
-        def step(self, model):
-            model.lm_head.weight.data[0] = torch.nan
+class Breaker:
+    """Breaks the model after the first step."""
 
-    with pytest.raises(FloatingPointError, match=r"step 2, in one of the batches 2 to 3 .*checkpoint-1"):
+    def step(self, model):
+        model.lm_head.weight.data[0] = torch.nan
+
+
+def test_a_loss_that_is_no_number_names_step_batch_and_last_checkpoint(tiny_llama, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"The loss is nan at step 2, in batch 2 \(.*checkpoint-1\."):
         finetune(
             tiny_llama, [ids_of()] * 4, steps=2, batches_per_step=2, output=tmp_path, save_every=1, hooks=[Breaker()],
             progress=False,
         )  # fmt: skip
+
+
+def test_a_gradient_that_is_no_number_leaves_the_weights_of_the_step_before(tiny_llama, tmp_path):
+    calls = []
+
+    def broken(gradient):
+        calls.append(1)
+        return gradient * torch.nan if len(calls) == 3 else gradient
+
+    tiny_llama.model.norm.weight.register_hook(broken)
+    after_one = copy.deepcopy(tiny_llama.state_dict())
+
+    class Keep:
+        def step(self, model):
+            after_one.update(copy.deepcopy(model.state_dict()))
+
+    with pytest.raises(
+        FloatingPointError, match=r"norm is nan at step 2, in one of the batches 2 to 3 .*checkpoint-1"
+    ):
+        finetune(
+            tiny_llama, [ids_of()] * 4, steps=2, batches_per_step=2, output=tmp_path, save_every=1, hooks=[Keep()],
+            progress=False,
+        )  # fmt: skip
+    assert len(calls) == 4
+    assert all(torch.equal(tensor, after_one[name]) for name, tensor in tiny_llama.state_dict().items())
+    assert all(p.grad is None for p in tiny_llama.parameters())
