@@ -47,7 +47,7 @@ class BidirectionalPass:
     def __init__(self, call: OperatorCall) -> None:
         batch, sinks = len(call.query), call.sink_tokens if call.window else 0
         state = call.state or call.empty_state()
-        spec = PlanSpec(call.window or PURE_CHUNK, sinks, lag=0, history=False, final=False)
+        spec = PlanSpec(call.window or PURE_CHUNK, sinks, history=False, final=False)
         plan = call.layout.plan(call.query.shape[3], spec, torch.zeros_like(state.count), call.query.device)
         self.call, self.plan, self.state, self.sinks = call, plan, state, sinks
         self.keys, self.values = to_chunks(call.key, plan), to_chunks(call.value, plan)

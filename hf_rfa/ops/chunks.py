@@ -1,6 +1,7 @@
 """What the chunked operators share: tokens to chunks and back, and the end of a block."""
 
 import torch
+import torch.nn.functional as F
 
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics, Part, combine
@@ -14,26 +15,27 @@ BLOCK_CHUNKS = 8
 
 def to_chunks(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B, H, tokens, D) -> (B, H, n, C, D), aligned."""
-    return (x if plan.identity else take(x, plan.source)).unflatten(2, plan.valid.shape[1:])
+    missing = plan.valid.shape[1] * plan.valid.shape[2] - x.shape[2]
+    aligned = F.pad(x, (0, 0, 0, missing)) if plan.identity else take(x, plan.source)
+    return aligned.unflatten(2, plan.valid.shape[1:])
 
 
 def queries_to_chunks(query: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B, H, G, tokens, D) -> (B, H, n, G * C, D): the queries of a key head's group lie beside each other."""
-    batch, heads, groups, _, dim = query.shape
-    flat = query.flatten(1, 2)
-    chunks = (flat if plan.identity else take(flat, plan.source)).view(
-        batch, heads, groups, *plan.valid.shape[1:], dim
-    )
+    chunks = to_chunks(query.flatten(1, 2), plan).unflatten(1, query.shape[1:3])
     return chunks.transpose(2, 3).flatten(3, 4)
 
 
 def from_chunks(output: torch.Tensor, plan: Plan, groups: int, length: int) -> torch.Tensor:
     """(B, H, n, G * C, M) -> (B, H, G, N, M), padding set to zero."""
-    batch, heads, _, _, dim = output.shape
-    flat = output.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return tokens_of(output.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4), plan, length)
+
+
+def tokens_of(output: torch.Tensor, plan: Plan, length: int) -> torch.Tensor:
+    """(B, H, G, aligned tokens, M) -> (B, H, G, N, M), padding set to zero."""
     if plan.identity:
-        return flat.view(batch, heads, groups, length, dim)
-    tokens = take(flat, plan.place).view(batch, heads, groups, length, dim)
+        return output[:, :, :, :length]
+    tokens = take(output.flatten(1, 2), plan.place).unflatten(1, output.shape[1:3])
     return tokens * plan.token_valid[:, None, None, :, None]
 
 

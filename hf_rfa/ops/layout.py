@@ -32,7 +32,9 @@ class Plan:
         place: (R, N) aligned slot of each token (0 for padding).
         token_valid: (R, N) whether a token is none of padding.
         count: (R,) tokens seen afterwards in the row's last document, on the CPU.
-        identity: Whether the aligned sequence is the source itself, so that nothing need be gathered.
+        identity: Whether the aligned sequence begins with the source itself, so that nothing need be gathered.
+        regular: (n,) whether a chunk and the one before it are full, of one document and behind its first two chunks
+            in every row: the near keys of such chunks are all alike.
     """
 
     source: torch.Tensor
@@ -47,6 +49,7 @@ class Plan:
     token_valid: torch.Tensor
     count: torch.Tensor
     identity: bool
+    regular: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,12 @@ class PlanSpec:
     Args:
         chunk: Chunk size C, tokens.
         sinks: The first tokens of a document that are never folded into the far sums.
-        lag: Distance in chunks from which keys are far: 2 beside a window, 1 without.
         history: Whether the source begins with the 2C near slots of a state.
-        final: Whether a final state is wanted, which needs the chunk that the next token falls into.
+        final: Whether a final state with near keys is wanted, which needs the chunk that the next token falls into.
     """
 
     chunk: int
     sinks: int
-    lag: int
     history: bool
     final: bool
 
@@ -168,9 +169,7 @@ def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
         count = before + len(slots)
         filled = lead + len(slots)
         chunks = max(1, -(-filled // chunk))
-        if spec.final and spec.lag == 1:
-            chunks += 1  # an empty one, whose far keys are all keys
-        elif spec.final:
+        if spec.final:
             chunks = filled // chunk + 1  # up to the chunk that the document's next token falls into
         source, valid = np.zeros(chunks * chunk, dtype=np.int64), np.zeros(chunks * chunk, dtype=bool)
         source[:lead], valid[:lead] = np.arange(lead), True
@@ -213,7 +212,7 @@ def _make_plan(rows: list[_Row], length: int, spec: PlanSpec, device: torch.devi
         source[r, :n], valid[r, :n], fold[r, :n] = row.source, row.valid, row.fold
         if spec.final:
             # These are near to the next token: folding them would put them into the final state.
-            fold[r, max(0, n - spec.lag) :] = False
+            fold[r, max(0, n - 2) :] = False
         for whole, part in ((document, row.document), (rank, row.rank), (sink_chunk, row.sink_chunk)):
             whole[r, :n], whole[r, n:] = part, part[-1]
     offset = 2 * chunk if spec.history else 0
@@ -228,6 +227,8 @@ def _make_plan(rows: list[_Row], length: int, spec: PlanSpec, device: torch.devi
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
+    full = np.logical_and.reduce(valid, axis=2)
+    alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (document[:, 1:] == document[:, :-1])
     last = np.array([len(row.rank) - 1 for row in rows])
     counts = torch.tensor([row.count for row in rows])
     return Plan(
@@ -242,7 +243,8 @@ def _make_plan(rows: list[_Row], length: int, spec: PlanSpec, device: torch.devi
         put(place),
         put(token_valid),
         counts,
-        identity=len(rows) == 1 and source.size == length and bool(asked.all()),
+        identity=len(rows) == 1 and bool(token_valid.all()) and bool((place[0] == np.arange(length)).all()),
+        regular=(False, *np.logical_and.reduce(alike, axis=0).tolist()),
     )
 
 

@@ -14,7 +14,7 @@ def attention_parts(call: OperatorCall) -> tuple[Part | None, Part]:
 
     There is no near part if `window = 0`. The call must be in float32 or float64 and have no exact heads.
     """
-    run = CausalPass(call, output_final_state=False) if call.causal else BidirectionalPass(call)
+    run = CausalPass(call) if call.causal else BidirectionalPass(call)
     blocks = [(near, far) for _, near, far in run.blocks()]
     groups, length = call.query.shape[2:4]
 

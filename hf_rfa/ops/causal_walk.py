@@ -1,0 +1,216 @@
+"""The causal operator as one walk over blocks of chunks: forwards, and backwards with everything recomputed.
+
+Memory beside what goes in and comes out: the far sums at each block's start, and one block's features and scores.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.causal_block import Block, Combined, Features, Parts, block_parts
+from hf_rfa.ops.chunks import take
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.layout import Plan
+
+#: Chunks handled at once: their features and scores, of all heads, must stay in the cache.
+BLOCK_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class WalkInputs:
+    """Tensors of a walk, in the aligned order of `plan`; the last chunk may be cut short.
+
+    query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
+    remembers; decay (B, Hk, n, C), log g summed from each chunk's first slot, or None; sink_logits (Hk, G) or None;
+    carry (B, Hk, F, M + 1), carry_peak (B, Hk), the state before the first slot.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+    decay: torch.Tensor | None
+    sink_logits: torch.Tensor | None
+    carry: torch.Tensor
+    carry_peak: torch.Tensor
+
+
+@dataclass
+class Walk:
+    """The blocks of a call, read from its inputs one after the other; nothing is recorded by autograd."""
+
+    inputs: WalkInputs
+    far: FarKernel
+    plan: Plan
+    window: int
+    scaling: float
+    _masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan, heads = self.plan, self.inputs.key.shape[1]
+        self.delay = 1 if self.window else 0
+        same = plan.document[:, 1:] == plan.document[:, :-1]
+        self.follows = F.pad(same, (1, 0))  # whether the chunk before belongs to the same document
+        fold = plan.fold
+        if self.delay:
+            fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.follows.unsqueeze(-1)
+        keep = torch.cat([plan.document[:, :1] == 0, same], dim=1)
+        self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
+        gamma, batch = self.far.gamma, len(self.inputs.key)
+        self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
+        self.alive = (gamma > 0).repeat(batch).view(-1, 1, 1)
+
+    @property
+    def chunk(self) -> int:
+        """C."""
+        return self.plan.valid.shape[-1]
+
+    def spans(self) -> list[slice]:
+        """The chunks of each block."""
+        count = self.plan.valid.shape[1]
+        return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
+
+    def block(self, span: slice) -> Block:
+        """What the chunks of a span read."""
+        inputs = self.inputs
+        groups = inputs.query.shape[2]
+        logits = inputs.sink_logits
+        if logits is not None:
+            logits = logits.repeat_interleave(self.chunk, dim=1).repeat(len(inputs.key), 1).unsqueeze(1)
+        decay = None
+        if inputs.decay is not None:
+            decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
+            decay = decay if span.start else F.pad(decay, (0, 0, 1, 0))
+        return Block(
+            query=self.queries(inputs.query, span),
+            key=self._chunks(inputs.key, span),
+            value=self._chunks(inputs.value, span),
+            sink_key=self._sinks(inputs.key, inputs.sink_key, span),
+            sink_value=self._sinks(inputs.value, inputs.sink_value, span),
+            mask=self._mask(span, groups) if self.window else None,
+            fold=self.fold[:, span],
+            keep=self.keep[:, span],
+            decay=decay,
+            sink_logits=logits,
+            log_gamma=self.log_gamma,
+            alive=self.alive,
+            scaling=self.scaling,
+            delay=self.delay,
+        )
+
+    def psi(self, block: Block, far: FarKernel) -> Features:
+        """The features of a block's queries and far keys."""
+        heads = self.inputs.key.shape[1]
+        query, key = (x.unflatten(0, (-1, heads)) for x in (block.query, block.key[:, block.far]))
+        return Features(
+            *(
+                x.flatten(0, 1)
+                for x in (*far.query_features(query, self.scaling), *far.key_features(key, self.scaling))
+            )
+        )
+
+    def forward(self) -> Iterator[tuple[slice, Block, Parts]]:
+        """Both parts of each block."""
+        carry, peak = (x.flatten(0, 1) for x in (self.inputs.carry, self.inputs.carry_peak))
+        for span in self.spans():
+            block = self.block(span)
+            parts = block_parts(block, self.psi(block, self.far), carry, peak)
+            yield span, block, parts
+            carry, peak = parts.carry, parts.carry_peak
+
+    def count(self, combined: Combined, span: slice, statistics: FarStatistics) -> None:
+        """Add a block's dropped far parts to the statistics; padding does not count."""
+        heads, groups = self.inputs.query.shape[1:3]
+        asked = self.plan.asked[:, span].repeat(1, 1, groups)
+        asked = asked.repeat_interleave(heads, 0) if len(asked) > 1 else asked
+        seen = combined.exists & asked
+        statistics.add(seen & ~combined.used, seen)
+
+    def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
+        """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
+        batch, heads, groups, length, dim = whole.shape
+        tokens = rows.view(batch, heads, -1, groups, self.chunk, dim).transpose(2, 3).flatten(3, 4)
+        start = span.start * self.chunk
+        whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
+
+    def add(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
+        """Add chunks (A, n + 1, C, D), the first one before the span, to whole (A, T, D)."""
+        first = (span.start - 1) * self.chunk
+        tokens = chunks.flatten(1, 2)
+        low, high = max(first, 0), min(span.stop * self.chunk, whole.shape[1])
+        whole[:, low:high] += tokens[:, low - first : high - first]
+
+    def add_sinks(self, whole: torch.Tensor, of_state: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
+        """Add the gradient of a block's sinks (A, n, s, D) to the keys (A, T, D) or the state's sinks (A, s, D)."""
+        if not rows.shape[2]:
+            return
+        index, from_state = self._sink_index(span, rows.shape[2])
+        batch, heads = self.inputs.key.shape[:2]
+        split = rows.unflatten(0, (batch, heads))
+        stored = from_state[:, None, :, None, None]
+        of_state += torch.where(stored, split, 0.0).sum(2).flatten(0, 1)
+        split = torch.where(stored, 0.0, split).flatten(2, 3)
+        index = index.flatten(1)[:, None, :, None].expand(split.shape)
+        whole.view(batch, heads, *whole.shape[1:]).scatter_add_(2, index, split)
+
+    def queries(self, query: torch.Tensor, span: slice) -> torch.Tensor:
+        """The rows (A, n, G * C, D) of a block in query (B, Hk, G, T, D), or in anything of its shape."""
+        batch, heads, groups, length, dim = query.shape
+        start, stop = span.start * self.chunk, span.stop * self.chunk
+        tokens = query[:, :, :, start:stop]
+        if stop > length:
+            tokens = F.pad(tokens, (0, 0, 0, stop - length))
+        chunks = tokens.unflatten(3, (-1, self.chunk)).transpose(2, 3)
+        return chunks.reshape(batch * heads, span.stop - span.start, groups * self.chunk, dim)
+
+    def _chunks(self, x: torch.Tensor, span: slice) -> torch.Tensor:
+        """The chunks of a span and the one before (A, n + 1, C, D), zeros where there is none."""
+        length = x.shape[2]
+        start, stop = (span.start - 1) * self.chunk, span.stop * self.chunk
+        tokens = x[:, :, max(start, 0) : stop]
+        if start < 0 or stop > length:
+            tokens = F.pad(tokens, (0, 0, max(-start, 0), max(stop - length, 0)))
+        return tokens.reshape(-1, span.stop - span.start + 1, self.chunk, x.shape[3])
+
+    def _sink_index(self, span: slice, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (R, n, s) that are the sinks of each chunk, and whether (R, n) a state has them instead."""
+        chunks = self.plan.sink_chunk[:, span]
+        slots = torch.arange(sinks, device=chunks.device)
+        index = chunks.clamp_min(0).unsqueeze(-1) * self.chunk + slots
+        return index.clamp_max(self.inputs.key.shape[2] - 1), chunks < 0
+
+    def _sinks(self, x: torch.Tensor, of_state: torch.Tensor, span: slice) -> torch.Tensor:
+        sinks = of_state.shape[2]
+        if not sinks:
+            return x.new_zeros(x.shape[0] * x.shape[1], span.stop - span.start, 0, x.shape[3])
+        index, from_state = self._sink_index(span, sinks)
+        found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
+        rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
+        return rows.flatten(0, 1)
+
+    def _mask(self, span: slice, groups: int) -> torch.Tensor:
+        """0 where the queries of a chunk see its near keys, else -inf; (1 or A, 1 or n, R, W)."""
+        if all(self.plan.regular[span]):
+            if 0 not in self._masks:
+                self._masks[0] = self._make_mask(span, groups)[:1, :1]
+            return self._masks[0]
+        return self._make_mask(span, groups)
+
+    def _make_mask(self, span: slice, groups: int) -> torch.Tensor:
+        plan, chunk, sinks = self.plan, self.chunk, self.inputs.sink_key.shape[2]
+        valid, device = plan.valid[:, span], plan.valid.device
+        causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+        # Padding sees itself, so that no row is empty; nobody sees padding.
+        own = causal & (valid.unsqueeze(2) | torch.eye(chunk, dtype=torch.bool, device=device))
+        before = F.pad(plan.valid, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
+        sink = (plan.rank[:, span] > 1)[..., None, None].expand(-1, -1, chunk, sinks)
+        visible = torch.cat(
+            [sink, before.unsqueeze(2).expand(-1, -1, chunk, -1), torch.zeros_like(sink), own], dim=-1
+        )  # fmt: skip
+        mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.query.dtype).repeat(1, 1, groups, 1)
+        return mask.repeat_interleave(self.inputs.key.shape[1], 0) if len(mask) > 1 else mask

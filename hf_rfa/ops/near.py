@@ -1,0 +1,68 @@
+"""Exact attention of chunks over their near keys, and its gradient, without keeping the weights.
+
+The near keys of chunk i are one row of tokens, `[sinks, chunk i - 1, (sinks,) chunk i]`: overlapping views of a buffer
+in which every chunk follows the sinks, so that no key is copied twice. The second group of sinks is masked.
+"""
+
+import torch
+
+
+def windows(chunks: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """(A, n, 2 (s + C), D), a view, of chunks (A, n + 1, C, D) and the sinks (A, n, s, D) that chunks 1.. see."""
+    rows = torch.cat([torch.cat([sinks, sinks[:, -1:]], dim=1), chunks], dim=2)
+    count, width, dim = rows.shape[1:]
+    strides = (count * width * dim, width * dim, dim, 1)
+    return rows.as_strided((len(rows), count - 1, 2 * width, dim), strides)
+
+
+def split_windows(gradient: torch.Tensor, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the `chunks` and `sinks` of `windows`."""
+    width = gradient.shape[2] // 2
+    chunks = gradient.new_zeros(len(gradient), gradient.shape[1] + 1, width - sinks, gradient.shape[3])
+    chunks[:, :-1] = gradient[:, :, sinks:width]
+    chunks[:, 1:] += gradient[:, :, width + sinks :]
+    return chunks, gradient[:, :, :sinks]
+
+
+def near_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention (A, n, R, M) of q (A, n, R, D) over k (A, n, W, D), and its log-normaliser (A, n, R).
+
+    mask: added to the scores, 0 or -inf, of a shape that expands to theirs; every row must see a key.
+    """
+    mask = mask.expand(*query.shape[:3], key.shape[2])
+    if _fused(query, value):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+        )
+    scores = (query @ key.mT) * scaling + mask
+    normaliser = scores.logsumexp(-1)
+    return (scores - normaliser.unsqueeze(-1)).exp() @ value, normaliser
+
+
+def near_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    normaliser: torch.Tensor, mask: torch.Tensor, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of q, k, v where near keys share the normaliser with others.
+
+    With p_ij = exp(s_ij - L_i), L the log of the *whole* denominator and o the *whole* output:
+    dv_j = sum_i p_ij do_i,     ds_ij = p_ij (do_i.v_j - do_i.o_i)
+
+    output (A, n, R, M) is o, normaliser (A, n, R) is L.
+    """
+    mask = mask.expand(*query.shape[:3], key.shape[2])
+    if _fused(query, value):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, query, key, value, output, normaliser, 0.0, False, attn_mask=mask, scale=scaling
+        )
+    weights = ((query @ key.mT) * scaling + mask - normaliser.unsqueeze(-1)).exp()
+    inner = (gradient * output).sum(-1, keepdim=True)
+    scores = weights * (gradient @ value.mT - inner) * scaling
+    return scores @ key, scores.mT @ query, weights.mT @ gradient
+
+
+def _fused(query: torch.Tensor, value: torch.Tensor) -> bool:
+    # torch's CPU kernel hands out the normaliser, which its public function hides; it wants equal head dims.
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
