@@ -23,6 +23,13 @@ SCRIPT = str(ROOT / "scripts" / "finetune.py")
 FSDP = [str(ROOT / "tests" / "worker_fsdp.py"), str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")]
 
 
+def in_this_process(arguments: list[str]) -> None:
+    """The script without a process of its own, which takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        runpy.run_path(SCRIPT)["main"](arguments[1:])
+
+
 @pytest.fixture
 def run(tiny_llama, tmp_path):
     """Folders and a YAML file of a run that takes a second a step or less."""
@@ -86,7 +93,7 @@ def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 @pytest.mark.multi_process
 def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run):
-    launch(arguments(run, "whole"))
+    in_this_process(arguments(run, "whole"))
     whole = progress(run, "whole")
     assert len(set(whole["losses"])) == 6
     assert [e["step"] for e in whole["evaluations"]] == [3, 6]
@@ -111,7 +118,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run
 
     # Two processes and the same global batch, resumed on one.
     kill_when_saved(run / "two", "checkpoint-*", arguments(run, "two", save_every=1), processes=2)
-    launch(arguments(run, "two", resume=True))
+    in_this_process(arguments(run, "two", resume=True))
     assert progress(run, "two")["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert progress(run, "two")["tokens"] == whole["tokens"]
     found = weights(run, "two")
@@ -122,14 +129,14 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run
 def test_attention_transfer_that_is_killed_resumes_and_fine_tuning_alone_starts_from_it(run):
     options = {"stages": "calibrate", "resample": "never", "distill_steps": 12, "save_every": 3}
     stages = ["--stages", "calibrate", "distill"]
-    launch([*arguments(run, "whole", **options), *stages])
+    in_this_process([*arguments(run, "whole", **options), *stages])
     kill_when_saved(run / "killed", "distill.pt", [*arguments(run, "killed", **options), *stages])
     assert not (run / "killed" / "distilled").exists()
-    launch([*arguments(run, "killed", resume=True, **options), *stages])
+    in_this_process([*arguments(run, "killed", resume=True, **options), *stages])
     assert_same_weights(weights(run, "killed", "distilled"), weights(run, "whole", "distilled"), rtol=0, atol=0)
 
     alone = {"model": run / "whole" / "distilled", "stages": "finetune", "train": "adapter", "steps": 2}
-    launch(arguments(run, "alone", resample="never", learning_rate="1e-2", **alone))
+    in_this_process(arguments(run, "alone", resample="never", learning_rate="1e-2", **alone))
     before, after = weights(run, "whole", "distilled"), weights(run, "alone")
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed
@@ -142,7 +149,7 @@ def test_attention_transfer_that_is_killed_resumes_and_fine_tuning_alone_starts_
 @pytest.mark.multi_process
 def test_fsdp2_gives_what_one_process_gives_and_resumes(run):
     options = {"steps": 4, "evaluate_every": 2}
-    launch(arguments(run, "one", **options))
+    in_this_process(arguments(run, "one", **options))
     started = [*FSDP, *arguments(run, "sharded", save_every=1, **options)]
     kill_when_saved(run / "sharded", "checkpoint-*", started, processes=2)
     assert any((run / "sharded").glob("checkpoint-*/pytorch_model_fsdp_0"))  # sharded indeed
@@ -158,7 +165,7 @@ def test_fsdp2_gives_what_one_process_gives_and_resumes(run):
 @pytest.mark.multi_process
 def test_one_document_on_two_processes_trains_like_on_one(run):
     options = {"documents": "random", "resample": "never", "batches_per_step": 1, "steps": 3, "evaluate_every": 3}
-    launch(arguments(run, "one", **options))
+    in_this_process(arguments(run, "one", **options))
     launch(arguments(run, "two", sequence_parallel=2, **options), 2)
     assert progress(run, "two")["losses"] == pytest.approx(progress(run, "one")["losses"], rel=1e-5)
 
