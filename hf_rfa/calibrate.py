@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration_report import CalibrationReport, HeadCalibration
+from hf_rfa.clusters import KeyClusters
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import base_model, conversion_config, set_softmax_heads, store_report
 from hf_rfa.devices import execution_device
@@ -80,7 +81,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
     base = base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     converted = [adapter for adapter in adapters if adapter.converted]
-    moments = {adapter.layer: Moments() for adapter in converted}
+    clustered = config.feature_map == "clustered"
+    moments = {adapter.layer: KeyClusters(adapter) if clustered else Moments() for adapter in converted}
     _observe(base, adapters, batches, plant_repeats, moments)
     _merge(moments)
     fits = {adapter.layer: LayerFit(adapter, moments[adapter.layer]) for adapter in converted}

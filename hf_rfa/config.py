@@ -10,7 +10,7 @@ from hf_rfa.errors import ConfigError
 #: Version of the saved format. A file with a higher one is refused instead of half understood.
 FORMAT_VERSION = 1
 
-FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive")
+FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
 #: What `calibrate` chooses from for each key head with `feature_map="auto"`, whose layers begin with the first.
 AUTO_MAPS = ("hyperbolic", "trigonometric")
 #: "learned" is what `distill` makes of omega: it begins as "sphere" and is never redrawn.
@@ -43,8 +43,9 @@ class RFAConfig:
 
     feature_map: str = _help(
         "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus "
-        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), or 'auto' (hyperbolic or trigonometric, chosen "
-        "for each key head by `calibrate`).",
+        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), 'auto' (hyperbolic or trigonometric, chosen for "
+        "each key head by `calibrate`), or 'clustered' (omega are centroids of keys, found by `calibrate`; the best "
+        "start for `distill`).",
         "hyperbolic",
     )
     num_features: int = _help(
@@ -59,7 +60,7 @@ class RFAConfig:
     omega: str = _help(
         "How omega is drawn: 'sphere' (blocks of orthogonal directions of equal length: least error, a small bias), "
         "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.). 'learned': begun as "
-        "'sphere', then trained by `distill`; never redrawn.",
+        "'sphere', then trained by `distill` or found by `calibrate` (the clustered map); never redrawn.",
         "sphere",
     )
     window: int = _help(
@@ -117,6 +118,8 @@ class RFAConfig:
                 "`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
                 f"{self.resample!r}. Set RFAConfig(resample='never')."
             )
+        if self.feature_map == "clustered":  # centroids are no draw
+            object.__setattr__(self, "omega", "learned")
         if self.omega == "learned" and self.resample != "never":
             raise ConfigError(
                 f"omega='learned' is never redrawn. Got resample={self.resample!r}. Set RFAConfig(resample='never')."

@@ -13,9 +13,14 @@ with bounded `features`, so that the caller can stabilise: the exponential is ne
 | positive         | m  | exp(-|x'|^2/2) sqrt(1/m) exp(w_i.x')                                                |
 | hyperbolic       | 2m | exp(-|x'|^2/2) sqrt(1/2m) [exp(w_i.x'), exp(-w_i.x')]                               |
 | optimal_positive | m  | (1-4A)^(D/4) sqrt(1/m) exp(A|w_i|^2 + sqrt(1-4A) w_i.x' - |x'|^2/2)                 |
+| clustered        | m  | exp(w_i.q') for queries, softmax_i(w_i.k' - |w_i|^2/2) for keys                     |
+
+The last is the exception, for rows w_i that are no draw but the centroids of clusters of keys: it reads the kernel of
+each key off the centroid it is nearest to. It is biased, but needs far fewer components for heads that look things up.
 
 Sources: trigonometric, Rahimi and Recht 2007 and Peng et al. 2021; positive and hyperbolic, Choromanski et al. 2021,
-Lemma 1; optimal_positive, Likhosherstov et al. 2022.
+Lemma 1; optimal_positive, Likhosherstov et al. 2022; clustered, normalised features of keys as in Hedgehog (Zhang et
+al. 2024), with one exponential of a query for each cluster as in Vyas et al. 2020.
 """
 
 import math
@@ -29,6 +34,7 @@ import torch.nn.functional as F
 from hf_rfa.errors import ConfigError
 
 Features = tuple[torch.Tensor, torch.Tensor]
+MapFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Features]
 
 
 def trigonometric(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
@@ -60,6 +66,17 @@ def optimal_positive(
     return _normalised(exponent, constant - x.square().sum(-1) / 2)
 
 
+def cluster_logits(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+    """What each cluster gives a query: exp(w.q')."""
+    return _normalised(projection, torch.zeros_like(projection[..., 0]))
+
+
+def cluster_shares(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+    """How much a key belongs to each cluster: the posterior of a mixture of unit Gaussians around omega's rows."""
+    size = omega.square().sum(-1).view(-1, *(1,) * (projection.dim() - 3), omega.shape[1])
+    return (projection - size / 2).softmax(-1), torch.zeros_like(projection[..., 0])
+
+
 def optimal_proposal(mean_square_sum: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The A that minimises the variance for nu = E|q'+k'|^2 (Likhosherstov et al. 2022, Theorem 3.1 and section 3.2).
 
@@ -80,10 +97,14 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A member of the family: its function and how many components it makes of one omega."""
+    """A member of the family: its function and how many components it makes of one omega.
 
-    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Features]
+    `key_function` is that of keys where it differs from the one of queries.
+    """
+
+    function: MapFunction
     components: int
+    key_function: MapFunction | None = None
 
 
 FEATURE_MAPS = {
@@ -91,7 +112,13 @@ FEATURE_MAPS = {
     "positive": FeatureMap(positive, 1),
     "hyperbolic": FeatureMap(hyperbolic, 2),
     "optimal_positive": FeatureMap(optimal_positive, 1),
+    "clustered": FeatureMap(cluster_logits, 1, cluster_shares),
 }
+
+
+def _function(name: str, keys: bool) -> MapFunction:
+    feature_map = FEATURE_MAPS[name]
+    return feature_map.key_function or feature_map.function if keys else feature_map.function
 
 
 @dataclass(frozen=True)
@@ -140,12 +167,12 @@ class FarKernel:
     def query_features(self, query: torch.Tensor, scaling: float) -> Features:
         """psi of queries (batch, key_heads, ..., N, D), as (features, log_scale)."""
         exact, x = self._split(query, self.query_center, self.key_center, self.query_transform, scaling, shift=False)
-        return self._features(x, exact, self.query_radius, scaling)
+        return self._features(x, exact, self.query_radius, scaling, keys=False)
 
     def key_features(self, key: torch.Tensor, scaling: float) -> Features:
         """psi of keys (batch, key_heads, ..., N, D), as (features, log_scale)."""
         exact, x = self._split(key, self.key_center, self.query_center, self.key_transform, scaling, shift=True)
-        return self._features(x, exact, self.key_radius, scaling)
+        return self._features(x, exact, self.key_radius, scaling, keys=True)
 
     def _split(
         self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
@@ -161,7 +188,9 @@ class FarKernel:
             centred = torch.einsum("bh...d,hed->bh...e", centred, transform)
         return exact, centred
 
-    def _features(self, x: torch.Tensor, exact: torch.Tensor, radius: torch.Tensor | None, scaling: float) -> Features:
+    def _features(
+        self, x: torch.Tensor, exact: torch.Tensor, radius: torch.Tensor | None, scaling: float, keys: bool
+    ) -> Features:
         heads = (-1,) + (1,) * (x.dim() - 2)
         size = (self.alpha * math.sqrt(scaling)).view(heads)
         if radius is not None:
@@ -170,18 +199,18 @@ class FarKernel:
             size = size * (x.square().sum(-1, keepdim=True) / bound.square()).clamp_min(1.0).rsqrt()
         x = x * size
         projection = torch.einsum("bh...d,hmd->bh...m", x, self.omega)
-        features, log_scale = self._map_heads(x, projection, self.proposal.view(heads))
+        features, log_scale = self._map_heads(x, projection, self.proposal.view(heads), keys)
         return features, log_scale + exact
 
-    def _map_heads(self, x: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor) -> Features:
+    def _map_heads(self, x: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor, keys: bool) -> Features:
         """The map of each head on its own slice."""
         names = sorted(set(self.feature_maps))
         if len(names) <= 1:
-            return FEATURE_MAPS[names[0] if names else "positive"].function(x, projection, self.omega, proposal)
+            return _function(names[0] if names else "positive", keys)(x, projection, self.omega, proposal)
         parts, order = [], []
         for name in names:
             heads = [head for head, other in enumerate(self.feature_maps) if other == name]
-            function = FEATURE_MAPS[name].function
+            function = _function(name, keys)
             parts.append(function(x[:, heads], projection[:, heads], self.omega[heads], proposal[heads]))
             order += heads
         back = [order.index(head) for head in range(len(order))]

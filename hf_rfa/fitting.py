@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
+from hf_rfa.clusters import KeyClusters
 from hf_rfa.config import AUTO_MAPS
 from hf_rfa.feature_maps import optimal_proposal
 from hf_rfa.geometry import Geometry, Moments
@@ -27,16 +28,17 @@ class LayerFit:
     fitted on them too, heads that look things up would take a far average that harms them everywhere else.
     """
 
-    def __init__(self, adapter: RFAAdapter, moments: Moments) -> None:
+    def __init__(self, adapter: RFAAdapter, moments: Moments | KeyClusters) -> None:
         self.adapter, self.geometries = adapter, moments.geometries()
         self.pure = adapter.config.window == 0
         # gamma cancels without a window, and a far part there must be.
         self.gammas = (1.0,) if self.pure else GAMMAS
         name = adapter.config.feature_map
         maps = AUTO_MAPS if name == "auto" else (name,)
-        # With alpha = 0 all maps are the same.
+        # With alpha = 0 all maps are the same. The geometries of clusters are tempered already.
+        alphas = (1.0,) if name == "clustered" else ALPHAS
         self.runs = [
-            run for run in itertools.product(maps, range(len(self.geometries)), ALPHAS) if run[2] or run[0] == maps[0]
+            run for run in itertools.product(maps, range(len(self.geometries)), alphas) if run[2] or run[0] == maps[0]
         ]
         none = [] if self.pure else [(maps[0], 0, 0.0, 0.0)]
         self.candidates = none + [(*run, gamma) for run in self.runs for gamma in self.gammas]

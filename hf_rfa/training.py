@@ -107,7 +107,8 @@ def finetune(
         FloatingPointError: the loss is NaN or infinite; the message names the step, the batches and the last good
             checkpoint. The model keeps the weights of the step before.
     """
-    _check_arguments(steps, learning_rate, feature_learning_rate, schedule, mixed_precision, output, save_every, resume)
+    _check_rates(learning_rate, feature_learning_rate)
+    _check_arguments(steps, schedule, mixed_precision, output, save_every, resume)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no parameter with `requires_grad=True`. Unfreeze some before fine-tuning.")
     if evaluate_every < 1:
@@ -241,10 +242,14 @@ def _parameter_groups(model: nn.Module, rate: float, feature_rate: float, decay:
     return [group for group in groups if group["params"]]
 
 
+def _check_rates(learning_rate: float, feature_learning_rate: float | None) -> None:
+    for name, rate in (("learning_rate", learning_rate), ("feature_learning_rate", feature_learning_rate)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"`{name}` must be positive. Got {rate}. Set, for example, 1e-4.")
+
+
 def _check_arguments(
     steps: int,
-    learning_rate: float,
-    feature_learning_rate: float | None,
     schedule: str,
     mixed_precision: str,
     output: str | Path | None,
@@ -253,9 +258,6 @@ def _check_arguments(
 ) -> None:
     if steps < 1 or save_every < 1:
         raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
-    for name, rate in (("learning_rate", learning_rate), ("feature_learning_rate", feature_learning_rate)):
-        if rate is not None and not 0 < rate < math.inf:
-            raise ConfigError(f"`{name}` must be positive. Got {rate}. Set, for example, 1e-4.")
     if schedule not in SCHEDULES:
         raise ConfigError(f"`schedule` must be one of {list(SCHEDULES)}. Got {schedule!r}.")
     if mixed_precision not in PRECISIONS:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from hf_rfa.omega import draw_omega
 
-FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive")
+FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
 Tensors = dict[str, torch.Tensor]
 
 

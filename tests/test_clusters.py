@@ -1,0 +1,119 @@
+"""The clustered map: k-means of the keys, what the kernel then is, and the model that is made of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from families import SHORT, build, token_ids
+from torch.testing import assert_close
+
+import hf_rfa
+from hf_rfa.adapter import LEARNED, RFAAdapter, require_adapters
+from hf_rfa.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.layout import TokenLayout
+
+CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=12)
+
+
+def blobs(heads=2, clusters=5, each=40, dim=6, seed=0):
+    """Keys (heads, clusters * each, dim) around centres that are far apart, and the centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 10 * torch.randn(heads, clusters, dim, generator=generator)
+    noise = 0.1 * torch.randn(heads, clusters, each, dim, generator=generator)
+    order = torch.randperm(clusters * each, generator=generator)
+    return (centres.unsqueeze(2) + noise).flatten(1, 2)[:, order], centres
+
+
+def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
+    """A layer's adapter and its clusters after it has seen keys (heads, n, dim)."""
+    adapter = RFAAdapter(config, 0, len(keys), keys.shape[-1], converted=True)
+    clusters = KeyClusters(adapter)
+    key = keys[None]
+    options = {"scaling": scaling, "causal": True, "sink_logits": None}
+    clusters(adapter, torch.nn.Identity(), key, key, key, TokenLayout(valid), options, key)
+    clusters.merge(lambda tensor: tensor)
+    return adapter, clusters
+
+
+def test_k_means_ends_where_each_centroid_is_the_mean_of_its_keys():
+    keys, _ = blobs()
+    found = k_means(keys, 7, torch.Generator().manual_seed(0), lambda tensor: tensor)
+    nearest = torch.cdist(keys, found).argmin(-1)
+    for head in range(2):
+        for cluster in nearest[head].unique().tolist():
+            assert_close(found[head, cluster], keys[head][nearest[head] == cluster].mean(0))
+
+
+def test_k_means_of_two_processes_is_one_of_all_their_keys():
+    keys, _ = blobs(each=20)
+    seen = []
+
+    def double(tensor):  # the other process has the same keys
+        seen.append(tensor.shape)
+        return 2 * tensor
+
+    one = k_means(keys, 6, torch.Generator().manual_seed(0), lambda tensor: tensor)
+    two = k_means(keys, 6, torch.Generator().manual_seed(0), double)
+    assert_close(one, two)
+    assert seen
+
+
+def test_the_kernel_of_a_key_is_that_of_its_centroid():
+    keys, _ = blobs(heads=1)
+    adapter, clusters = observed(keys, dataclasses.replace(CLUSTERED, num_features=60), scaling=0.25)
+    geometry = clusters.geometries()[TEMPERS.index(1.0)]
+    adapter.set_kernel(["clustered"], **vars(geometry))
+    kernel = FarKernel(adapter.feature_maps, adapter.omega, **{
+        name: getattr(adapter, name) for name in
+        ("alpha", "gamma", "proposal", "query_center", "key_center", "query_transform", "key_transform",
+         "query_radius", "key_radius")
+    })  # fmt: skip
+    query = 0.3 * torch.randn(1, 1, 50, 6, generator=torch.Generator().manual_seed(1))
+    features, scale = kernel.query_features(query, 0.25)
+    shares, key_scale = kernel.key_features(keys[None], 0.25)
+    assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
+    got = (features @ shares.mT).log() + scale.unsqueeze(-1) + key_scale.unsqueeze(-2)
+    want = 0.25 * query @ keys[None].mT
+    # Clusters of keys as small as these: what a centroid says is true of each of them.
+    assert (got - want).abs().max() < 0.2 < 0.1 * want.abs().max()
+
+
+def test_padding_is_in_no_cluster():
+    keys, _ = blobs(heads=1, each=30)
+    valid = torch.ones(1, keys.shape[1], dtype=torch.bool)
+    valid[0, :40] = False
+    far = keys.clone()
+    far[:, :40] = 1e4
+    with_padding, _ = observed(far, valid=valid)
+    without, _ = observed(keys[:, 40:])
+    assert_close(with_padding.omega, without.omega)
+
+
+def test_sharpness_and_scaling_cancel_in_the_products():
+    keys, _ = blobs(heads=1, clusters=12)
+    adapter, clusters = observed(keys, scaling=0.25)
+    geometry = clusters.geometries()[TEMPERS.index(1.0)]
+    eye = torch.eye(6)
+    assert_close(geometry.query_transform[0] @ geometry.key_transform[0], eye)
+    centroids = adapter.omega / (SHARPNESS * 0.25) ** 0.5 + clusters.center.unsqueeze(1)
+    assert torch.cdist(keys, centroids).amin(-1).max() < 20
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_clustered_model_is_calibrated_saved_and_never_redrawn(family, tmp_path):
+    model = build(family)
+    ids = token_ids(batch=2, length=128)
+    hf_rfa.convert(model, CLUSTERED, calibrate=ids)
+    assert {name for a in require_adapters(model) for name in a.feature_maps} == {"clustered"}
+    report = hf_rfa.calibration_report(model)
+    assert report.divergence <= report.window_divergence
+    for adapter in require_adapters(model):
+        assert {name for name, _ in adapter.named_parameters()} == set(LEARNED)
+    with pytest.raises(hf_rfa.ConfigError, match="learned"):
+        hf_rfa.resample(model)
+    with pytest.raises(hf_rfa.ConfigError, match="never redrawn"):
+        dataclasses.replace(CLUSTERED, resample=2)
+    hf_rfa.save_pretrained(model, tmp_path)
+    again = hf_rfa.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
