@@ -25,7 +25,7 @@ class RFAAdapter(nn.Module):
     """Random features of one attention layer. Its tensors stay float32 whatever the model is cast to.
 
     Attributes:
-        omega: (key_heads, m, head_dim) rows N(0, I), a function of (config.seed, layer, draw).
+        omega: (key_heads, rows, head_dim) rows N(0, I), a function of (config.seed, layer, draw); or centroids.
         alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
         query_center, key_center: (key_heads, head_dim) what the far kernel takes off; calibration sets them.
         query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
@@ -59,7 +59,7 @@ class RFAAdapter(nn.Module):
         super().__init__()
         self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
         ones = torch.ones(key_heads)
-        self.register_buffer("omega", torch.empty(key_heads, config.features_of(layer), head_dim))
+        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim))
         self.register_buffer("alpha", ones * config.alpha)
         self.register_buffer("gamma", ones * config.gamma)
         self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
@@ -75,10 +75,12 @@ class RFAAdapter(nn.Module):
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
         self.statistics = FarStatistics()
         self.calls = 0
+        self.calls_in_forward = 0
+        self.attends_twice = False  # in one forward of its module; `convert` finds out
         self.cache_layer: Any = None  # what the attention module was called with, see `attention.stash_cache`
         self.observer: Any = None  # set by `calibrate`: sees q, k, v while the layer answers with exact softmax
         self._python: dict[str, Any] = {}
-        self.redraw(0)
+        self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
             self.learn()
 
@@ -156,20 +158,23 @@ class RFAAdapter(nn.Module):
         self.softmax_mask.copy_(mask)
         self._python.clear()
 
+    def drawn(self, draw: int) -> torch.Tensor:
+        """omega of draw number `draw`, for all key heads."""
+        heads, rows, dim = self.omega.shape
+        config = self.config
+        omega = draw_omega(heads, rows, dim, kind=config.omega, seed=config.seed, layer=self.layer, draw=draw)
+        return omega.to(self.omega.device)
+
     def redraw(self, draw: int) -> None:
         """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
-        heads, features, dim = self.omega.shape
-        omega = draw_omega(
-            heads, features, dim, kind=self.config.omega, seed=self.config.seed, layer=self.layer, draw=draw
-        )
-        self.omega = omega.to(self.omega.device)
+        self.omega = self.drawn(draw)
         self.draw.fill_(draw)
         self._python.clear()
 
     def extra_repr(self) -> str:
         heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
         return (
-            f"{'/'.join(sorted(set(self.feature_maps)))}, num_features={self.omega.shape[1]}, "
+            f"{'/'.join(sorted(set(self.feature_maps)))}, num_features={self.config.features_of(self.layer)}, "
             f"window={self.config.window}, key_heads={self.key_heads}, draw={self.draw_number}{heads}"
         )
 

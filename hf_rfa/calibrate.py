@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration_report import CalibrationReport, HeadCalibration
-from hf_rfa.clusters import KeyClusters
+from hf_rfa.candidates import CandidateSource
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import base_model, conversion_config, set_softmax_heads, store_report
 from hf_rfa.devices import execution_device
@@ -28,7 +28,6 @@ from hf_rfa.divergence import Divergence, ignore, measure
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.fitting import LayerFit
-from hf_rfa.geometry import Moments
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.
 AUTO_SHARE = 0.25
@@ -81,11 +80,10 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
     base = base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     converted = [adapter for adapter in adapters if adapter.converted]
-    clustered = config.feature_map == "clustered"
-    moments = {adapter.layer: KeyClusters(adapter) if clustered else Moments() for adapter in converted}
-    _observe(base, adapters, batches, plant_repeats, moments)
-    _merge(moments)
-    fits = {adapter.layer: LayerFit(adapter, moments[adapter.layer]) for adapter in converted}
+    sources = {adapter.layer: CandidateSource(adapter) for adapter in converted}
+    _observe(base, adapters, batches, plant_repeats, sources)
+    _merge(sources)
+    fits = {adapter.layer: LayerFit(adapter, sources[adapter.layer]) for adapter in converted}
     _observe(base, adapters, batches, plant_repeats, fits)
     _merge(fits)
     if not all(fit.totals[2] for fit in fits.values()):

@@ -20,7 +20,7 @@ MAX_KEYS, ROUNDS = 16384, 15
 
 
 class KeyClusters:
-    """Observer that keeps a layer's keys; `merge` clusters them, and makes the centroids the adapter's omega.
+    """Observer that keeps a layer's keys; `merge` clusters them by k-means.
 
     With centre c, centroids w_f and sharpness s the clustered kernel then is
 
@@ -32,7 +32,8 @@ class KeyClusters:
         self.planted = 0  # set by the caller: tokens at the end of each row that repeat earlier ones
         self.keys: list[torch.Tensor] = []
         self.scaling = 1.0  # that of the layer, once it was seen
-        self.center = torch.empty(0)
+        self.center = torch.empty(0)  # (Hk, D), the mean key
+        self.omega = torch.empty(0)  # (Hk, rows, D), the centroids as the clustered map wants them
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -52,15 +53,12 @@ class KeyClusters:
         self.keys = []
         generator = torch.Generator().manual_seed(self.adapter.config.seed)
         keys = keys[:, torch.randperm(keys.shape[1], generator=generator)[:MAX_KEYS].to(keys.device)]
-        heads, features = self.adapter.omega.shape[:2]
+        heads, rows = self.adapter.omega.shape[:2]
         ones = torch.ones(heads, keys.shape[1], 1, dtype=torch.float64, device=keys.device)
         sums = reduce(torch.cat([keys.double(), ones], dim=-1).sum(1))
         self.center = (sums[:, :-1] / sums[:, -1:]).float()
         keys = keys - self.center.unsqueeze(1)
-        omega = k_means(keys, features, generator, reduce)
-        self.adapter.set_kernel(
-            ["clustered"] * heads, omega=omega * (SHARPNESS * self.scaling) ** 0.5, alpha=torch.ones(heads)
-        )
+        self.omega = k_means(keys, rows, generator, reduce) * (SHARPNESS * self.scaling) ** 0.5
 
     def geometries(self) -> list[Geometry]:
         """One for each temper: keys to the scale of omega, queries so that the product is tempered q.w."""

@@ -43,18 +43,18 @@ class RFAConfig:
 
     feature_map: str = _help(
         "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus "
-        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), 'auto' (hyperbolic or trigonometric, chosen for "
-        "each key head by `calibrate`), or 'clustered' (omega are centroids of keys, found by `calibrate`; the best "
-        "start for `distill`).",
+        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), 'auto' (hyperbolic or "
+        "trigonometric, chosen for each key head by `calibrate`), or 'clustered' (omega are centroids of keys, which "
+        "`calibrate` finds: the best start for training).",
         "hyperbolic",
     )
     num_features: int = _help(
-        "Number of omega vectors per key head (D_random). The trigonometric and hyperbolic maps make two components "
-        "of each.",
+        "Number of random features per key head (D_random). All maps but 'positive' and 'optimal_positive' make two "
+        "components of each.",
         64,
     )
     layer_features: Any = _help(
-        "Other numbers of omega vectors for some layers, as {layer: number}; for example more where heads retrieve.",
+        "Other numbers of random features for some layers, as {layer: number}; for example more where heads retrieve.",
         None,
     )
     omega: str = _help(
@@ -129,8 +129,12 @@ class RFAConfig:
         object.__setattr__(self, "layer_features", _normalise_features(self.layer_features))
 
     def features_of(self, layer: int) -> int:
-        """Number of omega vectors per key head of one layer."""
+        """Number of random features per key head of one layer."""
         return dict(self.layer_features or ()).get(layer, self.num_features)
+
+    def omega_rows(self, layer: int) -> int:
+        """Number of rows of omega per key head of one layer: centroids take two for one random feature."""
+        return self.features_of(layer) * (2 if self.feature_map == "clustered" else 1)
 
     def converts_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (in the order in which the model calls them) becomes RFA."""

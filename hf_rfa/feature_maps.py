@@ -13,10 +13,11 @@ with bounded `features`, so that the caller can stabilise: the exponential is ne
 | positive         | m  | exp(-|x'|^2/2) sqrt(1/m) exp(w_i.x')                                                |
 | hyperbolic       | 2m | exp(-|x'|^2/2) sqrt(1/2m) [exp(w_i.x'), exp(-w_i.x')]                               |
 | optimal_positive | m  | (1-4A)^(D/4) sqrt(1/m) exp(A|w_i|^2 + sqrt(1-4A) w_i.x' - |x'|^2/2)                 |
-| clustered        | m  | exp(w_i.q') for queries, softmax_i(w_i.k' - |w_i|^2/2) for keys                     |
+| clustered        | 2m | exp(w_i.q') for queries, softmax_i(w_i.k' - |w_i|^2/2) for keys                     |
 
-The last is the exception, for rows w_i that are no draw but the centroids of clusters of keys: it reads the kernel of
-each key off the centroid it is nearest to. It is biased, but needs far fewer components for heads that look things up.
+The last is the exception, for 2m rows w_i that are no draw but the centroids of clusters of keys: it reads the kernel
+of each key off the centroid it is nearest to. It is biased, but needs far fewer components for heads that look things
+up.
 
 Sources: trigonometric, Rahimi and Recht 2007 and Peng et al. 2021; positive and hyperbolic, Choromanski et al. 2021,
 Lemma 1; optimal_positive, Likhosherstov et al. 2022; clustered, normalised features of keys as in Hedgehog (Zhang et
@@ -97,13 +98,14 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A member of the family: its function and how many components it makes of one omega.
+    """A member of the family: its function, and how many components a random feature has.
 
-    `key_function` is that of keys where it differs from the one of queries.
+    `rows` of omega belong to one random feature. `key_function` is that of keys where it differs from the queries'.
     """
 
     function: MapFunction
     components: int
+    rows: int = 1
     key_function: MapFunction | None = None
 
 
@@ -112,8 +114,13 @@ FEATURE_MAPS = {
     "positive": FeatureMap(positive, 1),
     "hyperbolic": FeatureMap(hyperbolic, 2),
     "optimal_positive": FeatureMap(optimal_positive, 1),
-    "clustered": FeatureMap(cluster_logits, 1, cluster_shares),
+    "clustered": FeatureMap(cluster_logits, 2, rows=2, key_function=cluster_shares),
 }
+
+
+def rows_per_feature(names: Sequence[str]) -> int:
+    """Rows of omega for one random feature in a layer with these maps."""
+    return max((FEATURE_MAPS[name].rows for name in names), default=1)
 
 
 def _function(name: str, keys: bool) -> MapFunction:
@@ -132,7 +139,8 @@ class FarKernel:
 
     Args:
         feature_maps: A name of `FEATURE_MAPS` for each key head; all make equally many components.
-        omega: (key_heads, m, D), rows N(0, I) (or learned).
+        omega: (key_heads, m, D), rows N(0, I) (or learned). (key_heads, 2m, D) if a head is clustered: the others
+            then use the first m rows.
         alpha: (key_heads,) tempering; 1 = unbiased, 0 = only b and c tell far keys apart.
         gamma: (key_heads,) weight of the far part; 0 = none.
         proposal: (key_heads,) A of the optimal positive features; the other maps do not read it.
@@ -162,7 +170,7 @@ class FarKernel:
     def num_components(self) -> int:
         """F, the length of psi."""
         components = FEATURE_MAPS[self.feature_maps[0]].components if self.feature_maps else 1
-        return components * self.omega.shape[1]
+        return components * self.omega.shape[1] // rows_per_feature(self.feature_maps)
 
     def query_features(self, query: torch.Tensor, scaling: float) -> Features:
         """psi of queries (batch, key_heads, ..., N, D), as (features, log_scale)."""
@@ -211,7 +219,9 @@ class FarKernel:
         for name in names:
             heads = [head for head, other in enumerate(self.feature_maps) if other == name]
             function = _function(name, keys)
-            parts.append(function(x[:, heads], projection[:, heads], self.omega[heads], proposal[heads]))
+            used = self.omega.shape[1] * FEATURE_MAPS[name].rows // rows_per_feature(self.feature_maps)
+            own = (x[:, heads], projection[:, heads, ..., :used], self.omega[heads, :used], proposal[heads])
+            parts.append(function(*own))
             order += heads
         back = [order.index(head) for head in range(len(order))]
         features, log_scale = (torch.cat(tensors, dim=1)[:, back] for tensors in zip(*parts, strict=True))
@@ -267,7 +277,7 @@ def feature_map_of_heads(names: str | Sequence[str], key_heads: int) -> tuple[st
         )
     if len({FEATURE_MAPS[name].components for name in maps}) > 1:
         raise ConfigError(
-            "The feature maps of one layer must make equally many components of an omega: 'trigonometric' with "
-            f"'hyperbolic', or 'positive' with 'optimal_positive'. Got {sorted(set(maps))}."
+            "The feature maps of one layer must make equally many components of a feature: 'trigonometric', "
+            f"'hyperbolic' and 'clustered', or 'positive' and 'optimal_positive'. Got {sorted(set(maps))}."
         )
     return maps

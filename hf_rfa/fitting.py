@@ -1,6 +1,5 @@
 """The fit of every key head's far kernel on one layer: a grid over map, geometry, alpha and gamma, scored exactly."""
 
-import itertools
 from dataclasses import fields
 from typing import Any
 
@@ -8,16 +7,14 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
-from hf_rfa.clusters import KeyClusters
-from hf_rfa.config import AUTO_MAPS
+from hf_rfa.candidates import Candidate, CandidateSource
 from hf_rfa.feature_maps import optimal_proposal
-from hf_rfa.geometry import Geometry, Moments
+from hf_rfa.geometry import Geometry
 from hf_rfa.head_errors import grams_of_heads, output_projection, squared_errors
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.parts import attention_parts
 
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 
 
@@ -28,20 +25,13 @@ class LayerFit:
     fitted on them too, heads that look things up would take a far average that harms them everywhere else.
     """
 
-    def __init__(self, adapter: RFAAdapter, moments: Moments | KeyClusters) -> None:
-        self.adapter, self.geometries = adapter, moments.geometries()
+    def __init__(self, adapter: RFAAdapter, source: CandidateSource) -> None:
+        self.adapter, self.runs = adapter, source.candidates()
         self.pure = adapter.config.window == 0
         # gamma cancels without a window, and a far part there must be.
         self.gammas = (1.0,) if self.pure else GAMMAS
-        name = adapter.config.feature_map
-        maps = AUTO_MAPS if name == "auto" else (name,)
-        # With alpha = 0 all maps are the same. The geometries of clusters are tempered already.
-        alphas = (1.0,) if name == "clustered" else ALPHAS
-        self.runs = [
-            run for run in itertools.product(maps, range(len(self.geometries)), alphas) if run[2] or run[0] == maps[0]
-        ]
-        none = [] if self.pure else [(maps[0], 0, 0.0, 0.0)]
-        self.candidates = none + [(*run, gamma) for run in self.runs for gamma in self.gammas]
+        none = [] if self.pure else [(self.runs[0], 0.0)]
+        self.candidates = none + [(run, gamma) for run in self.runs for gamma in self.gammas]
         self.plain_errors = torch.zeros(len(self.candidates), adapter.key_heads, dtype=torch.float64)
         self.errors = torch.zeros_like(self.plain_errors)
         self.totals = torch.zeros(3, dtype=torch.float64)  # squared output, tokens, far tokens
@@ -63,8 +53,8 @@ class LayerFit:
         self.scaling = options["scaling"]
         target = exact.float().unflatten(1, (heads, -1))  # (B, Hk, G, N, M)
         row = 0 if self.pure else 1
-        for number, (name, geometry, alpha) in enumerate(self.runs):
-            call = self._call(query, key, value, layout, options, name, self.geometries[geometry], alpha)
+        for number, run in enumerate(self.runs):
+            call = self._call(query, key, value, layout, options, run)
             near, far = attention_parts(call)
             squares = squared_errors(near, far, target, grams, self.gammas, call.sink_logits)
             if not self.pure and number == 0:
@@ -82,40 +72,42 @@ class LayerFit:
         losses = self.errors / self.totals[0]
         best = self.plain_errors.argmin(0)
         rows, chosen = [], [self.candidates[index] for index in best.tolist()]
-        for head, (name, _, alpha, gamma) in enumerate(chosen):
+        for head, (run, gamma) in enumerate(chosen):
             window = float("nan") if self.pure else losses[0, head].item()
-            loss = losses[best[head], head].item()
-            rows.append({"feature_map": name, "alpha": alpha, "gamma": gamma, "loss": loss, "window_loss": window})
+            fit = {"feature_map": run.feature_map, "alpha": run.alpha, "gamma": gamma}
+            rows.append({**fit, "loss": losses[best[head], head].item(), "window_loss": window})
+        runs = [run for run, _ in chosen]
         geometry = {
-            field.name: torch.stack([getattr(self.geometries[c[1]], field.name)[h] for h, c in enumerate(chosen)])
+            field.name: torch.stack([getattr(run.geometry, field.name)[head] for head, run in enumerate(runs)])
             for field in fields(Geometry)
         }
-        proposal = [self._proposal(self.geometries[c[1]], c[2])[head] for head, c in enumerate(chosen)]
         self.adapter.set_kernel(
-            [name for name, *_ in chosen],
-            alpha=torch.tensor([alpha for *_, alpha, _ in chosen]),
-            gamma=torch.tensor([gamma for *_, gamma in chosen]),
-            proposal=torch.stack(proposal),
+            [run.feature_map for run in runs],
+            omega=torch.stack([run.omega[head] for head, run in enumerate(runs)]),
+            alpha=torch.tensor([run.alpha for run in runs]),
+            gamma=torch.tensor([gamma for _, gamma in chosen]),
+            proposal=torch.stack([self._proposal(run)[head] for head, run in enumerate(runs)]),
             **geometry,
         )
         return rows
 
     def _call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout,
-        options: dict[str, Any], name: str, geometry: Geometry, alpha: float,
+        options: dict[str, Any], run: Candidate,
     ) -> OperatorCall:  # fmt: skip
         config = self.adapter.config
         return OperatorCall.check(
-            query.float(), key.float(), value.float(), omega=self.adapter.omega, feature_map=name,
-            window=config.window, sink_tokens=config.sink_tokens, alpha=alpha, gamma=1.0, valid=None, document=None,
-            proposal=self._proposal(geometry, alpha), scaling=options["scaling"], causal=options["causal"],
-            layout=layout, sink_logits=options["sink_logits"], state=None, **vars(geometry),
+            query.float(), key.float(), value.float(), omega=run.omega, feature_map=run.feature_map,
+            window=config.window, sink_tokens=config.sink_tokens, alpha=run.alpha, gamma=1.0, valid=None,
+            document=None, proposal=self._proposal(run), scaling=options["scaling"], causal=options["causal"],
+            layout=layout, sink_logits=options["sink_logits"], state=None, **vars(run.geometry),
         )  # fmt: skip
 
-    def _proposal(self, geometry: Geometry, alpha: float) -> torch.Tensor:
+    def _proposal(self, run: Candidate) -> torch.Tensor:
         """A (key_heads,) of the optimal positive features for queries and keys times alpha."""
+        geometry = run.geometry
         spread = geometry.query_radius.square() + geometry.key_radius.square()  # E|q+k|^2 where they are uncorrelated
-        return optimal_proposal(spread * self.scaling * alpha**2, self.adapter.omega.shape[-1]).float()
+        return optimal_proposal(spread * self.scaling * run.alpha**2, run.omega.shape[-1]).float()
 
     def _add(self, row: int, squares: torch.Tensor) -> None:
         """Add squared errors (candidates, B, Hk, N) from candidate number `row` on."""

@@ -10,7 +10,6 @@ from torch import nn
 from hf_rfa.adapter import GEOMETRY, RFAAdapter
 from hf_rfa.errors import ConfigError
 from hf_rfa.head_errors import output_projection
-from hf_rfa.omega import draw_omega
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
@@ -127,11 +126,7 @@ class LayerTransfer:
         adapter, tensors = self.adapter, self.tensors
         omega = tensors.get("omega", adapter.omega)
         if not self.learn_omega and not original_draw:
-            heads, features, dim = omega.shape
-            config = adapter.config
-            omega = draw_omega(
-                heads, features, dim, kind=config.omega, seed=config.seed, layer=adapter.layer, draw=self.step + 1
-            ).to(omega.device)
+            omega = adapter.drawn(self.step + 1)
         kernel: dict[str, Any] = {"feature_map": adapter.feature_maps, "omega": omega, "proposal": adapter.proposal}
         kernel |= {name: tensors[name] for name in GEOMETRY}
         kernel |= {"alpha": tensors["log_alpha"].exp(), "gamma": tensors["log_gamma"].exp()}

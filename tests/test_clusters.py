@@ -13,7 +13,7 @@ from hf_rfa.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
 from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.layout import TokenLayout
 
-CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=12)
+CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)
 
 
 def blobs(heads=2, clusters=5, each=40, dim=6, seed=0):
@@ -33,6 +33,9 @@ def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
     options = {"scaling": scaling, "causal": True, "sink_logits": None}
     clusters(adapter, torch.nn.Identity(), key, key, key, TokenLayout(valid), options, key)
     clusters.merge(lambda tensor: tensor)
+    geometry = clusters.geometries()[TEMPERS.index(1.0)]
+    heads = len(keys)
+    adapter.set_kernel(["clustered"] * heads, omega=clusters.omega, alpha=torch.ones(heads), **vars(geometry))
     return adapter, clusters
 
 
@@ -61,9 +64,7 @@ def test_k_means_of_two_processes_is_one_of_all_their_keys():
 
 def test_the_kernel_of_a_key_is_that_of_its_centroid():
     keys, _ = blobs(heads=1)
-    adapter, clusters = observed(keys, dataclasses.replace(CLUSTERED, num_features=60), scaling=0.25)
-    geometry = clusters.geometries()[TEMPERS.index(1.0)]
-    adapter.set_kernel(["clustered"], **vars(geometry))
+    adapter, _ = observed(keys, dataclasses.replace(CLUSTERED, num_features=30), scaling=0.25)
     kernel = FarKernel(adapter.feature_maps, adapter.omega, **{
         name: getattr(adapter, name) for name in
         ("alpha", "gamma", "proposal", "query_center", "key_center", "query_transform", "key_transform",
@@ -77,6 +78,23 @@ def test_the_kernel_of_a_key_is_that_of_its_centroid():
     want = 0.25 * query @ keys[None].mT
     # Clusters of keys as small as these: what a centroid says is true of each of them.
     assert (got - want).abs().max() < 0.2 < 0.1 * want.abs().max()
+
+
+def test_heads_with_draws_and_heads_with_centroids_share_a_layer():
+    keys, _ = blobs()
+    adapter, _ = observed(keys)
+    alone = {}
+    for names in (["hyperbolic", "clustered"], ["hyperbolic", "hyperbolic"], ["clustered", "clustered"]):
+        kernel = {**adapter.kernel, "feature_map": names}
+        if "clustered" not in names:
+            kernel["omega"] = adapter.omega[:, : CLUSTERED.num_features]
+        generator = torch.Generator().manual_seed(1)
+        q, k, v = (torch.randn(1, 2, 60, 6, generator=generator) for _ in range(3))
+        alone[tuple(names)] = hf_rfa.rfa_attention(q, k, v, window=8, sink_tokens=2, **kernel)
+    mixed = alone["hyperbolic", "clustered"]
+    assert_close(mixed[:, 0], alone["hyperbolic", "hyperbolic"][:, 0])
+    assert_close(mixed[:, 1], alone["clustered", "clustered"][:, 1])
+    assert (mixed[:, 0] - alone["clustered", "clustered"][:, 0]).abs().max() > 1e-3
 
 
 def test_padding_is_in_no_cluster():
