@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 # Told apart in print without colour: by line and marker.
 STYLES = {
     "hyperbolic": "C0-o", "trigonometric": "C1--s", "positive": "C2-.^", "optimal_positive": "C4:v", "auto": "C3:D",
+    "clustered": "C5-P",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def write_plots(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 (r["cache_bytes"] / 2**20, r["kl_to_original"]) for r in calibrated if r["run"]["feature_map"] == name
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), style.rstrip("-.:o^svD") + style[-1], label=name, linestyle="")
+                axes.plot(*zip(*points, strict=True), style[:2] + style[-1], label=name, linestyle="")
         bare = [(r["cache_bytes"] / 2**20, r["kl_to_original"]) for r in results if _is(r, "window only")]
         if bare:
             axes.plot(*zip(*bare, strict=True), "kx", label="window only", linestyle="")

@@ -38,11 +38,14 @@ from hf_rfa.adapter import require_adapters
 from hf_rfa.compare import default_model
 from hf_rfa.measuring import Measurer, Tokens
 from hf_rfa.results import CompareSettings
+from hf_rfa.retrieval_tasks import passkey_retrieval
 from hf_rfa.training import finetune
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
 STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")
 CACHE_TOKENS = 8192
+# Tokens of a text that hides a key, and where in it.
+PASSKEY_LENGTH, PASSKEY_DEPTHS = 1024, (0.25, 0.75)
 
 
 def main() -> None:
@@ -131,6 +134,10 @@ def run_one(
         model, seconds = make(run, study, original, tokens)
     quality = dataclasses.asdict(measure(model))
     quality.pop("far_recovery")  # the table knows the window-only run
+    scores = passkey_retrieval(
+        model, tokens.held_out, [PASSKEY_LENGTH], PASSKEY_DEPTHS, first_token=tokens.first_token
+    )
+    quality["passkey"] = sum(score.accuracy for score in scores) / len(scores)
     made = {"seconds": {**seconds, "all": time.perf_counter() - started}, "cache_bytes": bytes_after(model)}
     converted = [] if run["stage"] == "original" else require_adapters(model)
     heads = [[adapter.layer, head] for adapter in converted for head in adapter.softmax_heads]

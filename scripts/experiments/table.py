@@ -7,7 +7,7 @@ from typing import Any
 
 HEADER = (
     "stage", "map", "features", "window", "exact heads", "ppl (longest)", "KL, nats/token", "far recovery",
-    "copy 0 / 300 / 1500", "greedy", "cache at 8k, MiB",
+    "copy 0 / 300 / 1500", "passkey", "greedy", "cache at 8k, MiB",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ def row(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list
     return [
         run["stage"], run["feature_map"] or "", str(run["num_features"] or ""), str(run["window"]), exact,
         f"{result['perplexity'][longest]:.2f}", f"{result['kl_to_original']:.5f}",
-        "" if recovery is None else f"{recovery:.0%}", copies, f"{result['greedy_agreement']:.1%}",
+        "" if recovery is None else f"{recovery:.0%}", copies, f"{result['passkey']:.0%}",
+        f"{result['greedy_agreement']:.1%}",
         f"{result['cache_bytes'] / 2**20:.2f}",
     ]  # fmt: skip
 
