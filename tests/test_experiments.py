@@ -1,0 +1,66 @@
+"""The study's command on the embedded model: every combination is a result, a table row, and run only once."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml")
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "experiments"
+
+STUDY = """
+settings: {contexts: [256], eval_windows: 1, copy_gaps: [300], calibration_batches: 1, batch_size: 1}
+transfer_steps: 2
+finetune_steps: 1
+runs:
+  - feature_map: [hyperbolic]
+    num_features: [8]
+    window: [32]
+    softmax_heads: [null]
+    stage: [calibrated, finetuned]
+"""
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import run
+
+    yield run
+    for name in ("run", "table", "plots"):
+        sys.modules.pop(name, None)
+
+
+def test_a_study_is_a_table_and_goes_on_where_it_was(study, tmp_path, monkeypatch):
+    (tmp_path / "small.yaml").write_text(STUDY)
+    output = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "small.yaml"), "--output", str(output)])
+    study.main()
+    results = {r["run"]["stage"]: r for r in json.loads((output / "results.json").read_text())}
+    assert sorted(results) == ["calibrated", "finetuned", "original", "window only"]
+    assert results["original"]["kl_to_original"] == 0 < results["calibrated"]["kl_to_original"]
+    assert results["original"]["copy_perplexity"]["300"] < results["window only"]["copy_perplexity"]["300"]
+    assert 0 <= results["calibrated"]["passkey"] <= results["original"]["passkey"]
+    assert results["calibrated"]["cache_bytes"] < results["original"]["cache_bytes"]
+    assert set(results["finetuned"]["seconds"]) == {"calibrate", "transfer", "finetune", "all"}
+    table = (output / "table.md").read_text().splitlines()
+    assert len(table) == 2 + len(results)
+    assert "0.00000" in table[2]
+    assert (output / "features.png").stat().st_size > 1000 < (output / "budget.png").stat().st_size
+
+    # The window alone is lost: it is the only thing that runs again, and the others stay as they were.
+    (output / "runs" / "window-only_window-32_linear.json").unlink()
+    before = (output / "runs" / "calibrated_hyperbolic_8_window-32_linear.json").read_text()
+    made = []
+    monkeypatch.setattr(
+        study, "make", lambda run, *rest, make=study.make: (made.append(run["stage"]), make(run, *rest))[1]
+    )
+    study.main()
+    assert made == ["window only"]
+    assert (output / "runs" / "calibrated_hyperbolic_8_window-32_linear.json").read_text() == before
+
+
+def test_a_group_with_a_missing_field_is_named(study):
+    with pytest.raises(SystemExit, match="needs lists for"):
+        list(study.all_runs([{"feature_map": ["hyperbolic"], "stage": ["calibrated"]}]))
