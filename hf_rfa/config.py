@@ -94,6 +94,11 @@ class RFAConfig:
         0.25,
     )
     gamma: float = _help("Weight of the far part before calibration; 0 = none (the window alone).", 1.0)
+    gate: bool = _help(
+        "A forget gate of the far state for each key head (Peng et al. 2021, section 3.2), begun open; `distill` and "
+        "fine-tuning train it. Causal layers only.",
+        False,
+    )
 
     def __post_init__(self) -> None:
         _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
@@ -124,6 +129,8 @@ class RFAConfig:
             raise ConfigError(
                 f"omega='learned' is never redrawn. Got resample={self.resample!r}. Set RFAConfig(resample='never')."
             )
+        if not isinstance(self.gate, bool):
+            raise ConfigError(f"`gate` must be True or False. Got {self.gate!r}. Set RFAConfig(gate=False).")
         object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         object.__setattr__(self, "layer_features", _normalise_features(self.layer_features))

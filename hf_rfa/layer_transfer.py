@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_rfa.adapter import GEOMETRY, RFAAdapter
+from hf_rfa.adapter import GATE, GEOMETRY, RFAAdapter
 from hf_rfa.errors import ConfigError
 from hf_rfa.head_errors import output_projection
 from hf_rfa.ops.call import OperatorCall
@@ -47,7 +47,8 @@ class LayerTransfer:
 
     def __init__(self, adapter: RFAAdapter, loss: TransferLoss, *, learn_omega: bool) -> None:
         self.adapter, self.settings, self.learn_omega = adapter, loss, learn_omega
-        start = {name: getattr(adapter, name) for name in GEOMETRY}
+        self.named = [*GEOMETRY, *(GATE if adapter.config.gate else ())]  # trained as they are
+        start = {name: getattr(adapter, name) for name in self.named}
         start["log_alpha"] = adapter.alpha.clamp_min(LEAST_ALPHA).log()
         start["log_gamma"] = adapter.gamma.clamp_min(LEAST_GAMMA).log()
         if learn_omega:
@@ -102,7 +103,7 @@ class LayerTransfer:
     def write_back(self) -> None:
         """Put what was trained into the adapter."""
         adapter, kernel = self.adapter, self._kernel(original_draw=True)
-        trained = {name: x for name, x in kernel.items() if name in {*GEOMETRY, "alpha", "gamma"}}
+        trained = {name: x for name, x in kernel.items() if name in {*self.named, "alpha", "gamma"}}
         if self.learn_omega:
             trained["omega"] = kernel["omega"]
         adapter.set_kernel(adapter.feature_maps, **{name: x.detach() for name, x in trained.items()})
@@ -128,7 +129,7 @@ class LayerTransfer:
         if not self.learn_omega and not original_draw:
             omega = adapter.drawn(self.step + 1)
         kernel: dict[str, Any] = {"feature_map": adapter.feature_maps, "omega": omega, "proposal": adapter.proposal}
-        kernel |= {name: tensors[name] for name in GEOMETRY}
+        kernel |= {name: tensors[name] for name in self.named}
         kernel |= {"alpha": tensors["log_alpha"].exp(), "gamma": tensors["log_gamma"].exp()}
         return kernel | {"query_radius": adapter.query_radius, "key_radius": adapter.key_radius}
 

@@ -25,6 +25,7 @@ def test_defaults():
         "resample": "never",
         "alpha": 0.25,
         "gamma": 1.0,
+        "gate": False,
     }
 
 
