@@ -13,7 +13,7 @@ from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.cache import RFACacheLayer, adopt_cache_layer
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.mask import MaskRows, RFAMask, padding_of, rfa_mask
-from hf_rfa.ops.exact import cross_attention, masked_attention
+from hf_rfa.ops.exact import cross_attention, exact_attention, masked_attention
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 from hf_rfa.ops.state import RFAState
@@ -69,6 +69,8 @@ def rfa_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M)."""
+    if isinstance(attention_mask, torch.Tensor) and not getattr(module, "is_causal", False):
+        attention_mask = padding_of(attention_mask) or attention_mask
     watch = recorder.get()
     with nullcontext() if watch is None else watch.call(module, query, key, attention_mask, kwargs):
         output = _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
@@ -88,8 +90,6 @@ def _attend(
             "a saved one. (A model built from the same config object as a converted one shares its setting: build it "
             "from a copy of the config.)"
         )
-    if isinstance(attention_mask, torch.Tensor) and not _is_causal(module, is_causal):
-        attention_mask = padding_of(attention_mask) or attention_mask
     check_inputs(module, attention_mask, kwargs)
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -100,6 +100,7 @@ def _attend(
                 "back: offload without buffers. Adapters take a few kB a layer."
             )
         adapter.calls += 1
+        adapter.calls_in_forward += 1
     sliding = kwargs.get("sliding_window")
     rows = mask_of_its_own(mask, kwargs)
     if rows is not None:
@@ -112,6 +113,13 @@ def _attend(
         return masked_attention(
             query, key, value, rows.blocks(), scaling=scaling, sink_logits=kwargs.get("s_aux"),
             dropout=dropout if module.training else 0.0,
+        )  # fmt: skip
+    if isinstance(adapter, RFAAdapter) and adapter.masked:
+        past = None if mask is None or mask.valid is None else mask.valid[:, : -query.shape[2]]
+        return exact_attention(
+            query, key, value, scaling=scaling, causal=_is_causal(module, is_causal) if mask is None else mask.causal,
+            layout=_layout(mask, kwargs, query.shape[2], query.device), past_valid=past,
+            sliding_window=sliding, sink_logits=kwargs.get("s_aux"),
         )  # fmt: skip
     if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
         return _cross(module, query, key, value, mask, scaling, dropout)
@@ -139,12 +147,19 @@ def _attend(
     }
     counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
     cache_layer, adapter.cache_layer = adapter.cache_layer, None
+    if cache_layer is not None and adapter.attends_twice and adapter.calls_in_forward == 1:
+        adapter.cache_layer = cache_layer.with_twin()
     shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.sequence_parallel`
     if shard is not None:
         return shard(query, key, value, layout, options, counts, cache_layer)
     if cache_layer is None:
         return _operator(query, key, value, layout=layout, statistics=counts, **options)
     if cache_layer.given is not None:
+        if adapter.attends_twice:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends twice in a forward and got a cache that it did not fill itself. "
+                "Start with an empty cache."
+            )
         if not causal:
             raise UnsupportedModelError(
                 f"{type(module).__name__} sees both sides and got keys from before its first token (prefix tuning), "
@@ -193,19 +208,20 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of a converted attention module: remember the cache, which the function is not handed."""
     adapter = module._modules[ADAPTER_NAME]
     assert isinstance(adapter, RFAAdapter)
-    adapter.cache_layer = None
+    adapter.cache_layer, adapter.calls_in_forward = None, 0
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if cache is None or adapter.cross or adapter.masked or recorder.get() is not None or adapter.observer is not None:
         return
-    index = getattr(module, "layer_idx", None)
+    # A module that several layers share is told which one it is; one that runs in a loop, which turn it is.
+    index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     if index is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model "
             "with use_cache=False."
         )
-    adapter.cache_layer = adopt_cache_layer(cache, index)
+    adapter.cache_layer = adopt_cache_layer(cache, index + kwargs.get("cycle_offset", 0))
 
 
 def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:

@@ -4,12 +4,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 from hf_rfa.ops.state import RFAState
+
+#: What the recurrent part of a cache layer consists of.
+_RECURRENT = (
+    "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
+    "has_previous_state", "conv_kernel_size", "device", "dtype",
+)  # fmt: skip
+#: The layers of Transformers' own that are replaced.
+_DYNAMIC = (
+    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,8 @@ class RFACacheLayer(CacheLayerMixin):
     """Cache layer of a converted attention module, used by plain `model.generate`.
 
     `update` hands the new keys and values through; the attention function reads `state` and calls `advance`. `given`
-    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them.
+    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them. `twin` is
+    the layer of the second call, for modules that attend twice in a forward.
     """
 
     is_croppable = True
@@ -40,10 +60,20 @@ class RFACacheLayer(CacheLayerMixin):
         self.draw: int | None = None
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.twin: RFACacheLayer | None = None
         self._steps: list[_Step] = []
+
+    def with_twin(self) -> "RFACacheLayer":
+        """The layer of the module's second call in a forward."""
+        if self.twin is None:
+            self.twin = RFACacheLayer()
+            self.twin.record_past = self.record_past
+        return self.twin
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        # Empty, for models that ask a layer whether it has any.
+        self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -102,12 +132,14 @@ class RFACacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.draw, self.given = None, 0, None, None
+        self.state, self.seen, self.draw, self.given, self.twin = None, 0, None, None, None
         self._steps.clear()
 
     def activate_past_recording(self) -> None:
         """Remember each forward until the next `crop`, which can then take tokens back."""
         self.record_past = True
+        if self.twin is not None:
+            self.twin.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative number); 0 confirms all of them."""
@@ -137,6 +169,8 @@ class RFACacheLayer(CacheLayerMixin):
             if kept:
                 self.state = _replay(step, kept)
         self._steps.clear()
+        if self.twin is not None:
+            self.twin.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
@@ -162,6 +196,42 @@ class RFACacheLayer(CacheLayerMixin):
             key, value = self.given
             self.given = key[rows.to(key.device)], value[rows.to(value.device)]
         self._steps.clear()
+        if self.twin is not None:
+            self.twin._select(rows)
+
+
+class RFAHybridCacheLayer(LinearAttentionLayer, RFACacheLayer):  # type: ignore[misc, override]
+    """The same for a layer that runs a recurrence beside its attention, whose state lies in the same cache layer."""
+
+    is_compileable = False
+
+    def __init__(self, recurrent: LinearAttentionLayer) -> None:
+        RFACacheLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=recurrent.number_of_states)
+        vars(self).update({name: vars(recurrent)[name] for name in _RECURRENT})
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        part = RFACacheLayer if args else LinearAttentionLayer  # keys and values come by position, states by name
+        part.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        RFACacheLayer.reset(self)
+
+    def activate_past_recording(self) -> None:
+        LinearAttentionLayer.activate_past_recording(self)
+        RFACacheLayer.activate_past_recording(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        RFACacheLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        RFACacheLayer.reorder_cache(self, beam_idx)
+
+    def offload(self) -> None:
+        RFACacheLayer.offload(self)
 
 
 def _replay(step: _Step, kept: int) -> RFAState:
@@ -192,7 +262,7 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
     layer = cache.layers[index]
     if isinstance(layer, RFACacheLayer):
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in _DYNAMIC:
         raise UnsupportedModelError(
             f"A converted layer keeps its own state of constant size. Got a cache with a {type(layer).__name__}. "
             "Leave `cache_implementation` unset, or pass a `DynamicCache`."
@@ -201,10 +271,11 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
         raise UnsupportedModelError(
             "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
         )
-    new = RFACacheLayer()
+    new = RFAHybridCacheLayer(layer) if isinstance(layer, LinearAttentionLayer) else RFACacheLayer()
     new.record_past = getattr(layer, "record_past", False)
     new.seen = cache.get_seq_length(index)
     if new.seen:
+        assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
         new.given = layer.keys, layer.values
@@ -224,13 +295,14 @@ def cache_bytes(cache: Cache) -> int:
         >>> hf_rfa.cache_bytes(short.past_key_values) == hf_rfa.cache_bytes(long.past_key_values)
         True
     """
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, RFACacheLayer):
-            total += layer.state.nbytes if layer.state is not None else 0
-            total += sum(tensor.nbytes for tensor in layer.given or ())
-        else:
-            for value in vars(layer).values():
-                tensors = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-                total += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
-    return total
+    return sum(_bytes(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor, a state, a twin, or several of them."""
+    if isinstance(value, torch.Tensor | RFAState):
+        return value.nbytes
+    if isinstance(value, RFACacheLayer):
+        return sum(_bytes(part) for part in vars(value).values())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_bytes(part) for part in parts)

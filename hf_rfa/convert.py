@@ -70,6 +70,7 @@ def swap_attention(
     scope: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
     if example_inputs is not None:
         scope["example_inputs"] = describe(example_inputs)
+    _refuse_sparse(base)
     before = implementations(base)
     try:
         switch(base, before, parts)
@@ -234,9 +235,21 @@ def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tupl
             first = first or error
     raise UnsupportedModelError(
         f"The dry run of {type(model).__name__} failed with {type(first).__name__}: {first}. If its inputs were "
-        "wrong, pass `example_inputs={...}`; otherwise the model handles its attention mask in a way that is not "
-        "supported."
+        "wrong, pass `example_inputs={...}`; otherwise the model computes attention of its own, or with a "
+        "mask of its own (indexes it, joins it to another), which is not supported."
     ) from first
+
+
+def _refuse_sparse(model: PreTrainedModel) -> None:
+    """Layers that choose tokens by an indexer work on the mask itself, before they ever attend."""
+    found = next(
+        (type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Indexer")), None
+    )
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} attends to few tokens that an indexer chooses ({found}): sparse attention, which "
+            "random features cannot express. Keep softmax attention for this model."
+        )
 
 
 def _refuse_unrouted(model: PreTrainedModel, run: DryRun) -> None:
@@ -312,6 +325,12 @@ def _verify(model: PreTrainedModel, run: DryRun, inputs: Mapping[str, Any]) -> N
                 f"The converted {name} ran its random features {adapter.calls} times instead of {call.count}: the "
                 "model does not use its attention modules as expected."
             )
+        if adapter.calls_in_forward > 2:
+            raise UnsupportedModelError(
+                f"{name} attends {adapter.calls_in_forward} times in one forward, which is not supported beyond two. "
+                "Keep softmax for this model."
+            )
+        adapter.attends_twice = adapter.calls_in_forward == 2
 
 
 def _detach(model: PreTrainedModel) -> None:

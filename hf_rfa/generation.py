@@ -37,7 +37,9 @@ def adopt_cache(model: GenerationMixin, cache: Cache) -> None:
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for _, module, adapter in named_adapters(model):  # type: ignore[arg-type]
         index = getattr(module, "layer_idx", None)
-        if not (adapter.cross or adapter.masked) and index is not None and getattr(module, "is_causal", True):
+        if adapter.cross or adapter.masked or not getattr(module, "is_causal", True):
+            continue
+        if index is not None and index >= 0:  # modules that several layers share are told which one they are
             adopt_cache_layer(own, index)
 
 

@@ -86,7 +86,7 @@ def rfa_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> RFAMask | None:
-    """Called by Transformers' `create_causal_mask` and its relatives. None stands for nothing to say: no padding."""
+    """Called by Transformers' `create_causal_mask` and its relatives. None: nothing to say, each sees all."""
     padding = attention_mask
     if padding is not None and padding.dim() != 2:
         raise UnsupportedModelError(
@@ -112,7 +112,7 @@ def rfa_mask(
         valid = valid[:, -max(kv_length, q_length) :].bool()
         if not torch.compiler.is_compiling() and bool(valid.all()):
             valid = None
-    if valid is None and document is None and rows is None:
+    if valid is None and document is None and rows is None and not causal:
         return None
     return RFAMask(bool(causal), valid, document, rows)
 

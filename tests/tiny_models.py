@@ -81,28 +81,49 @@ SIZES: dict[str, Any] = {
     ),
 }
 
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_MROPE = {**_ROPE, "mrope_section": [2, 1, 1]}
 
 #: What a family needs besides, by model type: its own invariants, and layers of each of its kinds.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 128, "patch_size": 16},
+    "blip-2": {"image_token_index": VOCABULARY - 1, "num_query_tokens": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
     "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mistral": {"sliding_window": None},  # as from version 0.2 on; with one, no layer is left to convert
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "neomme": {"head_dim": 16},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
     "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "whisper": {"max_source_positions": 64},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "chunk_size": 16,
+        "mamba_d_state": 8,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -198,8 +219,11 @@ def tiny_model(case: Case) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class(config).eval()
+        fixed = {id(p) for m in model.modules() if "Sinusoidal" in type(m).__name__ for p in m.parameters()}
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)  # as if it had been trained
+            elif parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in fixed:
                 parameter.mul_(4)
     if model.can_generate():
         model.generation_config.eos_token_id = None  # a token like any other: generation runs to its length
