@@ -168,11 +168,12 @@ def block_parts(
     extended = _extended(block.value[:, block.far], weights)
     far = carry.new_empty(*psi.query.shape[:3], carry.shape[-1])
     state, states = carry, []
-    for i in range(block.query.shape[1]):
-        torch.bmm(psi.query[:, i], state, out=far[:, i])
+    steps = zip(*(x.unbind(1) for x in (psi.query, psi.key.mT, extended, shrink[..., None, None], far)), strict=True)
+    for query, key, new, factor, read in steps:
+        torch.bmm(query, state, out=read)
         if keep_states:
             states.append(state)
-        state = torch.baddbmm(shrink[:, i, None, None] * state, psi.key[:, i].mT, extended[:, i])
+        state = (factor * state).baddbmm_(key, new)
     rest = (state, end_peak, states, weights, shrink)
     if block.delay:
         assert block.mask is not None

@@ -17,7 +17,7 @@ from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 
 #: Chunks handled at once: their features and scores, of all heads, must stay in the cache.
-BLOCK_CHUNKS = 4
+BLOCK_CHUNKS = 8
 
 
 @dataclass(frozen=True)
