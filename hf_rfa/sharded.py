@@ -38,6 +38,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     `fresh.load_state_dict(full_state_dict(model))` makes an ordinary model of one that was trained under FSDP2.
 
     Example:
+        >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
         >>> torch.equal(full_state_dict(layer)["weight"], layer.weight)
         True
