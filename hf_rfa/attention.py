@@ -51,6 +51,11 @@ class Recorder(Protocol):
 recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
+def current_recorder() -> Recorder | None:
+    """The recorder of a dry run, if one is on. Tracers do not read context variables, and a dry run is not traced."""
+    return None if torch.compiler.is_compiling() else recorder.get()
+
+
 def register() -> None:
     """Register the attention and the mask function under "rfa"; doing it again changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, rfa_attention_forward)
@@ -71,7 +76,7 @@ def rfa_attention_forward(
     """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M)."""
     if isinstance(attention_mask, torch.Tensor) and not getattr(module, "is_causal", False):
         attention_mask = padding_of(attention_mask) or attention_mask
-    watch = recorder.get()
+    watch = current_recorder()
     with nullcontext() if watch is None else watch.call(module, query, key, attention_mask, kwargs):
         output = _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     return output.transpose(1, 2).contiguous(), None
@@ -83,7 +88,7 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """Output (B, H, N, M) of a module: converted, kept as softmax, or not yet converted in the dry run."""
     adapter = module._modules.get(ADAPTER_NAME)
-    if not isinstance(adapter, RFAAdapter) and recorder.get() is None:
+    if not isinstance(adapter, RFAAdapter) and current_recorder() is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a "
             "model. Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for "
@@ -99,7 +104,8 @@ def _attend(
                 f"The adapter of {type(module).__name__} was offloaded (offload_buffers=True), but nothing brings it "
                 "back: offload without buffers. Adapters take a few kB a layer."
             )
-        adapter.calls += 1
+        if not torch.compiler.is_compiling():  # a graph must not depend on how often it ran
+            adapter.calls += 1
         adapter.calls_in_forward += 1
     sliding = kwargs.get("sliding_window")
     rows = mask_of_its_own(mask, kwargs)
@@ -212,7 +218,13 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    if cache is None or adapter.cross or adapter.masked or recorder.get() is not None or adapter.observer is not None:
+    if (
+        cache is None
+        or adapter.cross
+        or adapter.masked
+        or current_recorder() is not None
+        or adapter.observer is not None
+    ):
         return
     # A module that several layers share is told which one it is; one that runs in a loop, which turn it is.
     index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))

@@ -120,7 +120,7 @@ FEATURE_MAPS = {
 
 def rows_per_feature(names: Sequence[str]) -> int:
     """Rows of omega for one random feature in a layer with these maps."""
-    return max((FEATURE_MAPS[name].rows for name in names), default=1)
+    return max([FEATURE_MAPS[name].rows for name in names] or [1])
 
 
 def _function(name: str, keys: bool) -> MapFunction:

@@ -95,7 +95,7 @@ def rfa_mask(
         )
     causal: bool | None = mask_function is not bidirectional_mask_function
     document, limited = None, False
-    if use_vmap:
+    if use_vmap or (local_size is not None and torch.compiler.is_compiling()):
         causal = None
     elif mask_function not in (causal_mask_function, bidirectional_mask_function):
         causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
@@ -148,10 +148,14 @@ def _probe(
         sees(tokens[:, :-1], tokens[:, 1:]) if length > 1 else torch.zeros(batch, 0, dtype=torch.bool, device=device)
     )
     joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
+    document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
+    if torch.compiler.is_compiling():
+        # Nothing can be asked of tensors then. Of masks without a window, what Transformers composes without vmap is
+        # causal with packing, which it always looks for when it is traced.
+        return True, document, False
     causal = not bool(forward.any())
     if not causal and not bool(forward.all()):
         return None, None, True
-    document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
     first = torch.searchsorted(document, document)
     limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (
         offset > 0 and not bool(sees(tokens, tokens * 0).all())

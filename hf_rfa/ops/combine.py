@@ -4,7 +4,7 @@ Both parts estimate sums of `exp(q'.k')`, so they add up in the same units. Each
 log_scale), the true sums being `exp(log_scale)` times the first two; the far log-scale holds the query's own factor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,14 +22,24 @@ class Part:
 class FarStatistics:
     """How often the estimate of the far sum was not positive, so that the far part was dropped."""
 
-    dropped: int | torch.Tensor = 0
-    queries: int | torch.Tensor = 0
+    # Tensors from the start: compiled code would be made anew where an int becomes one.
+    dropped: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    queries: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def add(self, dropped: torch.Tensor, queries: torch.Tensor) -> None:
         """Count bool tensors of the queries whose far part was dropped, and of those that had far keys."""
         # Kept as tensors: reading them here would make a GPU wait in every layer.
         self.dropped = self.dropped + dropped.sum()
         self.queries = self.queries + queries.sum()
+
+    def counts(self) -> torch.Tensor:
+        """(2,) int64: dropped, queries."""
+        return torch.stack([self.dropped, self.queries])
+
+    def add_counts(self, counts: torch.Tensor) -> None:
+        """Add the `counts` of another."""
+        self.dropped = self.dropped + counts[0]
+        self.queries = self.queries + counts[1]
 
     @property
     def dropped_fraction(self) -> float:

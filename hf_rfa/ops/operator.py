@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall, PerHead
-from hf_rfa.ops.chunked import chunked_causal
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.exact import exact_attention
+from hf_rfa.ops.graph import linear_heads_of_graph
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.recurrent import recurrent_step
+from hf_rfa.ops.linear import linear_heads
 from hf_rfa.ops.reference import reference_attention
-from hf_rfa.ops.state import RFAState, accumulation_dtype
+from hf_rfa.ops.state import RFAState
 
 
 def rfa_attention(
@@ -199,19 +198,10 @@ def _run(
 def _linear(
     call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """The linear heads: one token by the recurrent step, more by the chunked forms; (B, Hk, G, N, M)."""
+    """The linear heads, their state checked; (B, Hk, G, N, M)."""
     _check_state(call)
-    wide = call.to(accumulation_dtype(call.query.dtype))
-    if call.causal and call.query.shape[3] == 1 and call.layout.document is None:
-        state = call.state or call.empty_state()
-        output, state = recurrent_step(wide.replace(state=state), statistics)
-        return output, state if output_final_state else None
-    run = chunked_causal if call.causal else chunked_bidirectional
-    output, final = run(wide, output_final_state, statistics)
-    if final is not None:  # the near keys are kept as they came: half the bytes for bfloat16
-        like = {"near_key": call.key, "sink_key": call.key, "near_value": call.value, "sink_value": call.value}
-        final = dataclasses.replace(final, **{name: getattr(final, name).to(t.dtype) for name, t in like.items()})
-    return output, final
+    run = linear_heads_of_graph if torch.compiler.is_compiling() else linear_heads
+    return run(call, output_final_state, statistics)
 
 
 def _check_state(call: OperatorCall) -> None:
