@@ -18,7 +18,15 @@ from hf_rfa.convert import base_model, conversion_config, store_report, stored_r
 from hf_rfa.devices import execution_device
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.example_inputs import rebuild
-from hf_rfa.pair import adapter_tensors, find_file, read_pair, write_pair
+from hf_rfa.pair import (
+    CONFIG_FIELD,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    find_file,
+    read_pair,
+    write_pair,
+)
 
 _PEFT_FILE = "adapter_config.json"
 
@@ -114,6 +122,33 @@ def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
 
         return PeftModel.from_pretrained(model, name)
     return model
+
+
+def holds_conversion(folder_or_id: str | Path) -> bool:
+    """Whether there is a conversion in a folder or hub repository."""
+    return find_file(str(folder_or_id), CONFIG_FILE) is not None
+
+
+def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
+    """A causal LM, with its conversion where there is one; `kwargs` go to `from_pretrained`.
+
+    Raises:
+        CheckpointError: the conversion is damaged, or the config names one whose files are not there.
+
+    Example:
+        >>> from hf_rfa.compare import default_model
+        >>> type(load_any(default_model())).__name__
+        'LlamaForCausalLM'
+    """
+    if holds_conversion(folder_or_id):
+        return from_pretrained(folder_or_id, **kwargs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder_or_id, **kwargs)
+    if hasattr(model.config, CONFIG_FIELD):
+        raise CheckpointError(
+            f"{str(folder_or_id)!r} was converted, but {CONFIG_FILE} is not there: it would run softmax attention. "
+            f"Copy {CONFIG_FILE} and {WEIGHTS_FILE} beside the weights, or save the model again."
+        )
+    return model.eval()
 
 
 def _load_base(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any]) -> PreTrainedModel:

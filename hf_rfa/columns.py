@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import hf_rfa
 from hf_rfa import evaluation
-from hf_rfa.convert import conversion_config
+from hf_rfa.convert import conversion_config, is_converted
 from hf_rfa.data import evaluation_windows
 from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
@@ -137,7 +137,7 @@ def measure_columns(
             whole = [ids[: plan.document_tokens] for ids in documents]
             losses_of = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
             column.sliding_perplexity = document_perplexity(losses_of)
-            if model is not original:
+            if is_converted(model):
                 column.streaming_perplexity = document_perplexity([streaming_nll(model, ids) for ids in whole])
         if plan.passkey_lengths:
             column.passkey = passkey_retrieval(model, together, plan.passkey_lengths, first_token=first_token)

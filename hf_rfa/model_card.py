@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_rfa.results import source_name
+
 
 def write_model_card(
     folder: str | Path, *, base_model: str, table: str, settings: Mapping[str, Any], data: str
@@ -12,12 +14,13 @@ def write_model_card(
     """Writes `folder/README.md`.
 
     Args:
-        base_model: id or folder of the original.
+        base_model: id or folder of the original. Of folders, here and in `settings`, only the last name is shown.
         table: Markdown, from `hf_rfa.columns.markdown_table`.
         settings: JSON-ready, everything that decided the run.
         data: where the documents came from.
     """
-    name = Path(base_model).name if Path(base_model).exists() else base_model
+    name = source_name(base_model)
+    shown = {key: source_name(value) if isinstance(value, str) else value for key, value in settings.items()}
     text = f"""---
 library_name: hf_rfa
 tags: [random-feature-attention, linear-attention]
@@ -26,8 +29,8 @@ base_model: {name}
 
 # {name} with random-feature attention
 
-Converted from softmax attention by hf_rfa and trained on `{data}`. It loads with hf_rfa alone; without it the folder
-would be another model.
+Converted from softmax attention by hf_rfa and trained on `{source_name(data)}`. It loads with hf_rfa alone; without it
+the folder would be another model.
 
 ```python
 import hf_rfa
@@ -44,7 +47,7 @@ On held-out documents of the same source. *Window only* sees the exact window an
 ## How it was made
 
 ```json
-{json.dumps(dict(settings), indent=2, default=str)}
+{json.dumps(shown, indent=2, default=str)}
 ```
 """
     path = Path(folder) / "README.md"

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # no display is needed, nor asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from hf_rfa.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality
+from hf_rfa.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality, source_name
 
 MIB = 2**20
 
@@ -112,7 +112,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All figures as JSON-ready values; the fields are those of `hf_rfa.results.Comparison`."""
     values = dataclasses.asdict(comparison)
     for key in ("model", "data", "output"):
-        values["settings"][key] = _name(values["settings"][key])
+        values["settings"][key] = source_name(values["settings"][key])
     return values
 
 
@@ -122,7 +122,7 @@ def markdown(comparison: Comparison) -> str:
     heads = comparison.softmax_heads
     parts = [
         "# hf_rfa compare",
-        f"{_name(settings.model)} ({comparison.parameters:,} parameters) on {_name(settings.data)}; "
+        f"{source_name(settings.model)} ({comparison.parameters:,} parameters) on {source_name(settings.data)}; "
         + ", ".join(f"{key} {value}" for key, value in environment.items())
         + f"; {comparison.seconds:.0f} s in all.",
         _DEFINITIONS.format(
@@ -217,8 +217,3 @@ def _save(figure: plt.Figure, path: Path) -> None:
 def _markdown_table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
-
-
-def _name(source: str) -> str:
-    """A local folder by its own name: a report that is passed on shall not carry a user's paths."""
-    return Path(source).name if Path(source).exists() else source

@@ -1,6 +1,7 @@
 """What the main job is asked for and what it found: plain data, written to report.json as it is."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_rfa.errors import ConfigError
@@ -114,3 +115,8 @@ class Comparison:
     speed: dict[str, list[Speed]] = field(default_factory=dict)  # one per length of the prompt
     seconds: float = 0.0  # the whole job
     report_version: int = REPORT_VERSION
+
+
+def source_name(source: str | Path) -> str:
+    """A local folder by its own name: a report that is passed on shall not carry a user's paths."""
+    return Path(source).name if Path(source).exists() else str(source)

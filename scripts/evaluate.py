@@ -1,11 +1,12 @@
 """Compare an original with its conversions and with any number of trained checkpoints, on held-out documents.
 
     python scripts/evaluate.py --original MODEL --data FOLDER --output report
-    python scripts/evaluate.py --original MODEL --checkpoints run/final other/final --data FOLDER --output report
+    python scripts/evaluate.py --original MODEL --checkpoints run/final tuned=other/final --data FOLDER --output report
     python scripts/evaluate.py --original MODEL --data FOLDER --contexts 512 2048 --stride 1024 --passkey 512 1024
 
-Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints.
-Writes report.json, report.md and plots (perplexity by position; prefill, decoding and cache against length).
+Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints,
+converted or not, under the name before the equals sign. Writes report.json, report.md and plots (perplexity by
+position; prefill, decoding and cache against length).
 """
 
 import argparse
@@ -17,20 +18,22 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import hf_rfa
+from hf_rfa.checkpoint import load_any
 from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
 from hf_rfa.data import evaluation_windows, training_batches
 from hf_rfa.documents import check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
+from hf_rfa.results import VARIANTS, source_name
 from hf_rfa.speed import measure_speed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", required=True, help="folder or hub id")
-    parser.add_argument("--checkpoints", nargs="*", default=[], help="folders of hf_rfa.save_pretrained")
+    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="[NAME=]FOLDER", help="trained models")
     parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--output", type=Path, required=True)
@@ -43,13 +46,15 @@ def main() -> None:
     parser.add_argument("--speed", type=int, nargs="*", default=[1024, 4096], help="prompt lengths that are timed")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--num_features", type=int, default=64)
+    parser.add_argument("--feature_map", default="hyperbolic", help="of the untrained columns, as window and features")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    original = AutoModelForCausalLM.from_pretrained(given.original, dtype=torch.float32).eval().to(device)
+    original = load_any(given.original, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(given.original)
     check_tokenizer(tokenizer, original)
+    checkpoints = named_folders(given.checkpoints)
     longest = max(given.contexts)
     load = {"text_column": given.text_column}
     train, _ = tokenize_documents(tokenizer, load_documents(given.data, "train", **load))
@@ -61,14 +66,15 @@ def main() -> None:
         raise ConfigError(f"Cannot write to {str(given.output)!r}: {error}. Choose another --output.") from error
 
     config = hf_rfa.RFAConfig(
-        window=given.window, num_features=given.num_features, softmax_heads="auto", seed=given.seed
-    )
+        feature_map=given.feature_map, num_features=given.num_features, window=given.window, softmax_heads="auto",
+        seed=given.seed,
+    )  # fmt: skip
     calibration = itertools.islice(training_batches(train, max(longest, 8 * given.window), 2, given.seed), 2)
     calibrated = hf_rfa.convert(copy.deepcopy(original), config, calibrate=list(calibration))
     models = untrained_columns(original, calibrated)
-    for folder in given.checkpoints:
-        models[folder] = hf_rfa.from_pretrained(folder, dtype=torch.float32).to(device)
-        check_tokenizer(tokenizer, models[folder])
+    for name, folder in checkpoints.items():
+        models[name] = load_any(folder, dtype=torch.float32).to(device)
+        check_tokenizer(tokenizer, models[name])
     plan = Plan(
         contexts=given.contexts, windows=given.windows, stride=given.stride, document_tokens=given.document_tokens,
         copy_gaps=given.copy_gaps, passkey_lengths=given.passkey,
@@ -80,13 +86,27 @@ def main() -> None:
     table = markdown_table(columns) + "\n" + speed_rows(speeds, list(models))
     (given.output / "report.md").write_text(table, encoding="utf-8")
     report = {
-        "settings": {name: str(value) for name, value in vars(given).items()},
+        "settings": {name: str(value) for name, value in vars(given).items()}
+        | {name: source_name(getattr(given, name)) for name in ("original", "data", "output")}
+        | {"checkpoints": list(checkpoints)},
         "columns": [column.to_dict() for column in columns],
         "speed": {n: {name: dataclasses.asdict(s) for name, s in by_name.items()} for n, by_name in speeds.items()},
     }
     (given.output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     plot(columns, speeds, given.output)
     print(table)
+
+
+def named_folders(given: list[str]) -> dict[str, str]:
+    """Column -> folder; without a name of its own a column has the last two of the folder's."""
+    named = {}
+    for text in given:
+        name, _, folder = text.rpartition("=")
+        name = name or "/".join(Path(folder).parts[-2:])
+        if name in (*VARIANTS, *named):
+            raise ConfigError(f"Two columns are called {name!r}. Name the folder: `--checkpoints NAME={folder}`.")
+        named[name] = folder
+    return named
 
 
 def speed_rows(speeds, names) -> str:

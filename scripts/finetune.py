@@ -28,18 +28,19 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from finetune_options import Options, conversion, read_options, settle
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 
 import hf_rfa
 from hf_rfa.adapter import require_adapters
+from hf_rfa.checkpoint import holds_conversion, load_any
 from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.convert import is_converted
 from hf_rfa.data import evaluation_windows, training_batches
 from hf_rfa.document_batches import Batch, carried_batches, packed_batches
 from hf_rfa.documents import TokenStream, check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
 from hf_rfa.model_card import write_model_card
-from hf_rfa.pair import CONFIG_FILE, find_file
 from hf_rfa.sharded import full_state_dict, is_sharded
 from hf_rfa.training import finetune
 from hf_rfa.training_checkpoint import check_output
@@ -50,12 +51,14 @@ PATIENCE = timedelta(hours=12)
 #: What each stage leaves in the folder of the run.
 FOLDERS = {"calibrate": "calibrated", "distill": "distilled", "finetune": "final"}
 
+#: Columns of what was trained.
+FINE_TUNED, BASELINE = "fine-tuned", "original, same tuning"
+
 
 def main(arguments: list[str]) -> None:
     options = read_options(arguments, __doc__)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     output = Path(options.output)
-    say = print if state.is_main_process else lambda *_: None
     set_seed(options.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -75,46 +78,50 @@ def main(arguments: list[str]) -> None:
     state.wait_for_everyone()
     check_output(output, model)
 
-    start = found or options.model
-    for stage in ("calibrate", "distill"):
-        folder = output / FOLDERS[stage]
-        if stage not in options.stages:
-            continue
-        if options.resume and folder.exists():
-            say(f"{stage}: taken from {folder}")
-        elif stage == "calibrate":
-            batches = itertools.islice(packed_batches(tokens, options.context, 2, options.seed + 1), 2)
-            hf_rfa.convert(model, conversion(options), calibrate=[batch.input_ids for batch in batches])
-            save(model, tokenizer, folder, state)
-        else:
-            if state.is_main_process:
-                distill(model, options, tokens, output)
-            save(model, tokenizer, folder, state)
-            model = load(folder).to(state.device)  # what the main process learned, in all of them
-        start = folder
+    start = convert_and_distill(model, options, tokens, tokenizer, state) or options.model
+    del model
     if "finetune" in options.stages:
-        set_seed(options.seed)  # whether or not the stages before have run in this process
-        done, trained = train(model, options, tokens, validation)
-        weights = full_state_dict(trained) if is_sharded(trained) else None
+        makers = {FINE_TUNED: lambda: load(start)}
+        if options.baseline:
+            makers[BASELINE] = lambda: original(options)
+        folders = {FINE_TUNED: output, BASELINE: output / "baseline"}
+        trained = {
+            name: fine_tune(make, options, folders[name], tokens, validation, state) for name, make in makers.items()
+        }
         if state.is_main_process:
-            if weights is not None:
-                trained = prepare_training(load(start), options)
-                trained.load_state_dict(weights)
-                trained = trained.to(state.device)
-            model = trained.merge_and_unload() if options.train == "lora" else trained
-            write_folder(model, tokenizer, output / FOLDERS["finetune"])
-            (output / "progress.json").write_text(json.dumps(done.state_dict(), indent=1))
+            for name, model in trained.items():
+                write_folder(model, tokenizer, folders[name] / FOLDERS["finetune"])
             plan = Plan(
                 contexts=[options.context],
                 windows=options.evaluation_windows,
                 copy_gaps=[300] if sum(map(len, held_out)) >= 2000 else [],  # short of that there is no text to copy
             )
-            columns = untrained_columns(original(options).to(state.device), load(start).to(state.device))
-            columns["fine-tuned"] = model
-            measured = measure_columns(columns, held_out, num_bytes, plan, tokenizer.bos_token_id)
-            finish(options, output, measured)
+            columns = untrained_columns(original(options).to(state.device), load(start).to(state.device)) | trained
+            finish(options, output, measure_columns(columns, held_out, num_bytes, plan, tokenizer.bos_token_id))
         state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def convert_and_distill(model, options: Options, tokens, tokenizer, state: PartialState) -> Path | None:
+    """The stages before fine-tuning, those that were asked for; returns the folder of the last one."""
+    start = None
+    for stage in ("calibrate", "distill"):
+        folder = Path(options.output) / FOLDERS[stage]
+        if stage not in options.stages:
+            continue
+        if options.resume and folder.exists():
+            if state.is_main_process:
+                print(f"{stage}: taken from {folder}")
+        elif stage == "calibrate":
+            batches = itertools.islice(packed_batches(tokens, options.context, 2, options.seed + 1), 2)
+            hf_rfa.convert(model, conversion(options), calibrate=[inputs_of(batch) for batch in batches])
+            save(model, tokenizer, folder, state)
+        else:
+            if state.is_main_process:
+                distill(model, options, tokens)
+            save(model, tokenizer, folder, state)
+        start = folder
+    return start
 
 
 def last_stage(options: Options, output: Path) -> Path | None:
@@ -123,13 +130,9 @@ def last_stage(options: Options, output: Path) -> Path | None:
     return next((folder for folder in reversed(folders) if options.resume and folder.exists()), None)
 
 
-def is_converted(source: str | Path) -> bool:
-    return find_file(str(source), CONFIG_FILE) is not None
-
-
 def check_start(options: Options) -> None:
     """The first stage must fit what `model` is."""
-    if is_converted(options.model) == ("calibrate" in options.stages):
+    if holds_conversion(options.model) == ("calibrate" in options.stages):
         state = "is converted already" if "calibrate" in options.stages else "is not converted yet"
         raise ConfigError(
             f"{options.model!r} {state}. Got stages={options.stages}. An original starts with the stage 'calibrate', "
@@ -138,25 +141,19 @@ def check_start(options: Options) -> None:
 
 
 def load(source: str | Path):
-    """A model in float32, converted if the folder holds a conversion."""
-    if is_converted(source):
-        return hf_rfa.from_pretrained(source, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return load_any(source, dtype=torch.float32)
 
 
 def original(options: Options):
     """The model to compare with, attending by softmax."""
-    source = options.original or options.model
-    model = load(source)
-    return (hf_rfa.revert(model) if is_converted(source) else model).eval()
+    model = load(options.original or options.model)
+    return (hf_rfa.revert(model) if is_converted(model) else model).eval()
 
 
 def training_tokens(options: Options, tokenizer):
     if not options.streaming:
         documents = load_documents(options.data, "train", text_column=options.text_column)
         return tokenize_documents(tokenizer, documents)[0]
-    if options.documents == "random":
-        raise ConfigError("A stream has no random positions. Got documents=random. Set documents=packed or carried.")
     return TokenStream(tokenizer, options.data, "train", options.text_column)
 
 
@@ -170,13 +167,24 @@ def make_batches(options: Options, tokens):
     return training_batches(tokens, options.context, options.batch_size, options.seed, options.repeat_probability)
 
 
-def distill(model, options: Options, tokens, output: Path) -> None:
+def inputs_of(batch) -> dict[str, torch.Tensor]:
+    """What the model is called with, for the stages that have no targets."""
+    batch = Batch.of(batch)
+    given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def distill(model, options: Options, tokens) -> None:
+    if options.documents == "carried":  # there is no state to carry yet: each piece stands alone
+        options = dataclasses.replace(options, documents="packed")
     hf_rfa.distill(
         model,
-        (Batch.of(batch).input_ids for batch in make_batches(options, tokens)),
+        map(inputs_of, make_batches(options, tokens)),
         steps=options.distill_steps,
+        learning_rate=options.distill_learning_rate,
+        weight_loss=options.distill_weight_loss,
         seed=options.seed,
-        output=output,
+        output=options.output,
         save_every=options.save_every,
         resume=options.resume,
         progress=options.progress,
@@ -204,11 +212,13 @@ def prepare_training(model, options: Options):
     return model
 
 
-def train(model, options: Options, tokens, validation):
-    """Returns how the run went, and the model with what was added to train it."""
-    trained = prepare_training(model, options)
+def fine_tune(make, options: Options, output: Path, tokens, validation, state: PartialState):
+    """Trains the model that `make` loads; returns the whole of it in the main process, None in the others."""
+    set_seed(options.seed)  # whether or not the stages before have run in this process
+    model = prepare_training(make(), options).to(state.device)
+    teacher = original(options).to(state.device) if options.kl_weight else None
     done = finetune(
-        trained,
+        model,
         make_batches(options, tokens),
         steps=options.steps,
         learning_rate=options.learning_rate,
@@ -222,17 +232,26 @@ def train(model, options: Options, tokens, validation):
         sequence_parallel=options.sequence_parallel,
         fused_loss=options.fused_loss,
         kl_weight=options.kl_weight,
-        teacher=original(options).to(model.device) if options.kl_weight else None,
+        teacher=teacher,
         evaluate=lambda m: {"perplexity": perplexity(m, validation, options.context)},
         evaluate_every=options.evaluate_every,
-        output=options.output,
+        output=output,
         save_every=options.save_every,
         resume=options.resume,
         trackers=options.trackers,
-        hooks=[hf_rfa.ResampleCallback()],
+        hooks=[hf_rfa.ResampleCallback()] if is_converted(model) else [],
         progress=options.progress,
+        description=f"fine-tuning {output}",
     )
-    return done, trained
+    weights = full_state_dict(model) if is_sharded(model) else None
+    if not state.is_main_process:
+        return None
+    (output / "progress.json").write_text(json.dumps(done.state_dict(), indent=1))
+    if weights is not None:
+        model = prepare_training(make(), options)
+        model.load_state_dict(weights)
+        model = model.to(state.device)
+    return model.merge_and_unload() if options.train == "lora" else model
 
 
 def finish(options: Options, output: Path, columns) -> None:
@@ -259,7 +278,7 @@ def save(model, tokenizer, folder: Path, state: PartialState) -> None:
 def write_folder(model, tokenizer, folder: Path) -> None:
     """Whole or not at all: a run that is killed here does not resume from half a model."""
     partial = folder.with_name(folder.name + ".partial")
-    hf_rfa.save_pretrained(model, partial)
+    model.save_pretrained(partial)  # of a converted model: with its conversion
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -50,6 +50,8 @@ class Options:
     batches_per_step: int | None = field(default=None, metadata={"help": "Over all processes; else one a process."})
     steps: int = field(default=100, metadata={"help": "Optimiser steps of fine-tuning."})
     distill_steps: int = field(default=100, metadata={"help": "Optimiser steps of attention transfer."})
+    distill_learning_rate: float = field(default=1e-2, metadata={"help": "Of attention transfer, its highest value."})
+    distill_weight_loss: float = field(default=0.0, metadata={"help": "See `weight_loss` of hf_rfa.distill."})
     learning_rate: float = field(default=1e-4, metadata={"help": "The highest value."})
     feature_learning_rate: float | None = field(default=None, metadata={"help": "Of distilled features."})
     weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
@@ -61,6 +63,7 @@ class Options:
     fused_loss: bool = field(default=True, metadata={"help": "Never hold the logits of all positions."})
     kl_weight: float = field(default=0.0, metadata={"help": "Of KL(original || model) in the loss."})
     sequence_parallel: int = field(default=1, metadata={"help": "So many processes share one document."})
+    baseline: bool = field(default=False, metadata={"help": "One more column: the original after the same tuning."})
     seed: int = field(default=0, metadata={"help": "Of the batches, of LoRA and of omega."})
 
     save_every: int = field(default=50, metadata={"help": "Steps between checkpoints."})
@@ -94,6 +97,18 @@ def read_options(arguments: list[str], description: str | None) -> Options:
     ):
         if value not in allowed:
             raise ConfigError(f"`{name}` must be of {list(allowed)}. Got {value!r}.")
+    if options.streaming and options.documents == "random":
+        raise ConfigError("A stream has no random positions. Got documents=random. Set documents=packed or carried.")
+    for name, value in (
+        ("documents", options.documents == "carried" and options.documents),
+        ("sequence_parallel", options.sequence_parallel > 1 and options.sequence_parallel),
+        ("train", options.train == "adapter" and options.train),
+    ):
+        if options.baseline and value:
+            raise ConfigError(
+                f"`baseline` trains the original as well, which has softmax attention and so no state to carry or to "
+                f"share and no adapter. Got {name}={value}. Set baseline=false or leave {name} at its default."
+            )
     return options
 
 
