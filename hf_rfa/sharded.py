@@ -1,17 +1,20 @@
-"""FSDP2: the model inside, whose weights are spread over the processes, called by itself and gathered again.
+"""Weights or optimiser spread over processes: FSDP2 and DeepSpeed.
 
 FSDP2 gathers a layer's weights when the layer is called. What belongs to no layer (embeddings, the head) is gathered
-when the outermost module is called, which in training is the loss. Both functions are for all processes at once.
+when the outermost module is called, which in training is the loss. All functions are for all processes at once.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from hf_rfa.errors import ConfigError
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -44,3 +47,21 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
         True
     """
     return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+
+
+def tell_deepspeed(accelerator: Accelerator, max_grad_norm: float) -> None:
+    """Before `accelerator.prepare`: what DeepSpeed clips to, and that no DataLoader has to tell it of batches.
+
+    Raises:
+        ConfigError: ZeRO-3, under which no process has a whole model to evaluate or to save.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return
+    if plugin.zero_stage > 2:
+        raise ConfigError(
+            f"DeepSpeed must keep the weights whole. Got ZeRO stage {plugin.zero_stage}. Set zero_stage: 2, or use "
+            "FSDP2 (scripts/accelerate/fsdp2.yaml)."
+        )
+    own = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm}
+    plugin.deepspeed_config.update(own)

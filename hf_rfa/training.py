@@ -23,7 +23,7 @@ from hf_rfa.carry import Carry, check_carry
 from hf_rfa.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.sequence_parallel import sequence_parallel as parallel_layers
-from hf_rfa.sharded import callable_inside
+from hf_rfa.sharded import callable_inside, tell_deepspeed
 from hf_rfa.training_checkpoint import check_output, load_checkpoint, save_checkpoint
 from hf_rfa.training_loss import LossModule
 from hf_rfa.training_step import Progress, Share, Step
@@ -137,7 +137,9 @@ def finetune(
         num_training_steps=steps,
         scheduler_specific_kwargs=wsd,
     )
-    loss_module = LossModule(model, fused=fused_loss, kl_weight=kl_weight, teacher=teacher)
+    autocast = torch.bfloat16 if mixed_precision == "bf16" else None
+    loss_module = LossModule(model, fused=fused_loss, autocast=autocast, kl_weight=kl_weight, teacher=teacher)
+    tell_deepspeed(accelerator, max_grad_norm)
     prepared, optimizer = accelerator.prepare(loss_module, optimizer)
     if trackers:
         accelerator.init_trackers("hf_rfa")
@@ -161,7 +163,7 @@ def finetune(
             "choose another `output`."
         )
 
-    trainer = Step(accelerator, prepared, optimizer, share, carries, mixed_precision, max_grad_norm)
+    trainer = Step(accelerator, prepared, optimizer, share, carries, max_grad_norm)
     was_training = model.training
     prepared.train()
     bar = tqdm(

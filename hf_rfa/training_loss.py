@@ -23,14 +23,16 @@ class LossModule(nn.Module):
         model: a causal LM.
         fused: never hold the logits of all positions: the hidden states go through
             `torch.nn.functional.linear_cross_entropy` (and the KL term in blocks that the backward pass makes again).
+        autocast: run everything under autocast to this type. In here and not around it, where DeepSpeed ends it.
         teacher: the original, for the KL term; neither trained nor saved.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, fused: bool, kl_weight: float = 0.0, teacher: PreTrainedModel | None = None
-    ) -> None:
+        self, model: PreTrainedModel, *, fused: bool, autocast: torch.dtype | None = None, kl_weight: float = 0.0,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.fused, self.kl_weight = model, fused, kl_weight
+        self.model, self.fused, self.autocast, self.kl_weight = model, fused, autocast, kl_weight
         # In a tuple, so that it is no submodule: it must not be wrapped, saved or moved with the model.
         self._original = (None if teacher is None else teacher.eval().requires_grad_(False),)
         # Where FSDP and DeepSpeed look for the layers to split at.
@@ -40,7 +42,10 @@ class LossModule(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Loss () in nats, summed over the targets that are not `IGNORED`; input_ids, targets (batch, seq)."""
-        flat = targets.flatten()
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            return self._loss(input_ids, targets.flatten(), inputs)
+
+    def _loss(self, input_ids: Tensor, flat: Tensor, inputs: dict[str, Any]) -> Tensor:
         if not self.fused:
             logits = self.model(input_ids=input_ids, **inputs).logits.flatten(0, 1)
             loss = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="sum")

@@ -87,7 +87,6 @@ class Step:
     optimizer: Any
     share: Share
     carries: dict[int, Carry]
-    mixed_precision: str
     max_grad_norm: float
 
     def __call__(self, batches: list[Batch], done: Progress, checkpoint: Path | None) -> tuple[float, int]:
@@ -101,6 +100,7 @@ class Step:
         total = torch.zeros((), device=accelerator.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
+            accelerator.sync_gradients = last  # DeepSpeed takes its step in the backward pass of the last batch
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self._forward(batch, share.lanes[number]) * (accelerator.num_processes / max(count, 1.0))
                 total += loss.detach().float()
@@ -120,6 +120,7 @@ class Step:
         return accelerator.reduce(total, reduction="mean").item(), tokens
 
     def _stop(self, what: str, done: Progress, batches: range, checkpoint: Path | None) -> FloatingPointError:
+        self.accelerator.sync_gradients = True  # or the next line does nothing
         self.optimizer.zero_grad()
         which = f"batch {batches[0]}" if len(batches) == 1 else f"one of the batches {batches[0]} to {batches[-1]}"
         return FloatingPointError(
@@ -135,5 +136,4 @@ class Step:
             inputs["position_ids"] = batch.position_ids.to(device)
         if batch.fresh is not None:
             inputs |= {"use_cache": True, "past_key_values": self.carries[lane].start(batch)}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"):
-            return self.model(input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), **inputs)
+        return self.model(input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), **inputs)
