@@ -41,7 +41,8 @@ def main() -> None:
     if given.command == "carried":
         measure_carried(given.tokens, given.softmax_heads, given.plot)
     elif given.worker:
-        print(measure_share(given.tokens[0], given.softmax_heads[0]), flush=True)
+        # In one piece: the processes share the pipe.
+        sys.stdout.write(f"{measure_share(given.tokens[0], given.softmax_heads[0])}\n")
     else:
         measure_ranks(given.tokens, given.softmax_heads)
 

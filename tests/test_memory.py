@@ -99,3 +99,29 @@ def test_the_final_state_costs_nothing_quadratic(causal):
             rfa_attention(**inputs, window=16, causal=causal, initial_state=state)
         sizes.append(recorder.numel)
     assert sizes[1] < 2.2 * sizes[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"padded": True}, {"packed": True}], ids=["past", "padded", "packed"])
+def test_what_softmax_heads_keep_for_the_backward_pass_is_linear(options):
+    kept = []
+    for length in (SHORT, LONG):
+        inputs = random_inputs(length, batch=1, heads=HEADS, key_heads=1, dtype=torch.float32)
+        given = dict(options)
+        if given.pop("padded", False):
+            given["valid"] = torch.arange(length)[None] >= 5
+        if given.pop("packed", False):
+            given["document"] = torch.arange(length)[None] // 300
+        if not options:
+            _, given["initial_state"] = rfa_attention(**inputs, window=16, softmax_heads=[0], output_final_state=True)
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            rfa_attention(**leaves, window=16, softmax_heads=[0], **given)
+        kept.append(sum(saved.values()))
+    assert kept[1] < 2.2 * kept[0]
+    assert kept[1] < LONG * LONG / 8

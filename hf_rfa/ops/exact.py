@@ -6,10 +6,12 @@ before the queries) the queries are taken in blocks, so that the mask is a block
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.ops.layout import TokenLayout
 
@@ -67,14 +69,14 @@ def exact_attention(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)[..., :value_dim]
     device = query.device
     valid = _key_valid(layout, past_valid, query.shape[0], length, past, device)
-    outputs = []
     document = layout.ordinal
     if document is not None:
         document = document.to(device)
         # The past continues the row's first document.
         document = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
-    for start in range(0, length, QUERY_BLOCK):
-        rows = past + torch.arange(start, min(start + QUERY_BLOCK, length), device=device)
+
+    def block(block_query: torch.Tensor, start: int) -> torch.Tensor:
+        rows = past + torch.arange(start, start + block_query.shape[2], device=device)
         low = 0 if sliding_window is None else max(0, past + start - sliding_window + 1)
         high = past + start + len(rows) if causal else total
         columns = torch.arange(low, high, device=device)
@@ -92,9 +94,14 @@ def exact_attention(
             visible = torch.cat([visible, visible.new_ones(*visible.shape[:-1], 1)], dim=-1)
             block_key = torch.cat([block_key, key[:, :, total:]], dim=2)
             block_value = torch.cat([block_value, value[:, :, total:]], dim=2)
-        block_query = query[:, :, start : start + len(rows)]
         mask = visible.unsqueeze(1)
-        outputs.append(F.scaled_dot_product_attention(block_query, block_key, block_value, attn_mask=mask, **options))
+        return F.scaled_dot_product_attention(block_query, block_key, block_value, attn_mask=mask, **options)
+
+    # Made again in the backward pass: the masks of all blocks together would be an N x N tensor.
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if trained else block
+    starts = range(0, length, QUERY_BLOCK)
+    outputs = [run(part, start) for part, start in zip(query.split(QUERY_BLOCK, dim=2), starts, strict=True)]
     output = torch.cat(outputs, dim=2)[..., :value_dim]
     return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
 
