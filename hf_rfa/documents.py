@@ -5,8 +5,9 @@ token_lists, num_bytes = tokenize_documents(tokenizer, documents)
 stream = TokenStream(tokenizer, "emozilla/pg19", "train")           # read again for each pass, one document at a time
 
 Datasets of the hub that load without scripts: "emozilla/pg19" (books), "ccdv/govreport-summarization" with
-`text_column="report"`, "ccdv/arxiv-summarization" with `text_column="article"`, "EleutherAI/wikitext_document_level:
-wikitext-103-raw-v1" with `text_column="page"` and "common-pile/project_gutenberg_filtered".
+`text_column="report"`, "ccdv/arxiv-summarization:document" with `text_column="article"`,
+"EleutherAI/wikitext_document_level:wikitext-103-raw-v1" with `text_column="page"` and
+"common-pile/project_gutenberg_filtered".
 """
 
 import itertools
@@ -198,6 +199,11 @@ def _hub_documents(source: str, split: str, text_column: str, streaming: bool) -
         raise ConnectionError(
             f"Could not load the dataset {name!r} from the Hugging Face Hub: {error}. Check its name and the network, "
             "or pass a local folder, a .jsonl or .parquet file, or 'stdlib', which need neither."
+        ) from error
+    except (ValueError, RuntimeError) as error:  # no or a wrong configuration; a loading script
+        raise ConfigError(
+            f"The dataset {name!r} cannot be loaded: {error} Name a configuration as '{name}:CONFIGURATION'. Datasets "
+            "with a loading script are gone from `datasets`: use one made of parquet files."
         ) from error
     if "train" not in splits and split not in splits:
         raise ConfigError(f"The dataset {name!r} has no split {split!r}. Its splits are {', '.join(splits)}.")

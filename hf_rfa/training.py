@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
@@ -61,7 +62,7 @@ def finetune(
     output: str | Path | None = None,
     save_every: int = 100,
     resume: bool = False,
-    trackers: Sequence[str] = (),
+    trackers: Sequence[str | GeneralTracker] = (),
     hooks: Sequence[StepHook] = (),
     progress: bool = True,
     description: str = "fine-tuning",
@@ -86,14 +87,14 @@ def finetune(
         mixed_precision: "bf16" runs the forward pass under autocast; weights and optimiser stay as they are.
         batches_per_step: over all processes; by default one a process. More than that is gradient accumulation.
         sequence_parallel: so many neighbouring processes share each document (`hf_rfa.sequence_parallel`).
-        fused_loss: never hold the logits of all positions (`torch.nn.functional.linear_cross_entropy`).
+        fused_loss: never hold the logits of all positions (see `hf_rfa.training_loss`).
         kl_weight: adds so many times KL(teacher || model), nats/token; the losses then are the sum of both.
         teacher: the original model, on the same device.
         evaluate: called on the model after every `evaluate_every` steps and the last; its figures are tracked.
         output: folder for the checkpoint `checkpoint-<step>` and the trackers; None saves nothing.
         save_every: a checkpoint after so many steps and after the last one; the one before it is then deleted.
         resume: go on from the checkpoint in `output`; from the start if there is none yet.
-        trackers: of Accelerate, for example "tensorboard", "trackio" or "wandb".
+        trackers: of Accelerate, for example "tensorboard", "trackio", "wandb", or a tracker of your own.
         hooks: `hook.step(model)` is called after each optimiser step; a hook with `state_dict` and `load_state_dict`
             is saved and restored with the run.
         progress: show a bar with loss (nats/token) and speed (tokens/s).

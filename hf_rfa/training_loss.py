@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_rfa.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
 
-#: Positions whose float32 logits are made at a time, for the KL term.
+#: Positions whose float32 logits are made at a time.
 POSITIONS_AT_ONCE = 512
 
 
@@ -22,7 +22,8 @@ class LossModule(nn.Module):
     Args:
         model: a causal LM.
         fused: never hold the logits of all positions: the hidden states go through
-            `torch.nn.functional.linear_cross_entropy` (and the KL term in blocks that the backward pass makes again).
+            `torch.nn.functional.linear_cross_entropy`, before torch 2.13 and for the KL term in blocks of
+            `POSITIONS_AT_ONCE` positions whose logits the backward pass makes again.
         autocast: run everything under autocast to this type. In here and not around it, where DeepSpeed ends it.
         teacher: the original, for the KL term; neither trained nor saved.
     """
@@ -56,15 +57,7 @@ class LossModule(nn.Module):
                 _check_head(hidden, head, last)
                 self._checked = True
             hidden = hidden.flatten(0, 1)
-            loss = F.linear_cross_entropy(
-                hidden,
-                head.weight.to(hidden.dtype),
-                flat,
-                linear_bias=None if head.bias is None else head.bias.to(hidden.dtype),
-                ignore_index=IGNORED,
-                reduction="sum",
-                options=torch.nn.LinearCrossEntropyOptions(),
-            )
+            loss = _fused_nll(hidden, head, flat)
             parts = (checkpoint(head, part, use_reentrant=False) for part in hidden.split(POSITIONS_AT_ONCE))
         return loss if self._original[0] is None else loss + self.kl_weight * self._kl(parts, input_ids, flat, inputs)
 
@@ -100,6 +93,26 @@ class LossModule(nn.Module):
         finally:
             hook.remove()
         return seen[-1], causal.get_output_embeddings(), logits
+
+
+def _fused_nll(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
+    """Sum of the next-token loss (); hidden (N, width), targets (N,)."""
+    if hasattr(F, "linear_cross_entropy"):
+        return F.linear_cross_entropy(
+            hidden,
+            head.weight.to(hidden.dtype),
+            targets,
+            linear_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            ignore_index=IGNORED,
+            reduction="sum",
+            options=torch.nn.LinearCrossEntropyOptions(),
+        )
+    pairs = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+    return torch.stack([checkpoint(_nll_sum, head, *pair, use_reentrant=False) for pair in pairs]).sum()
+
+
+def _nll_sum(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def _kl_sum(logits: Tensor, original: Tensor, counted: Tensor) -> Tensor:

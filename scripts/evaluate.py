@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="[NAME=]FOLDER", help="trained models")
     parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
     parser.add_argument("--text_column", default="text")
+    parser.add_argument("--max_documents", type=int, help="held-out documents that are measured; by default all")
+    parser.add_argument("--calibration_documents", type=int, default=20, help="of the training split")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--windows", type=int, default=8, help="windows of the longest context")
@@ -56,9 +58,12 @@ def main() -> None:
     check_tokenizer(tokenizer, original)
     checkpoints = named_folders(given.checkpoints)
     longest = max(given.contexts)
-    load = {"text_column": given.text_column}
-    train, _ = tokenize_documents(tokenizer, load_documents(given.data, "train", **load))
-    documents, num_bytes = tokenize_documents(tokenizer, load_documents(given.data, "validation", **load))
+    (train, _), (documents, num_bytes) = (
+        tokenize_documents(
+            tokenizer, load_documents(given.data, split, text_column=given.text_column, max_documents=count)
+        )
+        for split, count in (("train", given.calibration_documents), ("validation", given.max_documents))
+    )
     evaluation_windows(documents, longest)  # raises before any work where no document reaches the context
     try:
         given.output.mkdir(parents=True, exist_ok=True)

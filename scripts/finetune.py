@@ -68,7 +68,13 @@ def main(arguments: list[str]) -> None:
     check_tokenizer(tokenizer, model)
     tokens = training_tokens(options, tokenizer)
     held_out, num_bytes = tokenize_documents(
-        tokenizer, load_documents(options.data, "validation", text_column=options.text_column)
+        tokenizer,
+        load_documents(
+            options.data,
+            "validation",
+            text_column=options.text_column,
+            max_documents=options.validation_documents,
+        ),
     )
     # Before any work: raises where no held-out document reaches the context.
     validation = evaluation_windows(held_out, options.context, options.evaluation_windows).flatten()

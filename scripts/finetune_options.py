@@ -31,6 +31,7 @@ class Options:
     original: str | None = field(default=None, metadata={"help": "To compare with; else `model`, with softmax."})
     data: str = field(default="stdlib", metadata={"help": "See hf_rfa.documents.load_documents."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    validation_documents: int | None = field(default=None, metadata={"help": "Only so many; by default all."})
     streaming: bool = field(default=False, metadata={"help": "Tokenise training documents on the way."})
     stages: list[str] = field(default_factory=lambda: ["calibrate", "finetune"], metadata={"help": f"Of {STAGES}."})
 

@@ -237,6 +237,17 @@ def test_unreachable_hub(fake_hub):
         load_documents("owner/name", "train")
 
 
+@pytest.mark.parametrize(
+    "reason", [ValueError("Config name is missing."), RuntimeError("Dataset scripts are no longer supported.")]
+)
+def test_hub_dataset_without_a_configuration_or_with_a_script(fake_hub, reason):
+    fake_hub(reason)
+    with pytest.raises(
+        ConfigError, match=rf"'owner/name' cannot be loaded: {reason} Name .* 'owner/name:CONFIG.*parquet"
+    ):
+        load_documents("owner/name", "train")
+
+
 def test_hub_dataset_without_the_split(fake_hub):
     fake_hub({"test": []})
     with pytest.raises(ValueError, match=r"no split 'train'\. Its splits are test"):

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -12,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
+from hf_rfa.checkpoint import load_any
 from hf_rfa.columns import Column, markdown_table, untrained_columns
 from hf_rfa.data import evaluation_windows, load_documents, tokenize_documents
 from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
-from hf_rfa.errors import ConfigError
+from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.evaluation import copy_perplexity, kl_divergence, perplexity
 from hf_rfa.model_card import write_model_card
 from hf_rfa.pair import CONFIG_FIELD
@@ -70,7 +72,8 @@ def report(setting):
     with pytest.MonkeyPatch.context() as patch:
         run_script(
             patch, "--original", setting / "original", "--data", setting / "data", "--output", setting / "report",
-            "--checkpoints", setting / "trained", "--contexts", 64, 256, "--windows", 3, "--stride", 128,
+            "--checkpoints", f"trained={setting / 'trained'}", setting / "original",
+            "--contexts", 64, 256, "--windows", 3, "--stride", 128,
             "--document_tokens", 500, "--copy_gaps", 50, "--passkey", 128, "--speed", 64, 128,
             "--window", 16, "--num_features", 8,
         )  # fmt: skip
@@ -83,11 +86,14 @@ def held_out(setting):
 
 
 def test_the_columns_are_the_four_and_the_checkpoints(setting, report):
-    assert [column["name"] for column in report["columns"]] == [*VARIANTS, str(setting / "trained")]
+    last = f"{setting.name}/original"  # two names of the folder, for want of another
+    assert [column["name"] for column in report["columns"]] == [*VARIANTS, "trained", last]
+    assert report["columns"][-1] == report["columns"][0] | {"name": last, "kl_to_original": pytest.approx(0, abs=1e-6)}
     assert report["settings"]["stride"] == "128"
+    assert str(setting) not in json.dumps(report) + (setting / "report" / "report.md").read_text()
     kl = [column["kl_to_original"] for column in report["columns"]]
     assert kl[0] == 0
-    assert len(set(kl)) == 5  # each is another model
+    assert len(set(kl[:5])) == 5  # each is another model
     assert kl[3] < kl[1]
 
 
@@ -152,6 +158,21 @@ def test_a_context_that_no_document_reaches_is_named_before_any_work(setting, mo
         )  # fmt: skip
 
 
+def test_two_columns_of_one_name_are_refused(setting, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"Two columns are called 'original'\. Name the folder"):
+        run_script(
+            monkeypatch, "--original", setting / "original", "--data", setting / "data", "--output", tmp_path / "r",
+            "--checkpoints", f"original={setting / 'trained'}",
+        )  # fmt: skip
+
+
+def test_a_converted_folder_without_its_conversion_is_no_softmax_checkpoint(setting, tmp_path):
+    shutil.copytree(setting / "trained", tmp_path / "torn")
+    (tmp_path / "torn" / "rfa_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"was converted, but rfa_config\.json is not there"):
+        load_any(tmp_path / "torn")
+
+
 def test_untrained_columns_share_the_weights_and_leave_the_calibrated_model_alone(setting):
     original = AutoModelForCausalLM.from_pretrained(setting / "original").eval()
     calibrated = hf_rfa.from_pretrained(setting / "trained")
@@ -195,15 +216,16 @@ def test_markdown_leaves_out_rows_that_nothing_was_measured_for():
 def test_a_model_card_names_the_model_its_data_its_settings_and_holds_the_table(setting, tmp_path):
     table = markdown_table([column(name) for name in (*VARIANTS, "fine-tuned")])
     path = write_model_card(
-        tmp_path, base_model=str(setting / "original"), table=table, settings={"context": 64}, data="books"
-    )
+        tmp_path, base_model=str(setting / "original"), table=table, data="books",
+        settings={"context": 64, "model": str(setting / "original")},
+    )  # fmt: skip
     card = path.read_text()
+    assert json.loads(card.split("```json")[1].split("```")[0]) == {"context": 64, "model": "original"}
     head = card.split("---")[1]
     assert "library_name: hf_rfa" in head
     assert "base_model: original\n" in head  # no path of the machine that made it
     assert str(setting) not in card
     assert "trained on `books`" in card
     assert table in card
-    assert json.loads(card.split("```json")[1].split("```")[0]) == {"context": 64}
     hub = write_model_card(tmp_path, base_model="owner/name", table=table, settings={}, data="d").read_text()
     assert "base_model: owner/name\n" in hub

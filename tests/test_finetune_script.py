@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import time
@@ -11,16 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from families import PEFT_ASKS
 from processes import ENVIRONMENT, ROOT, command, launch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
+from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.document_batches import carried_batches, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.training import finetune
 
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
-FSDP = [str(ROOT / "tests" / "worker_fsdp.py"), str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")]
+WORKER = str(ROOT / "tests" / "worker_accelerate.py")
+CONFIGS = ROOT / "scripts" / "accelerate"
+FSDP, DEEPSPEED = [WORKER, str(CONFIGS / "fsdp2.yaml")], [WORKER, str(CONFIGS / "deepspeed_zero2.yaml")]
 
 
 def in_this_process(arguments: list[str]) -> None:
@@ -98,6 +105,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run
     assert len(set(whole["losses"])) == 6
     assert [e["step"] for e in whole["evaluations"]] == [3, 6]
     card = (run / "whole" / "final" / "README.md").read_text()
+    assert str(run) not in card
     assert "| | original | window only | every head linear | retrieval heads exact | fine-tuned |" in card
     assert "| perplexity, windows of 128 tokens |" in card
     assert hf_rfa.from_pretrained(run / "whole" / "final").config.vocab_size == 128
@@ -110,13 +118,22 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_processes(run
     # The same number of processes: nothing differs, and what was calibrated is not calibrated again.
     kill_when_saved(run / "killed", "checkpoint-*", arguments(run, "killed", save_every=1))
     assert not (run / "killed" / "progress.json").exists()
+    shutil.copytree(run / "killed", run / "killed-before")
     resumed = launch(arguments(run, "killed", resume=True))
     assert f"calibrate: taken from {run / 'killed' / 'calibrated'}" in resumed.stdout
     assert progress(run, "killed")["losses"] == whole["losses"]
     assert progress(run, "killed")["evaluations"] == whole["evaluations"]
     assert_same_weights(weights(run, "killed"), expected, rtol=0, atol=0)
 
-    # Two processes and the same global batch, resumed on one.
+    # One process, resumed on two with the same global batch: the same losses, the same draws, saved once.
+    shutil.copytree(run / "killed-before", run / "more")
+    launch(arguments(run, "more", resume=True), 2)
+    assert progress(run, "more")["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert_same_weights(weights(run, "more"), expected, rtol=1e-3, atol=1e-4)
+    assert sorted(path.name for path in (run / "more").glob("checkpoint-*")) == ["checkpoint-6"]
+    assert not list((run / "more").rglob("*.partial"))
+
+    # Two processes, resumed on one.
     kill_when_saved(run / "two", "checkpoint-*", arguments(run, "two", save_every=1), processes=2)
     in_this_process(arguments(run, "two", resume=True))
     assert progress(run, "two")["losses"] == pytest.approx(whole["losses"], rel=1e-5)
@@ -162,6 +179,85 @@ def test_fsdp2_gives_what_one_process_gives_and_resumes(run):
     assert "| fine-tuned |" in (run / "sharded" / "final" / "README.md").read_text()
 
 
+@PEFT_ASKS
+def test_lora_in_bfloat16_with_activation_checkpointing_and_wsd_is_merged(run):
+    options = {"train": "lora", "lora_rank": 4, "mixed_precision": "bf16", "activation_checkpointing": True}
+    in_this_process(arguments(run, "lora", steps=3, schedule="wsd", **options))
+    before, after = weights(run, "lora", "calibrated"), weights(run, "lora")
+    assert set(after) == set(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    projections = {name for name in after if "_proj" in name}
+    assert projections <= changed <= projections | {name for name in after if ".rfa." in name}  # omega was redrawn
+    assert len(set(progress(run, "lora")["losses"])) == 3
+
+
+def test_the_original_after_the_same_tuning_is_one_more_column(run):
+    options = {"steps": 2, "evaluate_every": 2, "resample": "never"}
+    in_this_process(arguments(run, "both", baseline=True, **options))
+    columns = {column["name"]: column for column in json.loads((run / "both" / "columns.json").read_text())}
+    assert list(columns)[-2:] == ["fine-tuned", "original, same tuning"]
+    assert columns["original, same tuning"]["kl_to_original"] > 0
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    batches = packed_batches(training_tokens(run), 128, 1, seed=0)
+    expected = finetune(model, batches, steps=2, learning_rate=1e-2, batches_per_step=2, progress=False)
+    assert progress(run, "both/baseline")["losses"] == pytest.approx(expected.losses, rel=1e-4)
+    assert progress(run, "both")["losses"] != pytest.approx(expected.losses, rel=1e-6)
+    tuned = AutoModelForCausalLM.from_pretrained(run / "both" / "baseline" / "final")
+    torch.testing.assert_close(tuned.lm_head.weight, model.lm_head.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_of_documents_is_trained_with_the_state_carried(run):
+    options = {"streaming": True, "documents": "carried", "softmax_heads": "none", "resample": "never", "context": 64}
+    more = {"distill_steps": 2, "steps": 3, "validation_documents": 1}
+    stages = ["--stages", "calibrate", "distill", "finetune"]
+    in_this_process([*arguments(run, "carried", **options, **more), *stages])
+    model = hf_rfa.from_pretrained(run / "carried" / "distilled", dtype=torch.float32)
+    # A stream keeps the documents' own order; so do the same ones in a generator.
+    documents = (ids for _ in range(9) for ids in training_tokens(run))
+    batches = carried_batches(documents, 64, 1, lanes=2)
+    expected = finetune(model, batches, steps=3, learning_rate=1e-2, batches_per_step=2, progress=False)
+    assert progress(run, "carried")["losses"] == pytest.approx(expected.losses, rel=1e-4)
+
+
+def training_tokens(run: Path) -> list[torch.Tensor]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "model")
+    return tokenize_documents(tokenizer, load_documents(run / "data.jsonl", "train"))[0]
+
+
+def test_the_folder_is_uploaded_with_its_card(run, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append(("create", repo_id, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(("upload", repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    in_this_process(arguments(run, "pushed", steps=1, push_to_hub="owner/model"))
+    assert calls[0] == ("create", "owner/model", True)
+    assert calls[1][:2] == ("upload", "owner/model")
+    pair = {"rfa_config.json", "rfa_model.safetensors"}
+    assert calls[1][2] >= pair | {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.multi_process
+def test_deepspeed_gives_what_one_process_gives_and_resumes(run):
+    pytest.importorskip("deepspeed")
+    options = {"steps": 4, "evaluate_every": 2, "batches_per_step": 4}
+    in_this_process(arguments(run, "one", **options))
+    started = [*DEEPSPEED, *arguments(run, "shared", save_every=1, **options)]
+    kill_when_saved(run / "shared", "checkpoint-*", started, processes=2)
+    launch([*DEEPSPEED, *arguments(run, "shared", resume=True, **options)], 2)
+    one, shared = progress(run, "one"), progress(run, "shared")
+    assert any((run / "shared").glob("checkpoint-*/**/*optim_states.pt"))  # DeepSpeed indeed
+    assert shared["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for found, expected in zip(shared["evaluations"], one["evaluations"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert_same_weights(weights(run, "shared"), weights(run, "one"), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.multi_process
 def test_one_document_on_two_processes_trains_like_on_one(run):
     options = {"documents": "random", "resample": "never", "batches_per_step": 1, "steps": 3, "evaluate_every": 3}
@@ -190,6 +286,9 @@ def main(monkeypatch):
         ({"stages": "sleep"}, ConfigError, "`stages` must be of"),
         ({"stages": "finetune"}, ConfigError, r"is not converted yet\. Got stages=\['finetune'\]"),
         ({"streaming": True, "documents": "random"}, ConfigError, "A stream has no random positions"),
+        ({"baseline": True, "documents": "carried"}, ConfigError, r"no state to carry .*Got documents=carried"),
+        ({"baseline": True, "train": "adapter"}, ConfigError, r"no adapter\. Got train=adapter"),
+        ({"baseline": True, "sequence_parallel": 2}, ConfigError, r"Got sequence_parallel=2"),
         ({"context": 5000}, ConfigError, "No document reaches the context of 5000 tokens: the longest has 700"),
         ({"text_column": "body"}, ConfigError, r"no column 'body'\. Its columns are 'text'\. Set `text_column`"),
         ({"data": "missing.jsonl"}, FileNotFoundError, "No file or folder at 'missing.jsonl'"),

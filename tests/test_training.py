@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 import hf_rfa
@@ -175,6 +176,59 @@ def test_progress_shows_loss_and_speed(tiny_llama, capsys, monkeypatch):
     assert "learning" in shown
     assert "loss=" in shown
     assert "tokens_per_s=" in shown
+
+
+class Log(GeneralTracker):
+    """A tracker of Accelerate that keeps what it gets."""
+
+    name, requires_logging_directory = "log", False
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.finished = [], False
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step, **kwargs):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_trackers_get_every_step_and_every_evaluation(tiny_llama, tmp_path):
+    log = Log()
+    evaluations = iter([1.5, 2.5])
+    done = finetune(
+        tiny_llama, batches(), steps=4, warmup_steps=0, learning_rate=1e-3, output=tmp_path, trackers=[log],
+        evaluate=lambda _: {"perplexity": next(evaluations)}, evaluate_every=2, progress=False,
+    )  # fmt: skip
+    losses = [(step, values["loss"]) for step, values in log.rows if "loss" in values]
+    assert losses == list(enumerate(done.losses, start=1))
+    assert [(step, values) for step, values in log.rows if "loss" not in values] == [
+        (2, {"perplexity": 1.5}), (4, {"perplexity": 2.5}),
+    ]  # fmt: skip
+    last = log.rows[-2][1]
+    assert last["tokens"] == done.tokens == 4 * 48
+    assert last["tokens/s"] > 0
+    assert last["learning_rate"] == pytest.approx(0, abs=1e-9)  # the end of the cosine
+    assert log.finished
+    with pytest.raises(ConfigError, match="Set `output`"):
+        finetune(tiny_llama, batches(), steps=1, trackers=["tensorboard"], progress=False)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_trackers_by_name(tiny_llama, tmp_path, monkeypatch, name):
+    pytest.importorskip(name)
+    for variable, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("TRACKIO_DIR", tmp_path)):
+        monkeypatch.setenv(variable, str(value))
+    assert finetune(tiny_llama, batches(), steps=1, output=tmp_path, trackers=[name], progress=False).step == 1
+    assert len(list(tmp_path.rglob("*"))) > 4  # more than the checkpoint's folder
 
 
 @pytest.mark.parametrize(

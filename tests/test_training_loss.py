@@ -40,6 +40,20 @@ def test_fused_and_plain_loss_have_the_value_and_gradients_of_the_definition(tin
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
+def test_before_torch_2_13_the_fused_loss_is_made_in_blocks(tiny_llama, monkeypatch):
+    batch = Batch.of(ids_of(1200))  # more than two blocks
+    values = []
+    for has in (True, False):
+        if not has:
+            monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        tiny_llama.zero_grad()
+        loss = LossModule(tiny_llama, fused=True)(batch.input_ids, batch.targets, use_cache=False)
+        loss.backward()
+        values.append([loss.detach(), *(p.grad.clone() for p in tiny_llama.parameters())])
+    for found, expected in zip(*values, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_a_model_that_scales_its_logits_is_not_trained_on_the_wrong_loss(tiny_llama):
     forward = tiny_llama.forward
 
