@@ -14,10 +14,12 @@ import copy
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
 import hf_rfa
@@ -28,6 +30,8 @@ from hf_rfa.documents import check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
 from hf_rfa.results import VARIANTS, source_name
 from hf_rfa.speed import measure_speed
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main() -> None:
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument("--copy_gaps", type=int, nargs="*", default=[300])
     parser.add_argument("--passkey", type=int, nargs="*", default=[], help="lengths of the passkey task")
     parser.add_argument("--speed", type=int, nargs="*", default=[1024, 4096], help="prompt lengths that are timed")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="'cpu' on a machine that others use too")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--num_features", type=int, default=64)
     parser.add_argument("--feature_map", default="hyperbolic", help="of the untrained columns, as window and features")
@@ -86,7 +91,8 @@ def main() -> None:
     )  # fmt: skip
     columns = measure_columns(models, documents, num_bytes, plan, tokenizer.bos_token_id)
     text = torch.cat(documents)
-    speeds = {n: measure_speed(models, text.repeat(-(-n // len(text))), n) for n in given.speed}
+    clock = CLOCKS[given.clock]
+    speeds = {n: measure_speed(models, text.repeat(-(-n // len(text))), n, clock=clock) for n in given.speed}
 
     table = markdown_table(columns) + "\n" + speed_rows(speeds, list(models))
     (given.output / "report.md").write_text(table, encoding="utf-8")
@@ -136,7 +142,8 @@ def plot(columns, speeds, output: Path) -> None:
     for column, (marker, line) in zip(columns, styles, strict=False):
         axes.plot([b.end for b in column.by_position], [b.perplexity for b in column.by_position],
                   marker=marker, linestyle=line, label=column.name)  # fmt: skip
-    axes.set(xscale="log", xlabel="position in the context, tokens (end of bin)", ylabel="perplexity")
+    axes.set(ylabel="perplexity")
+    token_axis(axes, [b.end for b in columns[0].by_position], "position in the context, tokens (end of bin)")
     axes.legend(fontsize=8)
     figure.savefig(output / "perplexity_by_position.png", dpi=150)
     plt.close(figure)
@@ -156,10 +163,20 @@ def plot(columns, speeds, output: Path) -> None:
         ):
             axes.plot(list(speeds), values, marker=marker, linestyle=line, label=column.name)
     for axes, title in zip(three, ("prefill, s", "decoding, tokens/s", "cache, MiB"), strict=True):
-        axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel=title)
+        axes.set(yscale="log", ylabel=title)
+        axes.yaxis.set_major_formatter("{x:g}")
+        token_axis(axes, list(speeds), "prompt, tokens")
     three[0].legend(fontsize=8)
     figure.savefig(output / "cost.png", dpi=150)
     plt.close(figure)
+
+
+def token_axis(axes: Axes, counts: list[int], label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

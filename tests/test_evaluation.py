@@ -1,5 +1,6 @@
 """Every figure against a computation by hand, on a model whose answers are known."""
 
+import itertools
 import math
 
 import pytest
@@ -185,6 +186,9 @@ def test_speed_counts_the_cache_after_the_prefill(tiny_llama):
     assert speeds["b"].prefill_seconds > 0
     assert speeds["b"].decode_tokens_per_second > 0
     assert speeds["b"].peak_bytes is None
+    ticks = itertools.count()  # one a look at the clock: a second each for the prefill and for all of the decoding
+    speed = measure_speed({"a": tiny_llama}, torch.arange(100), 60, 3, 2, clock=lambda: float(next(ticks)))["a"]
+    assert (speed.prefill_seconds, speed.decode_tokens_per_second) == (1.0, 3.0)
 
 
 def test_prefill_answers_with_the_greedy_next_token(tiny_llama):
