@@ -163,8 +163,12 @@ def plot(columns, speeds, output: Path) -> None:
         ):
             axes.plot(list(speeds), values, marker=marker, linestyle=line, label=column.name)
     for axes, title in zip(three, ("prefill, s", "decoding, tokens/s", "cache, MiB"), strict=True):
-        axes.set(yscale="log", ylabel=title)
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylabel(title)
+        if title.startswith("decoding"):
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         token_axis(axes, list(speeds), "prompt, tokens")
     three[0].legend(fontsize=8)
     figure.savefig(output / "cost.png", dpi=150)
