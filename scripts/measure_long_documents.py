@@ -9,7 +9,8 @@ it is cut and the state is carried.
 Prints a Markdown table. A Llama of 2 layers, width 64, 4 query heads, 2 key heads and a vocabulary of 256 is trained
 in float32 on random tokens, one thread a process: what is measured does not depend on what the tokens say. Figures of
 `ranks` are the growth of the resident set at its peak above what the process held before, the largest of all
-processes; those of `carried` are the whole resident set. Linux only: they are read from /proc/self/status.
+processes; those of `carried` are the whole resident set. Linux only: they are read from /proc/self/status. `carried`
+starts itself again with glibc told to return freed memory, as `ranks` tells its processes.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from pathlib import Path
 WIDTH, LAYERS, HEADS, KEY_HEADS, VOCABULARY = 64, 2, 4, 2, 256
 PROCESSES = (1, 2, 4)
 CONTEXT = 4096  # tokens of a piece of a cut document
+#: glibc keeps freed pieces of growing sizes for itself; so told it hands them back, and what is measured is in use.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
 def main() -> None:
@@ -39,6 +42,8 @@ def main() -> None:
     carried.add_argument("--plot", type=Path)
     given = parser.parse_args()
     if given.command == "carried":
+        if not RETURN_MEMORY.items() <= os.environ.items():
+            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
         measure_carried(given.tokens, given.softmax_heads, given.plot)
     elif given.worker:
         # In one piece: the processes share the pipe.
@@ -91,7 +96,7 @@ def largest_share(tokens: int, softmax_heads: int, processes: int) -> float:
         port = str(listener.getsockname()[1])
     own = [__file__, "ranks", "--worker", "--tokens", str(tokens), "--softmax_heads", str(softmax_heads)]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | RETURN_MEMORY | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *launcher, *own]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
