@@ -57,6 +57,7 @@ class Column:
     copy_perplexity: dict[int, float] = field(default_factory=dict)
     far_recovery: float | None = None
     sliding_perplexity: float | None = None
+    stride: int = 0  # of the sliding window, tokens
     streaming_perplexity: float | None = None
     passkey: list[PasskeyScore] = field(default_factory=list)
 
@@ -136,7 +137,7 @@ def measure_columns(
         if plan.stride:
             whole = [ids[: plan.document_tokens] for ids in documents]
             losses_of = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
-            column.sliding_perplexity = document_perplexity(losses_of)
+            column.sliding_perplexity, column.stride = document_perplexity(losses_of), plan.stride
             if is_converted(model):
                 column.streaming_perplexity = document_perplexity([streaming_nll(model, ids) for ids in whole])
         if plan.passkey_lengths:
@@ -163,7 +164,12 @@ def markdown_table(columns: Sequence[Column]) -> str:
         add(f"perplexity, windows of {n} tokens", (c.perplexity[n] for c in columns), ".3f")
     for n in first.bits_per_byte:
         add(f"bits per byte, windows of {n}", (c.bits_per_byte[n] for c in columns), ".4f")
-    add("perplexity, sliding window over whole documents", (c.sliding_perplexity for c in columns), ".3f")
+    stride = max(c.stride for c in columns)
+    add(
+        f"perplexity, sliding window over whole documents, stride {stride}",
+        (c.sliding_perplexity for c in columns),
+        ".3f",
+    )
     add("perplexity, whole documents, state carried", (c.streaming_perplexity for c in columns), ".3f")
     add("KL to the original, nats/token", (c.kl_to_original for c in columns), ".4f")
     add("far recovery", (c.far_recovery for c in columns), ".3f")

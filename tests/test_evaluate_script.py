@@ -206,8 +206,8 @@ def column(name, **figures):
 
 
 def test_markdown_leaves_out_rows_that_nothing_was_measured_for():
-    table = markdown_table([column("a"), column("b", sliding_perplexity=4.0)])
-    assert "| perplexity, sliding window over whole documents | — | 4.000 |" in table
+    table = markdown_table([column("a"), column("b", sliding_perplexity=4.0, stride=32)])
+    assert "| perplexity, sliding window over whole documents, stride 32 | — | 4.000 |" in table
     assert "state carried" not in table
     assert "far recovery" not in table
     assert "| KL to the original, nats/token | 0.2500 | 0.2500 |" in table

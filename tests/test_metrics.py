@@ -95,4 +95,8 @@ def test_the_metric_loads_from_its_folder_and_counts_tokens(tiny_llama, tmp_path
         nll = whole_nll(tiny_llama, ids)
         total, count = total + nll.sum().item(), count + len(nll)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    from hf_rfa.metrics.token_perplexity.token_perplexity import TokenPerplexity
+
+    by_class = TokenPerplexity(cache_dir=str(tmp_path / "class"))
+    assert by_class.compute(predictions=texts, model=tiny_llama, tokenizer=tokenizer, context=64) == found
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(map(len, texts)), rel=1e-4)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_rfa.document_batches import Batch
+import hf_rfa
+from hf_rfa.document_batches import IGNORED, Batch, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.training import finetune
 from hf_rfa.training_loss import LossModule
@@ -38,6 +39,25 @@ def test_fused_and_plain_loss_have_the_value_and_gradients_of_the_definition(tin
         loss.backward()
         for parameter, gradient in zip(tiny_llama.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [[], [(0, 1), (1, 0)]])
+def test_nothing_leaks_from_one_packed_document_to_the_next(tiny_llama, heads):
+    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=heads)
+    model = hf_rfa.convert(tiny_llama, config, calibrate=False)
+    documents = [ids_of(30)[0], ids_of(90)[1]]
+    losses = []
+    for first in (documents[0], documents[0].flip(0)):
+        batch = next(packed_batches(iter([first, documents[1]]), context=120, batch_size=1))
+        targets = batch.targets.clone()
+        targets[:, :30] = IGNORED
+        losses.append(
+            LossModule(model, fused=True)(batch.input_ids, targets, position_ids=batch.position_ids, use_cache=False)
+        )
+    alone = Batch.of(documents[1][None])
+    losses.append(LossModule(model, fused=True)(alone.input_ids, alone.targets, use_cache=False))
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-4)
 
 
 def test_before_torch_2_13_the_fused_loss_is_made_in_blocks(tiny_llama, monkeypatch):
