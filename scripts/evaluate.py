@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from transformers import AutoTokenizer
 
 import hf_rfa
@@ -137,14 +138,17 @@ def plot(columns, speeds, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = list(itertools.islice(itertools.cycle(zip("os^Dvx", ["-", "--", "-.", ":", "-", "--"], strict=True)), 99))
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    # Seven markers and four dashes: the first that repeats both is the 29th.
+    styles = list(
+        zip(itertools.cycle("os^Dvx*"), itertools.islice(itertools.cycle(["-", "--", "-.", ":"]), 28), strict=False)
+    )
+    figure, axes = plt.subplots(figsize=(6, 4.6), layout="constrained")
     for column, (marker, line) in zip(columns, styles, strict=False):
         axes.plot([b.end for b in column.by_position], [b.perplexity for b in column.by_position],
                   marker=marker, linestyle=line, label=column.name)  # fmt: skip
     axes.set(ylabel="perplexity")
     token_axis(axes, [b.end for b in columns[0].by_position], "position in the context, tokens (end of bin)")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(output / "perplexity_by_position.png", dpi=150)
     plt.close(figure)
     if not speeds:
@@ -168,9 +172,10 @@ def plot(columns, speeds, output: Path) -> None:
             axes.set_ylim(bottom=0)
         else:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
         token_axis(axes, list(speeds), "prompt, tokens")
-    three[0].legend(fontsize=8)
+    figure.legend(*three[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(output / "cost.png", dpi=150)
     plt.close(figure)
 
