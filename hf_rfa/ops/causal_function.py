@@ -8,8 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_rfa.feature_maps import FarKernel
-from hf_rfa.ops.causal_block import Features, block_gradients, block_parts, combine_block
-from hf_rfa.ops.causal_walk import Walk, WalkInputs
+from hf_rfa.ops.causal_block import Features, block_sums, combine_block
+from hf_rfa.ops.causal_gradients import Answered, block_gradients
+from hf_rfa.ops.causal_walk import Walk, WalkInputs, features_of
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 
@@ -38,38 +39,61 @@ def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.
         return _CausalAttention.apply(settings, *tensors)
     walk = Walk(inputs, settings.far, settings.plan, settings.window, settings.scaling)
     with torch.no_grad():
-        output, _, _, carry, peak = _run(walk, settings.statistics, keep=False)
+        output, carry, peak, _ = _run(walk, settings.statistics, keep=False)
     return output, carry, peak
 
 
-def _run(walk: Walk, statistics: FarStatistics | None, keep: bool) -> tuple[Any, ...]:
-    """Output, log of the denominators, the states at the start of each block (the last two if wanted), last state."""
-    inputs = walk.inputs
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What the backward pass needs: S and m at the start of each block (A, F, M + 1), (A), L and b / Z (A, n, R)."""
+
+    carries: torch.Tensor
+    peaks: torch.Tensor
+    log_total: torch.Tensor
+    far_weight: torch.Tensor
+
+
+def _run(
+    walk: Walk, statistics: FarStatistics | None, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
+    """Output, S and m after the last chunk, and what is kept, if wanted."""
+    inputs, plan = walk.inputs, walk.plan
     batch, heads, groups, length, _ = inputs.query.shape
     spans = walk.spans()
     output = inputs.query.new_empty(batch, heads, groups, length, inputs.value.shape[-1])
     carry, peak = inputs.carry.flatten(0, 1), inputs.carry_peak.flatten(0, 1)
-    count = len(spans) if keep else 0
-    carries, peaks = carry.new_empty(count, *carry.shape), peak.new_empty(count, *peak.shape)
-    for number, (span, block, parts) in enumerate(walk.forward()):
-        if keep and number + 1 < len(spans):
-            carries[number + 1], peaks[number + 1] = parts.carry, parts.carry_peak
-        combined = combine_block(block, parts)
+    kept = None
+    if keep:
+        rows = (len(carry), plan.valid.shape[1], groups * walk.chunk)
+        kept = _Kept(
+            carry.new_empty(len(spans), *carry.shape), peak.new_empty(len(spans), *peak.shape),
+            carry.new_empty(rows), carry.new_empty(rows),
+        )  # fmt: skip
+        kept.carries[0], kept.peaks[0] = carry, peak
+    for number, (span, block, parts, state, end_peak) in enumerate(walk.forward()):
+        rows_of_block = walk.target(output, span)
+        combined = combine_block(block, parts, rows_of_block)
+        walk.put(output, rows_of_block, span)
+        if kept is not None:
+            kept.log_total[:, span], kept.far_weight[:, span] = combined.log_total, combined.far_weight
+            if number + 1 < len(spans):
+                kept.carries[number + 1], kept.peaks[number + 1] = state.mT, end_peak
         if statistics is not None:
             walk.count(combined, span, statistics)
-        walk.put(output, combined.output, span)
-    if keep:
-        carries[0], peaks[0] = carry, peak
-    return output, carries, peaks, parts.carry.view_as(inputs.carry), parts.carry_peak.view_as(inputs.carry_peak)
+    final = state.mT.contiguous().view_as(inputs.carry)
+    return output, final, end_peak.contiguous().view_as(inputs.carry_peak), kept
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: WalkSettings, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         ctx.settings = settings
-        walk = _walk(settings, tensors)
-        output, carries, peaks, carry, peak = _run(walk, settings.statistics, keep=True)
-        ctx.save_for_backward(*tensors, carries, peaks)
+        wanted = dict(zip(KERNEL, ctx.needs_input_grad[-len(KERNEL) :], strict=True))
+        ctx.may_bound = not any(need for name, need in wanted.items() if name != "gamma")
+        walk = _walk(settings, tensors, ctx.may_bound)
+        output, carry, peak, kept = _run(walk, settings.statistics, keep=True)
+        assert kept is not None
+        ctx.save_for_backward(*tensors, output, *vars(kept).values())
         ctx.set_materialize_grads(False)
         if walk.inputs.decay is None:
             ctx.mark_non_differentiable(peak)
@@ -78,22 +102,23 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output: torch.Tensor | None, carry: torch.Tensor | None, peak: torch.Tensor | None) -> Any:
-        *tensors, carries, peaks = ctx.saved_tensors
-        walk = _walk(ctx.settings, tensors)
+        *tensors, answer, carries, peaks, log_total, far_weight = ctx.saved_tensors
+        walk = _walk(ctx.settings, tensors, ctx.may_bound)
         carry = torch.zeros_like(carries[0]) if carry is None else carry.flatten(0, 1)
         peak = torch.zeros_like(peaks[0]) if peak is None else peak.flatten(0, 1)
         with torch.autocast(carries.device.type, enabled=False):
             back = _Backward(walk, ctx.needs_input_grad[-len(KERNEL) :], carry, peak)
             for number, span in reversed(list(enumerate(walk.spans()))):
-                back.step(span, carries[number], peaks[number], output)
+                answered = Answered(walk.queries(answer, span), log_total[:, span], far_weight[:, span])
+                back.step(span, carries[number], peaks[number], answered, output)
         return None, *back.gradients()
 
 
-def _walk(settings: WalkSettings, tensors: Any) -> Walk:
+def _walk(settings: WalkSettings, tensors: Any, may_bound: bool) -> Walk:
     count = len(dataclasses.fields(WalkInputs))
     inputs = WalkInputs(*tensors[:count])
     far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
-    return Walk(inputs, far, settings.plan, settings.window, settings.scaling)
+    return Walk(inputs, far, settings.plan, settings.window, settings.scaling, may_bound)
 
 
 class _Backward:
@@ -116,24 +141,35 @@ class _Backward:
         self.far = dataclasses.replace(walk.far, **self.leaves)
         self.kernel = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
 
-    def step(self, span: slice, carry: torch.Tensor, peak: torch.Tensor, output: torch.Tensor | None) -> None:
+    def step(
+        self, span: slice, carry: torch.Tensor, peak: torch.Tensor, answered: Answered, output: torch.Tensor | None
+    ) -> None:
         """Go back over one block, which began with the state (carry, peak)."""
         walk, block = self.walk, self.walk.block(span)
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (block.query, block.key)]
-            recorded = walk.psi(dataclasses.replace(block, query=leaves[0], key=leaves[1]), self.far)
-        psi = Features(*(x.detach() for x in _tensors(recorded)))
-        parts = block_parts(block, psi, carry, peak, keep_states=True)
-        combined = combine_block(block, parts)
-        above = torch.zeros_like(combined.output) if output is None else walk.queries(output, span)
-        gradients = block_gradients(block, psi, parts, combined, above, self.carry, self.peak)
+        made = walk.bounded_psi(block)  # as in the forward pass: L and b / Z are those of its features
+        if made is not None:
+            psi = features_of(made)
+        else:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (block.query, block.key)]
+                recorded = walk.psi(dataclasses.replace(block, query=leaves[0], key=leaves[1]), self.far)
+            psi = Features(*(x.detach() for x in _tensors(recorded)))
+        sums = block_sums(block, psi, peak, walk.scratch)
+        above = torch.zeros_like(answered.output) if output is None else walk.queries(output, span)
+        gradients = block_gradients(block, psi, sums, answered, carry, above, self.carry, self.peak, walk.scratch)
         self.carry = gradients.carry
-        query, key, *kernel = torch.autograd.grad(
-            _tensors(recorded), [*leaves, *self.leaves.values()], _tensors(gradients.psi), allow_unused=True
-        )
-        for name, gradient in zip(self.leaves, kernel, strict=True):
-            if gradient is not None:
-                self.kernel[name] += gradient
+        self.log_gamma += gradients.psi.query_scale.sum((1, 2)).view(-1, len(self.log_gamma)).sum(0)
+        if made is not None:
+            query, far_key = walk.bounded_gradients(made, gradients.psi)
+            key = torch.zeros_like(block.key)
+            key[:, block.far] = far_key
+        else:
+            query, key, *kernel = torch.autograd.grad(
+                _tensors(recorded), [*leaves, *self.leaves.values()], _tensors(gradients.psi), allow_unused=True
+            )
+            for name, gradient in zip(self.leaves, kernel, strict=True):
+                if gradient is not None:
+                    self.kernel[name] += gradient
         if gradients.near is not None:
             near = gradients.near
             query, key = query + near.query, key + near.key
@@ -142,7 +178,6 @@ class _Backward:
         walk.put(self.query, query, span)
         walk.add(self.key, key, span)
         walk.add(self.value, gradients.value, span)
-        self.log_gamma += gradients.psi.query_scale.sum((1, 2)).view(-1, len(self.log_gamma)).sum(0)
         if self.decay is not None and gradients.decay is not None and gradients.carry_peak is not None:
             first = max(span.start - 1, 0)
             self.decay[:, first : span.stop] += gradients.decay[:, first - span.stop :]

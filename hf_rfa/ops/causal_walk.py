@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.feature_maps import FarKernel
-from hf_rfa.ops.causal_block import Block, Combined, Features, Parts, block_parts
+from hf_rfa.ops.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal_block import Block, Combined, Features, Parts, block_parts, block_sums
 from hf_rfa.ops.chunks import take
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.scratch import Scratch
 
 #: Chunks handled at once: their features and scores, of all heads, must stay in the cache.
 BLOCK_CHUNKS = 8
@@ -49,6 +51,8 @@ class Walk:
     plan: Plan
     window: int
     scaling: float
+    may_bound: bool = True  # whether `BoundedMap` may be used; it has no gradients of the kernel
+    scratch: Scratch = field(default_factory=Scratch)
     _masks: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,11 @@ class Walk:
         gamma, batch = self.far.gamma, len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
         self.alive = (gamma > 0).repeat(batch).view(-1, 1, 1)
+        self._bounded: tuple[BoundedMap, BoundedMap] | None = None
+        # Which exponents are large has to be read: no waiting for a GPU.
+        if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
+            query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
+            self._bounded = query, key
 
     @property
     def chunk(self) -> int:
@@ -101,27 +110,42 @@ class Walk:
             alive=self.alive,
             scaling=self.scaling,
             delay=self.delay,
+            steady=all(self.plan.regular[span]),
         )
 
     def psi(self, block: Block, far: FarKernel) -> Features:
         """The features of a block's queries and far keys."""
         heads = self.inputs.key.shape[1]
         query, key = (x.unflatten(0, (-1, heads)) for x in (block.query, block.key[:, block.far]))
-        return Features(
-            *(
-                x.flatten(0, 1)
-                for x in (*far.query_features(query, self.scaling), *far.key_features(key, self.scaling))
-            )
-        )
+        made = (*far.query_features(query, self.scaling), *far.key_features(key, self.scaling))
+        return Features(*(x.flatten(0, 1) for x in made))
 
-    def forward(self) -> Iterator[tuple[slice, Block, Parts]]:
-        """Both parts of each block."""
+    def bounded_psi(self, block: Block) -> tuple[BoundedFeatures, BoundedFeatures] | None:
+        """The same, made in less time, if the map allows it."""
+        if self._bounded is None:
+            return None
+        return self._bounded[0](block.query), self._bounded[1](block.key[:, block.far])
+
+    def bounded_gradients(
+        self, made: tuple[BoundedFeatures, BoundedFeatures], psi: Features
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of a block's queries and far keys from those of `bounded_psi`."""
+        assert self._bounded is not None
+        query = self._bounded[0].gradient(made[0], psi.query, psi.query_scale)
+        return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
+
+    def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
+        """Of each block: both parts, in buffers that the next block uses again, and S^T and m after it."""
         carry, peak = (x.flatten(0, 1) for x in (self.inputs.carry, self.inputs.carry_peak))
+        state = carry.mT.clone(memory_format=torch.contiguous_format)
         for span in self.spans():
             block = self.block(span)
-            parts = block_parts(block, self.psi(block, self.far), carry, peak)
-            yield span, block, parts
-            carry, peak = parts.carry, parts.carry_peak
+            made = self.bounded_psi(block)
+            psi = self.psi(block, self.far) if made is None else features_of(made)
+            sums = block_sums(block, psi, peak, self.scratch)
+            parts = block_parts(block, psi, sums, state, self.scratch)
+            peak = sums.end_peak
+            yield span, block, parts, state, peak
 
     def count(self, combined: Combined, span: slice, statistics: FarStatistics) -> None:
         """Add a block's dropped far parts to the statistics; padding does not count."""
@@ -131,9 +155,19 @@ class Walk:
         seen = combined.exists & asked
         statistics.add(seen & ~combined.used, seen)
 
+    def target(self, whole: torch.Tensor, span: slice) -> torch.Tensor:
+        """Where a block's rows (A, n, G * C, M) are written, to be handed to `put`: into whole itself, if they can."""
+        batch, heads, groups, length, dim = whole.shape
+        count = span.stop - span.start
+        if groups == 1 and span.stop * self.chunk <= length:
+            return self.queries(whole, span)
+        return self.scratch("rows", whole, batch * heads, count, groups * self.chunk, dim)
+
     def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
         """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
         batch, heads, groups, length, dim = whole.shape
+        if rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+            return
         tokens = rows.view(batch, heads, -1, groups, self.chunk, dim).transpose(2, 3).flatten(3, 4)
         start = span.start * self.chunk
         whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
@@ -214,3 +248,9 @@ class Walk:
         )  # fmt: skip
         mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.query.dtype).repeat(1, 1, groups, 1)
         return mask.repeat_interleave(self.inputs.key.shape[1], 0) if len(mask) > 1 else mask
+
+
+def features_of(made: tuple[BoundedFeatures, BoundedFeatures]) -> Features:
+    """The features of queries and keys in one."""
+    query, key = made
+    return Features(query.features, query.log_scale, key.features, key.log_scale)

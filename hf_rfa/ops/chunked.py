@@ -45,8 +45,9 @@ class CausalPass:
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
         """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
         heads = self._walk.inputs.key.shape[1]
-        for span, _, parts in self._walk.forward():
-            far, far_log = (x.unflatten(0, (-1, heads)) for x in (parts.far, parts.far_log))
+        for span, _, parts, _, _ in self._walk.forward():
+            # Cloned: the next block writes over it.
+            far, far_log = (x.unflatten(0, (-1, heads)) for x in (parts.far.clone(), parts.far_log))
             near = None
             if parts.near is not None and parts.near_log is not None:
                 value, log = (x.unflatten(0, (-1, heads)) for x in (parts.near, parts.near_log))

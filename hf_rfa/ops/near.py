@@ -6,10 +6,15 @@ in which every chunk follows the sinks, so that no key is copied twice. The seco
 
 import torch
 
+from hf_rfa.ops.scratch import Scratch
 
-def windows(chunks: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+
+def windows(chunks: torch.Tensor, sinks: torch.Tensor, scratch: Scratch, name: str) -> torch.Tensor:
     """(A, n, 2 (s + C), D), a view, of chunks (A, n + 1, C, D) and the sinks (A, n, s, D) that chunks 1.. see."""
-    rows = torch.cat([torch.cat([sinks, sinks[:, -1:]], dim=1), chunks], dim=2)
+    size = sinks.shape[2]
+    rows = scratch(name, chunks, *chunks.shape[:2], size + chunks.shape[2], chunks.shape[3])
+    rows[:, :, size:] = chunks
+    rows[:, :-1, :size], rows[:, -1, :size] = sinks, sinks[:, -1]
     count, width, dim = rows.shape[1:]
     strides = (count * width * dim, width * dim, dim, 1)
     return rows.as_strided((len(rows), count - 1, 2 * width, dim), strides)

@@ -1,0 +1,137 @@
+"""The backward pass of one block of the causal operator, see `causal_block`.
+
+With dN = do / Z and dZ = -do.o / Z, the far part's gradient is that of linear attention with [do, -do.o] b / Z. The
+forward pass leaves o, L and b / Z of each query; features and sums are made again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_rfa.ops.causal_block import Block, Features, Sums, extend, own_keys
+from hf_rfa.ops.near import near_gradients, split_windows, windows
+from hf_rfa.ops.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the forward pass answered to the queries of a block: output (A, n, R, M), and, (A, n, R), L and b / Z."""
+
+    output: torch.Tensor
+    log_total: torch.Tensor
+    far_weight: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients with respect to the fields of `Block`, to psi and to the state before the block; that with respect to
+    log gamma is the one of psi's query_scale, summed."""
+
+    value: torch.Tensor
+    near: "NearGradients | None"
+    psi: Features
+    decay: torch.Tensor | None
+    sink_logits: torch.Tensor | None
+    carry: torch.Tensor
+    carry_peak: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class NearGradients:
+    """What the exact part gives to the fields of `Block`, but for `value`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+
+
+def block_gradients(
+    block: Block, psi: Features, sums: Sums, answered: Answered, carry: torch.Tensor, gradient: torch.Tensor,
+    carry_gradient: torch.Tensor, peak_gradient: torch.Tensor, scratch: Scratch,
+) -> Gradients:  # fmt: skip
+    """Backward pass of a block that began with the sums `carry`, from the gradients of its output and of the state
+    after it."""
+    inner = (gradient * answered.output).sum(-1)
+    far = scratch("far", gradient, *gradient.shape[:-1], gradient.shape[-1] + 1)
+    torch.mul(gradient, answered.far_weight.unsqueeze(-1), out=far[..., :-1])
+    torch.mul(inner, answered.far_weight, out=far[..., -1]).neg_()
+    sink_logits = None
+    if block.sink_logits is not None:
+        sink_logits = -inner * (block.sink_logits - answered.log_total).exp()
+    own = None if block.delay else own_keys(block, psi, sums)
+    read = far if own is None else far * own.lifted.unsqueeze(-1)
+    from_reads = scratch("from reads", carry, *psi.query.shape[:2], *carry.shape[1:])
+    _product(psi.query.mT, read, from_reads)
+    states = _states(psi, sums, carry, scratch)
+    # The state's gradient after each chunk, from the last one to the first.
+    flow, forgotten = carry_gradient, [peak_gradient]
+    added = scratch("added", carry, *from_reads.shape)
+    for i in reversed(range(block.query.shape[1])):
+        added[:, i] = flow
+        flow = torch.addcmul(from_reads[:, i], flow, sums.shrink[:, i, None, None])
+        if block.decay is not None:
+            forgotten.append((flow * states[:, i].mT).sum((-2, -1)))
+    # Transposed, as the features are where they are made by `BoundedMap`.
+    query_psi = scratch("query psi", carry, *psi.query.mT.shape)
+    key_psi = scratch("key psi", carry, *psi.key.mT.shape)
+    _product(states.mT, read.mT, query_psi)
+    _product(added, sums.extended.mT, key_psi)
+    query_psi, key_psi = query_psi.mT, key_psi.mT
+    pushed = _product(psi.key, added, scratch("pushed", carry, *sums.extended.shape))
+    key_scale = (pushed * sums.extended).sum(-1)
+    value = gradient.new_zeros(block.value.shape)
+    torch.mul(pushed[..., :-1], sums.weights.unsqueeze(-1), out=value[:, block.far])
+    near = None
+    if own is not None:
+        values = extend(block.value[:, 1:], None, scratch)
+        weights = (far @ values.mT).mul_(own.weights)
+        query_psi += weights @ psi.key
+        key_psi += weights.mT @ psi.query
+        key_scale += (weights * own.scores).sum(-2)
+        value[:, 1:] += ((own.weights * own.scores).mT @ far)[..., :-1]
+    else:
+        assert block.mask is not None
+        keys = windows(block.key, block.sink_key, scratch, "near keys")
+        values = windows(block.value, block.sink_value, scratch, "near values")
+        query, key, near_value = near_gradients(
+            gradient, block.query, keys, values, answered.output, answered.log_total, block.mask, block.scaling
+        )
+        sinks = block.sink_key.shape[2]
+        (key, sink_key), (near_value, sink_value) = split_windows(key, sinks), split_windows(near_value, sinks)
+        near = NearGradients(query, key, sink_key, sink_value)
+        value += near_value
+    # num and den are linear in psi(q), so that q's factor sees the same sum.
+    query_scale = (query_psi.mT * psi.query.mT).sum(-2)
+    psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
+    decay = None if block.decay is None else _decay_gradient(block, psi_gradients, forgotten)
+    peak = None if block.decay is None else forgotten[-1]
+    return Gradients(value, near, psi_gradients, decay, sink_logits, flow, peak)
+
+
+def _states(psi: Features, sums: Sums, carry: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """The S^T (A, n, M + 1, F) that each chunk reads."""
+    states = scratch("states", carry, *psi.query.shape[:2], carry.shape[2], carry.shape[1])
+    states[:, 0] = carry.mT
+    for i in range(states.shape[1] - 1):
+        torch.mul(states[:, i], sums.shrink[:, i, None, None], out=states[:, i + 1])
+        states[:, i + 1].baddbmm_(sums.extended[:, i].mT, psi.key[:, i])
+    return states
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """left @ right, of (A, n, ..), into `out`, whose first two dimensions are contiguous."""
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _decay_gradient(block: Block, psi: Features, forgotten: list[torch.Tensor]) -> torch.Tensor:
+    """Gradient of `decay`; `forgotten`: of the sum of log g over each chunk, from the last one to before the first."""
+    assert block.decay is not None
+    gradient = torch.zeros_like(block.decay)
+    gradient[:, 1:] = psi.query_scale.unflatten(2, (block.groups, -1)).sum(2)
+    gradient[:, block.far] -= psi.key_scale
+    if block.delay:
+        gradient[:, :-1, -1] += psi.key_scale.sum(-1)
+    gradient[:, 1:, -1] += torch.stack(forgotten[-2::-1], dim=1)
+    return gradient
