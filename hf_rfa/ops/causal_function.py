@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_rfa.feature_maps import FarKernel
@@ -151,8 +152,8 @@ class _Backward:
             psi = features_of(made)
         else:
             with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in (block.query, block.key)]
-                recorded = walk.psi(dataclasses.replace(block, query=leaves[0], key=leaves[1]), self.far)
+                leaves = [x.detach().requires_grad_() for x in (block.query, block.key[:, block.far])]
+                recorded = walk.psi(leaves[0], leaves[1], self.far)
             psi = Features(*(x.detach() for x in _tensors(recorded)))
         sums = block_sums(block, psi, peak, walk.scratch)
         above = torch.zeros_like(answered.output) if output is None else walk.queries(output, span)
@@ -160,9 +161,7 @@ class _Backward:
         self.carry = gradients.carry
         self.log_gamma += gradients.psi.query_scale.sum((1, 2)).view(-1, len(self.log_gamma)).sum(0)
         if made is not None:
-            query, far_key = walk.bounded_gradients(made, gradients.psi)
-            key = torch.zeros_like(block.key)
-            key[:, block.far] = far_key
+            query, key = walk.bounded_gradients(made, gradients.psi)
         else:
             query, key, *kernel = torch.autograd.grad(
                 _tensors(recorded), [*leaves, *self.leaves.values()], _tensors(gradients.psi), allow_unused=True
@@ -172,9 +171,13 @@ class _Backward:
                     self.kernel[name] += gradient
         if gradients.near is not None:
             near = gradients.near
-            query, key = query + near.query, key + near.key
+            query += near.query
+            near.key[:, block.far] += key
+            key = near.key
             walk.add_sinks(self.key, self.sink_key, near.sink_key, span)
             walk.add_sinks(self.value, self.sink_value, near.sink_value, span)
+        else:
+            key = F.pad(key, (0, 0, 0, 0, 1, 0))  # there is a chunk before the block's own
         walk.put(self.query, query, span)
         walk.add(self.key, key, span)
         walk.add(self.value, gradients.value, span)

@@ -61,27 +61,22 @@ def block_gradients(
         sink_logits = -inner * (block.sink_logits - answered.log_total).exp()
     own = None if block.delay else own_keys(block, psi, sums)
     read = far if own is None else far * own.lifted.unsqueeze(-1)
-    from_reads = scratch("from reads", carry, *psi.query.shape[:2], *carry.shape[1:])
-    _product(psi.query.mT, read, from_reads)
+    # Everything about sums is transposed, (M + 1, F), as the features are where `BoundedMap` makes them.
+    from_reads = scratch("from reads", carry, *psi.query.shape[:2], carry.shape[2], carry.shape[1])
+    _product(read.mT, psi.query, from_reads)
     states = _states(psi, sums, carry, scratch)
     # The state's gradient after each chunk, from the last one to the first.
-    flow, forgotten = carry_gradient, [peak_gradient]
+    flow, forgotten = carry_gradient.mT, [peak_gradient]
     added = scratch("added", carry, *from_reads.shape)
     for i in reversed(range(block.query.shape[1])):
         added[:, i] = flow
-        flow = torch.addcmul(from_reads[:, i], flow, sums.shrink[:, i, None, None])
+        flow = torch.addcmul(from_reads[:, i], added[:, i], sums.shrink[:, i, None, None])
         if block.decay is not None:
-            forgotten.append((flow * states[:, i].mT).sum((-2, -1)))
-    # Transposed, as the features are where they are made by `BoundedMap`.
-    query_psi = scratch("query psi", carry, *psi.query.mT.shape)
-    key_psi = scratch("key psi", carry, *psi.key.mT.shape)
-    _product(states.mT, read.mT, query_psi)
-    _product(added, sums.extended.mT, key_psi)
-    query_psi, key_psi = query_psi.mT, key_psi.mT
-    pushed = _product(psi.key, added, scratch("pushed", carry, *sums.extended.shape))
+            forgotten.append((flow * states[:, i]).sum((-2, -1)))
+    query_psi = _product(states.mT, read.mT, scratch("query psi", carry, *psi.query.mT.shape)).mT
+    key_psi = _product(added.mT, sums.extended.mT, scratch("key psi", carry, *psi.key.mT.shape)).mT
+    pushed = _product(psi.key, added.mT, scratch("pushed", carry, *sums.extended.shape))
     key_scale = (pushed * sums.extended).sum(-1)
-    value = gradient.new_zeros(block.value.shape)
-    torch.mul(pushed[..., :-1], sums.weights.unsqueeze(-1), out=value[:, block.far])
     near = None
     if own is not None:
         values = extend(block.value[:, 1:], None, scratch)
@@ -89,7 +84,8 @@ def block_gradients(
         query_psi += weights @ psi.key
         key_psi += weights.mT @ psi.query
         key_scale += (weights * own.scores).sum(-2)
-        value[:, 1:] += ((own.weights * own.scores).mT @ far)[..., :-1]
+        value = torch.zeros_like(block.value)
+        value[:, 1:] = ((own.weights * own.scores).mT @ far)[..., :-1]
     else:
         assert block.mask is not None
         keys = windows(block.key, block.sink_key, scratch, "near keys")
@@ -98,15 +94,16 @@ def block_gradients(
             gradient, block.query, keys, values, answered.output, answered.log_total, block.mask, block.scaling
         )
         sinks = block.sink_key.shape[2]
-        (key, sink_key), (near_value, sink_value) = split_windows(key, sinks), split_windows(near_value, sinks)
+        key, sink_key = split_windows(key, sinks, scratch, "keys")
+        value, sink_value = split_windows(near_value, sinks, scratch, "values")
         near = NearGradients(query, key, sink_key, sink_value)
-        value += near_value
+    value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
     # num and den are linear in psi(q), so that q's factor sees the same sum.
     query_scale = (query_psi.mT * psi.query.mT).sum(-2)
     psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
     decay = None if block.decay is None else _decay_gradient(block, psi_gradients, forgotten)
     peak = None if block.decay is None else forgotten[-1]
-    return Gradients(value, near, psi_gradients, decay, sink_logits, flow, peak)
+    return Gradients(value, near, psi_gradients, decay, sink_logits, flow.mT, peak)
 
 
 def _states(psi: Features, sums: Sums, carry: torch.Tensor, scratch: Scratch) -> torch.Tensor:

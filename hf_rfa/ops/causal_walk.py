@@ -113,10 +113,10 @@ class Walk:
             steady=all(self.plan.regular[span]),
         )
 
-    def psi(self, block: Block, far: FarKernel) -> Features:
+    def psi(self, query: torch.Tensor, key: torch.Tensor, far: FarKernel) -> Features:
         """The features of a block's queries and far keys."""
         heads = self.inputs.key.shape[1]
-        query, key = (x.unflatten(0, (-1, heads)) for x in (block.query, block.key[:, block.far]))
+        query, key = (x.unflatten(0, (-1, heads)) for x in (query, key))
         made = (*far.query_features(query, self.scaling), *far.key_features(key, self.scaling))
         return Features(*(x.flatten(0, 1) for x in made))
 
@@ -141,7 +141,7 @@ class Walk:
         for span in self.spans():
             block = self.block(span)
             made = self.bounded_psi(block)
-            psi = self.psi(block, self.far) if made is None else features_of(made)
+            psi = self.psi(block.query, block.key[:, block.far], self.far) if made is None else features_of(made)
             sums = block_sums(block, psi, peak, self.scratch)
             parts = block_parts(block, psi, sums, state, self.scratch)
             peak = sums.end_peak

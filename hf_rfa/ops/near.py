@@ -20,11 +20,15 @@ def windows(chunks: torch.Tensor, sinks: torch.Tensor, scratch: Scratch, name: s
     return rows.as_strided((len(rows), count - 1, 2 * width, dim), strides)
 
 
-def split_windows(gradient: torch.Tensor, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_windows(
+    gradient: torch.Tensor, sinks: int, scratch: Scratch, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the `chunks` and `sinks` of `windows`."""
     width = gradient.shape[2] // 2
-    chunks = gradient.new_zeros(len(gradient), gradient.shape[1] + 1, width - sinks, gradient.shape[3])
+    shape = (len(gradient), gradient.shape[1] + 1, width - sinks, gradient.shape[3])
+    chunks = scratch(f"gradient of {name}", gradient, *shape)
     chunks[:, :-1] = gradient[:, :, sinks:width]
+    chunks[:, -1] = 0.0
     chunks[:, 1:] += gradient[:, :, width + sinks :]
     return chunks, gradient[:, :, :sinks]
 
