@@ -109,10 +109,18 @@ def block_gradients(
 def _states(psi: Features, sums: Sums, carry: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """The S^T (A, n, M + 1, F) that each chunk reads."""
     states = scratch("states", carry, *psi.query.shape[:2], carry.shape[2], carry.shape[1])
-    states[:, 0] = carry.mT
-    for i in range(states.shape[1] - 1):
-        torch.mul(states[:, i], sums.shrink[:, i, None, None], out=states[:, i + 1])
-        states[:, i + 1].baddbmm_(sums.extended[:, i].mT, psi.key[:, i])
+    state = carry.mT.clone(memory_format=torch.contiguous_format)
+    steps = zip(
+        states.unbind(1),
+        sums.shrink[..., None, None].unbind(1),
+        sums.extended.mT.unbind(1),
+        psi.key.unbind(1),
+        strict=True,
+    )
+    for number, (read, factor, new, key) in enumerate(steps):
+        read.copy_(state)
+        if number + 1 < states.shape[1]:
+            state.mul_(factor).baddbmm_(new, key)  # in one piece: into a slice it would be a product a row
     return states
 
 
