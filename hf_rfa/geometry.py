@@ -8,6 +8,7 @@ Two geometries are offered to each key head:
   from it is estimated and tempered. On a head that attends far away it has a quarter less error than the plain one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ class Moments:
     def __call__(
         self, adapter: Any, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
-    ) -> None:  # fmt: skip
+    ) -> torch.Tensor:  # fmt: skip
+        """Returns what the keys before the planted repeats take as far keys (B, Hk, N), see `far_masses`."""
         # The repeats at the end would count as a retrieval that the text does not hold.
         kept = query.shape[2] - self.planted
         query, key = query[:, :, :kept].unflatten(1, (key.shape[1], -1)), key[:, :, :kept].unsqueeze(2)
@@ -64,6 +66,7 @@ class Moments:
         for name, x, attended in (("query", query, given), ("key", key, taken.unsqueeze(2))):
             for kind, weight in (("plain", plain.expand_as(attended)), ("attended", attended)):
                 self._add((kind, name), x.double(), weight.double())
+        return taken
 
     def _add(self, key: tuple[str, str], x: torch.Tensor, weight: torch.Tensor) -> None:
         weighed = x * weight.unsqueeze(-1)
@@ -81,13 +84,27 @@ class Moments:
         query, key = self._stats("attended", "query"), self._stats("attended", "key")
         eye = torch.eye(query[1].shape[-1], dtype=torch.float64, device=query[1].device).expand_as(query[2])
         plain = _geometry(plain_query, plain_key, eye, eye)
-        enough = (query[0] >= LEAST_WEIGHT) & (key[0] >= LEAST_WEIGHT)
         attended = _geometry(query, key, *balance(query[2], key[2]))
-        mixed = [
-            torch.where(enough.view(-1, *(1,) * (theirs.dim() - 1)), theirs, own)
-            for own, theirs in zip(vars(plain).values(), vars(attended).values(), strict=True)
-        ]
-        return [plain, Geometry(*mixed)]
+        return [plain, Geometry(*self._where_enough(vars(attended).values(), vars(plain).values()))]
+
+    def attended(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean query (Hk, D), mean key, and the covariance of the queries (Hk, D, D) over the far pairs.
+
+        Of all queries and keys in heads without far pairs.
+        """
+        theirs, own = (
+            (self._stats(kind, "query")[1], self._stats(kind, "key")[1], self._stats(kind, "query")[2])
+            for kind in ("attended", "plain")
+        )
+        query, key, covariance = self._where_enough(theirs, own)
+        return query, key, covariance
+
+    def _where_enough(self, theirs: Iterable[torch.Tensor], own: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """`theirs` for the heads with enough far pairs, `own` for the others."""
+        enough = (self.sums["attended", "query"][0] >= LEAST_WEIGHT) & (
+            self.sums["attended", "key"][0] >= LEAST_WEIGHT
+        )
+        return [torch.where(enough.view(-1, *(1,) * (x.dim() - 1)), x, y) for x, y in zip(theirs, own, strict=True)]
 
     def _stats(self, kind: str, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Total weight (Hk,), mean (Hk, D), covariance (Hk, D, D)."""
@@ -106,6 +123,16 @@ def balance(query_cov: torch.Tensor, key_cov: torch.Tensor) -> tuple[torch.Tenso
     root, inverse_root = _power(query_cov, 0.5), _power(query_cov, -0.5)
     square = inverse_root @ _power(root @ key_cov @ root, 0.5) @ inverse_root
     return _power(square, 0.5), _power(square, -0.5)  # symmetric: A^-T = A^-1
+
+
+def root_metric(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """R (..., D, D) and its inverse: |R d|^2 is how much d changes a product with a query of this covariance.
+
+    R = (C / mean variance)^1/2, so that lengths keep their scale.
+    """
+    covariance = _ridge(covariance)
+    covariance = covariance / covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return _power(covariance, 0.5), _power(covariance, -0.5)
 
 
 def _geometry(query: Any, key: Any, query_transform: torch.Tensor, key_transform: torch.Tensor) -> Geometry:

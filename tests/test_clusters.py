@@ -11,6 +11,7 @@ import hf_rfa
 from hf_rfa.adapter import LEARNED, RFAAdapter, require_adapters
 from hf_rfa.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
 from hf_rfa.feature_maps import FarKernel
+from hf_rfa.geometry import root_metric
 from hf_rfa.ops.layout import TokenLayout
 
 CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)
@@ -31,7 +32,8 @@ def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
     clusters = KeyClusters(adapter)
     key = keys[None]
     options = {"scaling": scaling, "causal": True, "sink_logits": None}
-    clusters(adapter, torch.nn.Identity(), key, key, key, TokenLayout(valid), options, key)
+    query = 1e-3 * key  # every key is attended to
+    clusters(adapter, torch.nn.Identity(), query, key, key, TokenLayout(valid), options, key)
     clusters.merge(lambda tensor: tensor)
     geometry = clusters.geometries()[TEMPERS.index(1.0)]
     heads = len(keys)
@@ -41,11 +43,14 @@ def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
 
 def test_k_means_ends_where_each_centroid_is_the_mean_of_its_keys():
     keys, _ = blobs()
-    found = k_means(keys, 7, torch.Generator().manual_seed(0), lambda tensor: tensor)
+    weights = torch.rand(keys.shape[:2], generator=torch.Generator().manual_seed(1))
+    found = k_means(keys, 7, torch.Generator().manual_seed(0), lambda tensor: tensor, weights)
     nearest = torch.cdist(keys, found).argmin(-1)
     for head in range(2):
         for cluster in nearest[head].unique().tolist():
-            assert_close(found[head, cluster], keys[head][nearest[head] == cluster].mean(0))
+            mine = nearest[head] == cluster
+            mean = (keys[head] * weights[head, :, None])[mine].sum(0) / weights[head, mine].sum()
+            assert_close(found[head, cluster], mean)
 
 
 def test_k_means_of_two_processes_is_one_of_all_their_keys():
@@ -56,8 +61,9 @@ def test_k_means_of_two_processes_is_one_of_all_their_keys():
         seen.append(tensor.shape)
         return 2 * tensor
 
-    one = k_means(keys, 6, torch.Generator().manual_seed(0), lambda tensor: tensor)
-    two = k_means(keys, 6, torch.Generator().manual_seed(0), double)
+    ones = torch.ones(keys.shape[:2])
+    one = k_means(keys, 6, torch.Generator().manual_seed(0), lambda tensor: tensor, ones)
+    two = k_means(keys, 6, torch.Generator().manual_seed(0), double, ones)
     assert_close(one, two)
     assert seen
 
@@ -109,13 +115,23 @@ def test_padding_is_in_no_cluster():
 
 
 def test_sharpness_and_scaling_cancel_in_the_products():
-    keys, _ = blobs(heads=1, clusters=12)
+    keys, _ = blobs(heads=1, clusters=4)
     adapter, clusters = observed(keys, scaling=0.25)
     geometry = clusters.geometries()[TEMPERS.index(1.0)]
     eye = torch.eye(6)
     assert_close(geometry.query_transform[0] @ geometry.key_transform[0], eye)
-    centroids = adapter.omega / (SHARPNESS * 0.25) ** 0.5 + clusters.center.unsqueeze(1)
+    centroids = adapter.omega / (SHARPNESS * 0.25) ** 0.5 @ clusters.inverse_metric.mT + clusters.center.unsqueeze(1)
     assert torch.cdist(keys, centroids).amin(-1).max() < 20
+
+
+def test_a_difference_counts_by_how_far_it_moves_products_with_queries():
+    factor = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = factor @ factor.mT
+    root, inverse = root_metric(covariance)
+    assert_close(root @ inverse, torch.eye(6, dtype=torch.float64)[None])
+    difference = torch.randn(1, 6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = (difference.mT @ covariance @ difference) / covariance.diagonal(dim1=1, dim2=2).mean()
+    assert_close((root @ difference).square().sum(), moved.sum(), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
