@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from hf_rfa.carry import Carry
@@ -114,17 +115,21 @@ class Step:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if norm is not None and not math.isfinite(float(norm)):
             whole = range(done.batches, done.batches + share.batches_per_step)
-            raise self._stop(f"The gradient's norm is {float(norm)}", done, whole, checkpoint)
+            stepped = accelerator.distributed_type == DistributedType.DEEPSPEED  # in the backward pass
+            raise self._stop(f"The gradient's norm is {float(norm)}", done, whole, checkpoint, stepped)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return accelerator.reduce(total, reduction="mean").item(), tokens
 
-    def _stop(self, what: str, done: Progress, batches: range, checkpoint: Path | None) -> FloatingPointError:
+    def _stop(
+        self, what: str, done: Progress, batches: range, checkpoint: Path | None, stepped: bool = False
+    ) -> FloatingPointError:
         self.accelerator.sync_gradients = True  # or the next line does nothing
         self.optimizer.zero_grad()
         which = f"batch {batches[0]}" if len(batches) == 1 else f"one of the batches {batches[0]} to {batches[-1]}"
+        weights = "are broken" if stepped else "are those of the step before"
         return FloatingPointError(
-            f"{what} at step {done.step + 1}, in {which} (counted from 0). The weights are those of the step before. "
+            f"{what} at step {done.step + 1}, in {which} (counted from 0). The weights {weights}. "
             f"Last good checkpoint: {checkpoint or 'none'}. Lower `learning_rate`, lower `max_grad_norm`, or train "
             "without `mixed_precision`; `resume=True` goes on from there."
         )
