@@ -109,6 +109,8 @@ def _attend(
         adapter.calls_in_forward += 1
     sliding = kwargs.get("sliding_window")
     rows = mask_of_its_own(mask, kwargs)
+    if torch.compiler.is_compiling() and mask is not None and isinstance(adapter, RFAAdapter) and adapter.masked:
+        rows = mask.rows
     if rows is not None:
         if isinstance(adapter, RFAAdapter) and adapter.converted:
             raise UnsupportedModelError(

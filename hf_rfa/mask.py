@@ -18,7 +18,8 @@ class MaskRows:
 
     Attributes:
         arguments: What Transformers hands its own mask functions.
-        sliding: Whether it is nothing but a causal window of old tokens, which exact attention knows how to follow.
+        sliding: Whether it is nothing but a causal window of old tokens, which exact attention knows how to follow;
+            under compilation, which cannot ask, whether it may be (adapters know what it was in the dry run).
     """
 
     arguments: dict[str, Any]
@@ -29,9 +30,11 @@ class MaskRows:
         """The mask, without the columns that a block of rows does not see; made once for all layers of a forward."""
         if not self._blocks:
             queries, keys = self.arguments["q_length"], self.arguments["kv_length"]
-            for start in range(0, queries, QUERY_BLOCK):
+            start = 0
+            while start < queries:  # `range` would make a constant of a traced length
                 stop = min(start + QUERY_BLOCK, queries)
                 self._blocks.append(self._block(start, stop, keys))
+                start += QUERY_BLOCK
         return self._blocks
 
     def _block(self, start: int, stop: int, keys: int) -> MaskBlock:
@@ -55,19 +58,33 @@ class RFAMask:
         document: (B, N) number of each new token's packed document; None for one a row.
         rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
             whatever a model combines its mask with. Such layers can only stay softmax.
+        keys: Number of old and new tokens.
     """
 
     causal: bool
     valid: torch.Tensor | None = None
     document: torch.Tensor | None = None
     rows: MaskRows | None = None
+    keys: int = 0
     _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(keys,). Transformers asks, where an outer model hands its finished mask to an inner one (PaliGemma)."""
+        return (self.keys,)
+
+    @property
+    def ndim(self) -> int:
+        """1: nothing that Transformers takes for a 2-D or a 4-D mask."""
+        return 1
 
     def layout(self, length: int) -> TokenLayout:
         """Padding and packing of the last `length` tokens, one object for all layers."""
+        if torch.compiler.is_compiling():  # a length looked up among others would be a constant of the graph
+            return TokenLayout(None if self.valid is None else self.valid[:, -length:], self.document)
         if length not in self._layouts:
             valid = None if self.valid is None else self.valid[:, -length:]
-            if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
+            if valid is not None and bool(valid.all()):
                 valid = None  # the padding lies in the past, whose states know of it
             self._layouts[length] = TokenLayout(valid, self.document)
         return self._layouts[length]
@@ -80,13 +97,15 @@ def rfa_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | RFAMask | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> RFAMask | None:
     """Called by Transformers' `create_causal_mask` and its relatives. None: nothing to say, each sees all."""
+    if isinstance(attention_mask, RFAMask):
+        return attention_mask  # made by an outer model, like the 4-D masks that Transformers hands through
     padding = attention_mask
     if padding is not None and padding.dim() != 2:
         raise UnsupportedModelError(
@@ -95,7 +114,7 @@ def rfa_mask(
         )
     causal: bool | None = mask_function is not bidirectional_mask_function
     document, limited = None, False
-    if use_vmap or (local_size is not None and torch.compiler.is_compiling()):
+    if use_vmap:
         causal = None
     elif mask_function not in (causal_mask_function, bidirectional_mask_function):
         causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
@@ -114,7 +133,7 @@ def rfa_mask(
             valid = None
     if valid is None and document is None and rows is None and not causal:
         return None
-    return RFAMask(bool(causal), valid, document, rows)
+    return RFAMask(bool(causal), valid, document, rows, kv_length)
 
 
 def padding_of(mask: torch.Tensor) -> RFAMask | None:
@@ -127,7 +146,7 @@ def padding_of(mask: torch.Tensor) -> RFAMask | None:
     valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
     if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
         return None
-    return RFAMask(causal=False, valid=valid)
+    return RFAMask(causal=False, valid=valid, keys=mask.shape[-1])
 
 
 def _probe(
@@ -150,8 +169,8 @@ def _probe(
     joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
     document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
     if torch.compiler.is_compiling():
-        # Nothing can be asked of tensors then. Of masks without a window, what Transformers composes without vmap is
-        # causal with packing, which it always looks for when it is traced.
+        # Nothing can be asked of tensors then. What Transformers composes without vmap is causal with packing, which
+        # it always looks for when it is traced; local layers whose mask is another one go by the mask itself.
         return True, document, False
     causal = not bool(forward.any())
     if not causal and not bool(forward.all()):

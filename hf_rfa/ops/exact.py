@@ -100,8 +100,8 @@ def exact_attention(
     # Made again in the backward pass: the masks of all blocks together would be an N x N tensor.
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if trained else block
-    starts = range(0, length, QUERY_BLOCK)
-    outputs = [run(part, start) for part, start in zip(query.split(QUERY_BLOCK, dim=2), starts, strict=True)]
+    parts = enumerate(query.split(QUERY_BLOCK, dim=2))
+    outputs = [run(part, number * QUERY_BLOCK) for number, part in parts]
     output = torch.cat(outputs, dim=2)[..., :value_dim]
     return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
 

@@ -81,6 +81,7 @@ class TokenLayout:
     valid: torch.Tensor | None = None
     document: torch.Tensor | None = None
     _plans: dict[tuple, Plan] = field(default_factory=dict, repr=False, compare=False)
+    _ordinals: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("valid", "document"):
@@ -95,7 +96,7 @@ class TokenLayout:
         """No padding, no packing."""
         return self.valid is None and self.document is None
 
-    @functools.cached_property
+    @property
     def ordinal(self) -> torch.Tensor | None:
         """(B, N) number of each token's document in its row, counted from 0; None for one document a row.
 
@@ -103,7 +104,13 @@ class TokenLayout:
         """
         if self.document is None:
             return None
-        document = self.document
+        if torch.compiler.is_compiling():  # a graph computes it where it is used; `cached_property` has a lock
+            return self._number_documents(self.document)
+        if not self._ordinals:
+            self._ordinals.append(self._number_documents(self.document))
+        return self._ordinals[0]
+
+    def _number_documents(self, document: torch.Tensor) -> torch.Tensor:
         if self.valid is not None:
             slots = torch.arange(document.shape[1], device=document.device)
             last_token = torch.where(self.valid, slots, -1).cummax(1).values

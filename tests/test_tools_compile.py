@@ -1,0 +1,130 @@
+"""`torch.compile(fullgraph=True)` and `torch.export` around whole converted models: the same numbers from one graph.
+
+The operator alone is in test_graph.py. The default run stops before code is generated ("aot_eager"); `-m slow` runs
+Inductor, which needs a C++ compiler.
+"""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from families import SHORT, build, inputs_for, outputs_of, token_ids
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+import hf_rfa
+
+FORWARD = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "bert", "modernbert", "vit"]
+GENERATE = ["llama", "gemma3", "gpt_oss"]
+EXACT_HEAD = {"softmax_heads": [(1, 0)]}
+
+
+def converted(family, **changes):
+    torch._dynamo.reset()
+    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
+
+
+def compiled(model, backend="aot_eager"):
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("family", FORWARD)
+def test_a_forward_is_one_graph(family):
+    model = converted(family)
+    inputs = inputs_for(model)
+    function, counter = compiled(model)
+    with torch.no_grad():
+        assert_close(function(**inputs)[0], outputs_of(model, inputs), atol=2e-5, rtol=0)
+        function(**inputs)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert"])
+def test_padding_needs_no_graph_of_its_own_for_each_mask(family):
+    model, ids = converted(family), token_ids()
+    more = {} if family == "bert" else {"use_cache": False}
+    function, counter = compiled(model)
+    for padding in (23, 5, 40):
+        mask = (torch.arange(70) >= torch.tensor([[padding], [0]])).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, **more}
+        with torch.no_grad():
+            got, want = function(**inputs)[0], outputs_of(model, inputs)
+        assert_close(got[mask.bool()], want[mask.bool()], atol=2e-5, rtol=0)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_documents_stay_apart_in_every_layer(family):
+    model, ids = converted(family), token_ids(1)
+    positions = torch.cat([torch.arange(40), torch.arange(30)])[None]
+    function, _ = compiled(model)
+    with torch.no_grad():
+        packed = function(input_ids=ids, position_ids=positions, use_cache=False).logits
+    apart = [outputs_of(model, {"input_ids": part, "use_cache": False}) for part in (ids[:, :40], ids[:, 40:])]
+    assert_close(packed, torch.cat(apart, dim=1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert"])
+def test_gradients_of_a_compiled_model(family):
+    model = converted(family)
+    inputs = inputs_for(model)
+    function, counter = compiled(model)
+    gradients = []
+    for call in (model, function):
+        model.zero_grad()
+        call(**inputs)[0].square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, want in gradients[0].items():
+        assert_close(gradients[1][name], want, atol=1e-5, rtol=1e-3, msg=name)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in GENERATE), ("llama", EXACT_HEAD)], ids=str
+)
+def test_generation_through_a_compiled_forward_recompiles_nothing(family, changes):
+    model, ids = converted(family, **changes), token_ids()
+    options = {"do_sample": False, "max_new_tokens": 12}  # a chunk has 8
+    want = [model.generate(ids[:, :length], **options) for length in (50, 61, 70)]
+    function, counter = compiled(model.forward)
+    model.forward = function
+    got = [model.generate(ids[:, :50], **options)]
+    # A prompt, a step; exact heads and local layers have keys for each token, whose number becomes a symbol.
+    assert counter.frame_count == (2 if family == "llama" and not changes else 3)
+    got.append(model.generate(ids[:, :61], **options))  # the prompt's length becomes a symbol
+    settled = counter.frame_count
+    got.append(model.generate(ids, **options))
+    assert counter.frame_count == settled <= 5
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert", "vit"])
+def test_an_exported_model_gives_what_the_model_gives(family):
+    model = converted(family)
+    inputs = inputs_for(model)
+    main = inputs.pop(model.main_input_name)
+    with torch.no_grad():
+        program = torch.export.export(model, (main,), inputs)
+        other = main.flip(1)
+        want = outputs_of(model, {model.main_input_name: other, **inputs})
+        assert_close(program.module()(other, **inputs)[0], want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert"])
+def test_generated_code_gives_the_same_outputs_and_tokens(family):
+    model = converted(family)
+    inputs = inputs_for(model)
+    function, counter = compiled(model, "inductor")
+    with torch.no_grad():
+        assert_close(function(**inputs)[0], outputs_of(model, inputs), atol=2e-4, rtol=0)
+    function(**inputs)[0].square().mean().backward()
+    assert counter.frame_count <= 2  # with and without gradients
+    if model.can_generate():
+        want = model.generate(token_ids(), do_sample=False, max_new_tokens=12)
+        model.forward, _ = compiled(model.forward, "inductor")
+        assert torch.equal(model.generate(token_ids(), do_sample=False, max_new_tokens=12), want)
