@@ -1,4 +1,4 @@
-"""The command line: `hf-rfa compare`, also `python -m hf_rfa compare`."""
+"""The command line: `hf-rfa compare` and `hf-rfa supported`, also `python -m hf_rfa ...`."""
 
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from hf_rfa.compare import compare, default_model
 from hf_rfa.config import FEATURE_MAPS
 from hf_rfa.errors import ConfigError, RFAError
 from hf_rfa.results import CompareSettings, Comparison
+from hf_rfa.supported import OUTCOMES, find, read_matrix
 
 app = typer.Typer(
     help="Random-feature attention (RFA) for pretrained Transformers models.",
@@ -28,7 +29,7 @@ app = typer.Typer(
 
 @app.callback()
 def _commands() -> None:
-    """Random-feature attention (RFA) for pretrained Transformers models."""  # keeps `compare` a command of its own
+    """Random-feature attention (RFA) for pretrained Transformers models."""
 
 
 def _option(panel: str, text: str, *names: str, **limits: Any) -> Any:
@@ -159,6 +160,32 @@ def compare_command(
     tokenizer.save_pretrained(folder)
     print_comparison(comparison)
     Console().print(f"Written: {', '.join(str(path) for path in [*paths, folder])}", soft_wrap=True)
+
+
+@app.command("supported")
+def supported_command(
+    name: Annotated[str, typer.Argument(help="Part of a model class or model type, for example llama.")] = "",
+    outcome: Annotated[str | None, typer.Option(help=f"Only rows of one outcome: {', '.join(OUTCOMES)}.")] = None,
+) -> None:
+    """Print which model classes convert, which are refused and why.
+
+    Each class was built as a tiny model, converted, padded, packed, trained for a step, generated from, saved, loaded
+    and reverted. What it cannot do besides is noted; "as the original" is what the original cannot do either.
+    """
+    matrix = read_matrix()
+    rows = find(matrix, name, outcome)
+    if not rows:
+        raise ConfigError(
+            f"No model class or model type contains {name!r}. Got no row. Try a shorter part of the name."
+        )
+    table = Table("class", "model type", "outcome", "notes", title=f"Transformers {matrix.transformers}")
+    for row in rows:
+        notes = row.reason or "; ".join(f"{stage}: {said}" for stage, said in row.stages.items() if said != "-")
+        table.add_row(row.model_class, row.model_type, row.outcome, escape(notes))
+    console = Console()
+    console.print(table)
+    counts = ", ".join(f"{sum(row.outcome == each for row in rows)} {each}" for each in OUTCOMES)
+    console.print(f"{len(rows)} rows: {counts}.")
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -20,6 +20,7 @@ from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.example_inputs import describe, guess_inputs
 from hf_rfa.generation import CachePreparer
 from hf_rfa.implementation import IMPLEMENTATION, Implementations, implementations, keep_unreached, restore, switch
+from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
 from hf_rfa.resample import resample_before_forward
@@ -233,10 +234,16 @@ def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tupl
             raise
         except Exception as error:
             first = first or error
+    if RFAMask.__name__ in str(first):  # Python's own words for what a mask object is not
+        raise UnsupportedModelError(
+            f"{type(model).__name__} works on its attention masks itself (attention of its own, masks that it joins, "
+            f"or 4-D masks of numbers; Python says: {first}), which random features cannot follow. Keep softmax "
+            "attention for this model."
+        ) from first
     raise UnsupportedModelError(
         f"The dry run of {type(model).__name__} failed with {type(first).__name__}: {first}. If its inputs were "
-        "wrong, pass `example_inputs={...}`; otherwise the model computes attention of its own, or with a "
-        "mask of its own (indexes it, joins it to another), which is not supported."
+        "wrong, pass `example_inputs={...}`; otherwise the model computes attention of its own, which is not "
+        "supported."
     ) from first
 
 
@@ -257,7 +264,7 @@ def _refuse_unrouted(model: PreTrainedModel, run: DryRun) -> None:
     if not run.calls:
         raise UnsupportedModelError(
             f"{name} computes attention of its own (none of it went through Transformers' attention interface), so "
-            "it cannot be converted. See the list of supported models in the README."
+            "it cannot be converted. `hf-rfa supported` lists the models that can be."
         )
     if run.foreign_attention():
         raise UnsupportedModelError(

@@ -102,6 +102,7 @@ def _sound_shape(model: PreTrainedModel) -> tuple[int, ...] | None:
 
 def _token_ids(config: Any, length: int, device: torch.device) -> torch.Tensor:
     longest = getattr(config, "max_position_embeddings", None) or length
+    longest = longest if longest > 0 else length  # XLNet says -1: any length
     length = min(length, longest - 4) if longest > 8 else longest  # some models count positions from 2 on
     vocabulary = getattr(config, "vocab_size", 16) or 16
     # Ordinary tokens: the first few are often padding, which some models mask; image placeholders are high.

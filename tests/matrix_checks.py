@@ -79,11 +79,17 @@ def padding(subject: Subject) -> str:
     if set(subject.inputs) - {"input_ids", "decoder_input_ids", "use_cache"}:
         return NOT_APPLICABLE
     sides = ["right", "left", "interior"] if _accepts(subject.original, "position_ids") else ["right"]
-    kept = [side for side in sides if _padding_error(subject.original, side) <= TOLERANCE]
-    for side in kept:
-        error = _padding_error(subject.converted, side)
-        assert error <= TOLERANCE, f"{side} padding changes the outputs by {error:.1e}"
-    return PASSED if kept == sides else f"{AS_ORIGINAL}: {', '.join(side for side in sides if side not in kept)}"
+    lost = []
+    for side in sides:
+        # Positions are given, or the model's own where it counts them by the padding token. (Other models move padded
+        # rows to later positions: the same to softmax, another turn of the same draw to random features.)
+        ways = [given for given in (True, False) if _padding_error(subject.original, side, given) <= TOLERANCE]
+        if ways:
+            error = _padding_error(subject.converted, side, ways[0])
+            assert error <= TOLERANCE, f"{side} padding changes the outputs by {error:.1e}"
+        else:
+            lost.append(side)
+    return f"{AS_ORIGINAL}: {', '.join(lost)}" if lost else PASSED
 
 
 def packing(subject: Subject) -> str:
@@ -108,7 +114,7 @@ def generate(subject: Subject) -> str:
         return NOT_APPLICABLE
     try:
         _generate(subject.original, False, True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, ImportError) as error:
         return f"{AS_ORIGINAL}: it does not generate from such inputs alone ({type(error).__name__})"
     for padded in (True, False):
         tokens = [_generate(subject.original, padded, use_cache) for use_cache in (True, False)]
@@ -208,21 +214,22 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp_min(1))
 
 
-def _padding_error(model: PreTrainedModel, side: str) -> float:
+def _padding_error(model: PreTrainedModel, side: str, positions_given: bool) -> float:
     long, short = token_ids(1, LENGTH, seed=2), token_ids(1, SHORTER, seed=3)
     slots = {
         "right": torch.arange(SHORTER),
         "left": torch.arange(LENGTH - SHORTER, LENGTH),
         "interior": torch.cat([torch.arange(12), torch.arange(12 + LENGTH - SHORTER, LENGTH)]),
     }[side]
-    ids, mask = torch.cat([long, torch.full_like(long, 7)]), torch.ones(2, LENGTH, dtype=torch.int64)
+    padding = 7 if positions_given else getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    ids, mask = torch.cat([long, torch.full_like(long, padding)]), torch.ones(2, LENGTH, dtype=torch.int64)
     ids[1, slots], mask[1] = short[0], 0
     mask[1, slots] = 1
     more: list[dict[str, Any]] = [{}, {}, {}]
     if model.config.is_encoder_decoder:
         decoder = token_ids(2, DECODER, seed=4)
         more = [{"decoder_input_ids": rows} for rows in (decoder, decoder[:1], decoder[1:])]
-    elif side != "right":
+    elif side != "right" and positions_given:
         more[0] = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     if _accepts(model, "use_cache"):
         more = [{**inputs, "use_cache": False} for inputs in more]

@@ -19,7 +19,9 @@ LAYERS = 2
 #: What a field of a config becomes in a tiny one, wherever a config class declares it.
 SIZES: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd dim emb_dim word_embed_proj_dim embedding_size".split(), 32),
-    **dict.fromkeys("encoder_hidden_size decoder_hidden_size cross_attention_hidden_size".split(), 32),
+    **dict.fromkeys(
+        "encoder_hidden_size decoder_hidden_size cross_attention_hidden_size hidden_size_global".split(), 32
+    ),
     **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split(), LAYERS),
     **dict.fromkeys("depth num_encoder_layers num_decoder_layers text_encoder_layers".split(), LAYERS),
     **dict.fromkeys("speech_encoder_layers text_decoder_layers t2u_encoder_layers t2u_decoder_layers".split(), 1),
@@ -90,15 +92,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 128, "patch_size": 16},
     "blip-2": {"image_token_index": VOCABULARY - 1, "num_query_tokens": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "mistral": {"sliding_window": None},  # as from version 0.2 on; with one, no layer is left to convert
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
@@ -115,6 +121,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
     "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "timesformer": {"drop_path_rate": 0},  # the field wants a whole number
     "whisper": {"max_source_positions": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
@@ -129,9 +136,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 #: Classes that are tried besides those of Transformers' own tables of language models.
 ENCODERS = """
-    ASTModel BeitModel Blip2Model CLIPModel CLIPVisionModel DeiTModel Dinov2Model DINOv3ViTModel Gemma3Model
-    HubertModel Idefics3Model LlavaModel PaliGemmaModel Qwen2_5_VLModel Qwen2VLModel Qwen3VLModel SeamlessM4TModel
-    SiglipModel Speech2TextModel SwinModel VideoMAEModel ViTModel Wav2Vec2Model WhisperModel
+    ASTModel BeitModel Blip2Model ClapModel CLIPModel CLIPVisionModel Data2VecVisionModel DeiTModel DetrModel
+    Dinov2Model DINOv3ViTModel Gemma3Model HubertModel Idefics3Model LlavaModel PaliGemmaModel Qwen2_5_VLModel
+    Qwen2VLModel Qwen3VLModel SamModel SeamlessM4TModel SiglipModel Speech2TextModel SwinModel TimesformerModel
+    VideoMAEModel ViTModel Wav2Vec2Model WhisperModel
 """.split()
 _TABLES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 

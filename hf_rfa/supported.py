@@ -1,0 +1,86 @@
+"""Which model classes convert: the recorded matrix of architectures, and what it says of a name.
+
+`tests/test_matrix.py` builds a tiny model of every class, converts it and tries what a converted model must still do;
+`supported.json` is what it found.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+from hf_rfa.errors import ConfigError
+
+#: Where the matrix lies within the package.
+MATRIX_FILE = "supported.json"
+#: What a class may come to: it converts, `convert` refuses it, or no tiny model of it could be built and tried.
+CONVERTS, REFUSED, NOT_TRIED = "converts", "refused", "not tried"
+OUTCOMES = (CONVERTS, REFUSED, NOT_TRIED)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model class with one of its config types.
+
+    Attributes:
+        table: The table of Transformers' auto classes that names it, or "encoder".
+        outcome: One of `OUTCOMES`.
+        reason: What `convert` said, or why no tiny model could be built; empty for classes that convert.
+        stages: How each stage ended, by name, where that is not simply "ok" (see `tests/matrix_checks.py`).
+    """
+
+    model_type: str
+    model_class: str
+    table: str
+    outcome: str
+    reason: str
+    stages: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The recorded matrix: the version of Transformers that it was made with, and its rows."""
+
+    transformers: str
+    architectures: tuple[Architecture, ...]
+
+    def count(self, outcome: str) -> int:
+        """How many rows came to `outcome`."""
+        return sum(row.outcome == outcome for row in self.architectures)
+
+
+def read_matrix(text: str | None = None) -> Matrix:
+    """The matrix written in `text`; None: the one that the package carries.
+
+    Example:
+        >>> import hf_rfa.supported
+        >>> matrix = hf_rfa.supported.read_matrix()
+        >>> [row.outcome for row in matrix.architectures if row.model_type == "llama"]
+        ['converts']
+    """
+    if text is None:
+        text = resources.files("hf_rfa").joinpath(MATRIX_FILE).read_text(encoding="utf-8")
+    content = json.loads(text)
+    return Matrix(content["transformers"], tuple(Architecture(**row) for row in content["architectures"]))
+
+
+def write_matrix(matrix: Matrix) -> str:
+    """The matrix as JSON, a row a line, so that a change of one class is a change of one line."""
+    rows = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in matrix.architectures)
+    return f'{{"transformers": {json.dumps(matrix.transformers)}, "architectures": [\n{rows}\n]}}\n'
+
+
+def find(matrix: Matrix, name: str = "", outcome: str | None = None) -> list[Architecture]:
+    """The rows whose class or model type contains `name` (whatever its case), of one outcome or of all.
+
+    Raises:
+        ConfigError: `outcome` is none of `OUTCOMES`.
+    """
+    if outcome is not None and outcome not in OUTCOMES:
+        raise ConfigError(f"`outcome` must be one of {', '.join(OUTCOMES)}. Got {outcome!r}. Correct it.")
+    wanted = name.casefold()
+    return [
+        row
+        for row in matrix.architectures
+        if (wanted in row.model_class.casefold() or wanted in row.model_type.casefold())
+        and outcome in (None, row.outcome)
+    ]
