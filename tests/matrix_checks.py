@@ -96,7 +96,7 @@ def packing(subject: Subject) -> str:
     """Two documents packed in a row by `position_ids` give what they give alone."""
     if "pixel_values" in subject.inputs or "input_ids" not in subject.inputs or not _packable(subject.original):
         return NOT_APPLICABLE
-    error = _packing_error(subject.converted)
+    error = packing_error(subject.converted)
     assert error <= TOLERANCE, f"packed documents see each other: outputs differ by {error:.1e}"
     return PASSED
 
@@ -252,7 +252,7 @@ def is_causal(model: PreTrainedModel) -> bool:
     return one.shape[1] == LENGTH and _difference(two[:, :-1], one[:, :-1]) <= TOLERANCE
 
 
-def _packing_error(model: PreTrainedModel) -> float:
+def packing_error(model: PreTrainedModel) -> float:
     documents = [token_ids(1, 24, seed=6), token_ids(1, 16, seed=7)]
     positions = torch.cat([torch.arange(24), torch.arange(16)])[None]
     off = {"use_cache": False} if _accepts(model, "use_cache") else {}

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from families import SHORT, build, inputs_for, outputs_of, token_ids
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -68,6 +69,8 @@ def test_packed_documents_stay_apart_in_every_layer(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert"])
 def test_gradients_of_a_compiled_model(family):
+    if family == "gpt_oss" and transformers.__version__.startswith("5.17."):
+        pytest.skip("the experts of this Transformers do not compile with gradients, converted or not")
     model = converted(family)
     inputs = inputs_for(model)
     function, counter = compiled(model)
