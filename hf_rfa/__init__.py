@@ -2,6 +2,7 @@
 
 from hf_rfa.adapter import far_statistics
 from hf_rfa.attention import register
+from hf_rfa.backend import backend, set_backend
 from hf_rfa.cache import cache_bytes
 from hf_rfa.calibrate import calibrate
 from hf_rfa.calibration_report import CalibrationReport
@@ -25,6 +26,7 @@ __all__ = [
     "ResampleCallback",
     "StaleStateError",
     "UnsupportedModelError",
+    "backend",
     "cache_bytes",
     "calibrate",
     "calibration_report",
@@ -37,5 +39,6 @@ __all__ = [
     "rfa_attention",
     "rfa_attention_reference",
     "save_pretrained",
+    "set_backend",
     "set_softmax_heads",
 ]

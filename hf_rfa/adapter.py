@@ -86,6 +86,7 @@ class RFAAdapter(nn.Module):
         self.calls_in_forward = 0
         self.attends_twice = False  # in one forward of its module; `convert` finds out
         self.cache_layer: Any = None  # what the attention module was called with, see `attention.stash_cache`
+        self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
         self.observer: Any = None  # set by `calibrate`: sees q, k, v while the layer answers with exact softmax
         self._python: dict[str, Any] = {}
         self.omega.copy_(self.drawn(0))

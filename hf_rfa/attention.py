@@ -152,6 +152,7 @@ def _attend(
         "sink_tokens": adapter.config.sink_tokens,
         "softmax_heads": adapter.softmax_heads,
         "sliding_window": sliding,
+        "backend": adapter.backend,
     }
     counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
     cache_layer, adapter.cache_layer = adapter.cache_layer, None

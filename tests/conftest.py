@@ -1,7 +1,14 @@
 """Fixtures that several test files share. Nothing here needs a network."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels are tested in its interpreter, which is chosen when anybody first imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Tiny models gain nothing from a second thread, and lose a lot to waiting for it on a machine that does other things.

@@ -12,6 +12,8 @@ from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 PerHead = float | torch.Tensor
+#: What may be asked for, see `ops.dispatch`.
+BACKENDS = ("auto", "chunked", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class OperatorCall:
         far: The far kernel of the Hk key heads.
         sink_logits: (Hk, G) or None.
         state: What the call continues from; None at the beginning of a sequence.
-        softmax_heads, sliding_window: See `rfa_attention`.
+        softmax_heads, sliding_window, backend: See `rfa_attention`.
     """
 
     query: torch.Tensor
@@ -40,6 +42,7 @@ class OperatorCall:
     sliding_window: int | None
     sink_logits: torch.Tensor | None
     state: RFAState | None
+    backend: str = "auto"
 
     @classmethod
     def check(
@@ -52,10 +55,11 @@ class OperatorCall:
         key_center: torch.Tensor | None = None, query_transform: torch.Tensor | None = None,
         key_transform: torch.Tensor | None = None, query_radius: PerHead | None = None,
         key_radius: PerHead | None = None, gate_weight: torch.Tensor | None = None,
-        gate_bias: torch.Tensor | None = None,
+        gate_bias: torch.Tensor | None = None, backend: str = "auto",
     ) -> "OperatorCall":  # fmt: skip
         """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
         _check_tensors(query, key, value, omega)
+        check_backend(backend)
         batch, heads, length, dim = query.shape
         key_heads = key.shape[1]
         if window < 0 or sink_tokens < 0 or (window and sink_tokens > window):
@@ -143,7 +147,7 @@ class OperatorCall:
         )
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
-            sliding_window, sink_logits, state,
+            sliding_window, sink_logits, state, backend,
         )  # fmt: skip
 
     def heads(self, heads: Sequence[int]) -> "OperatorCall":
@@ -179,6 +183,12 @@ class OperatorCall:
     def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int]:
         window = self.window if self.causal else 0  # the bidirectional form keeps no near keys
         return len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens
+
+
+def check_backend(name: str) -> None:
+    """Raise `ConfigError` unless there is such a backend."""
+    if name not in BACKENDS:
+        raise ConfigError(f"`backend` must be one of {list(BACKENDS)}. Got {name!r}. Leave it 'auto'.")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, omega: torch.Tensor) -> None:

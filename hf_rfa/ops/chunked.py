@@ -17,7 +17,7 @@ from hf_rfa.ops.causal_walk import Walk, WalkInputs
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import FarStatistics, Part
 from hf_rfa.ops.layout import Plan, PlanSpec
-from hf_rfa.ops.state import RFAState
+from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 
 def chunked_causal(
@@ -27,10 +27,10 @@ def chunked_causal(
 
     Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
     """
-    aligned = _align(call, output_final_state)
+    aligned = align(call, output_final_state)
     settings = WalkSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
     output, carry, peak = causal_attention(aligned.inputs, settings)
-    final = _final_state(aligned, carry, peak, call.window) if output_final_state else None
+    final = final_state(aligned, carry, peak, call.window) if output_final_state else None
     return tokens_of(output, aligned.plan, call.query.shape[3]), final
 
 
@@ -38,7 +38,7 @@ class CausalPass:
     """The two parts of a call before they are put together; without gradients."""
 
     def __init__(self, call: OperatorCall) -> None:
-        aligned = _align(call, output_final_state=False)
+        aligned = align(call, output_final_state=False)
         self.plan = aligned.plan
         self._walk = Walk(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
@@ -56,7 +56,7 @@ class CausalPass:
 
 
 @dataclass(frozen=True)
-class _Aligned:
+class Aligned:
     """The tokens of a call, each document from a chunk boundary on, behind the near keys of the state."""
 
     inputs: WalkInputs
@@ -64,7 +64,8 @@ class _Aligned:
     state: RFAState
 
 
-def _align(call: OperatorCall, output_final_state: bool) -> _Aligned:
+def align(call: OperatorCall, output_final_state: bool) -> Aligned:
+    """Lay the tokens of a call out in chunks."""
     query, key, value, window = call.query, call.key, call.value, call.window
     batch, heads, groups, length, dim = query.shape
     chunk = window or PURE_CHUNK
@@ -80,7 +81,8 @@ def _align(call: OperatorCall, output_final_state: bool) -> _Aligned:
     if not plan.identity:
         key, value = take(key, plan.source), take(value, plan.source)
         query = take(query.flatten(1, 2), plan.source).unflatten(1, (heads, groups))
-    decay, peak = None, state.log_max.to(key.dtype)
+    wide = accumulation_dtype(key.dtype)
+    decay, peak = None, state.log_max.to(wide)
     log_gate = call.far.log_gate(key)
     if log_gate is not None:
         log_gate = F.pad(log_gate, (0, plan.valid[0].numel() - key.shape[2])).unflatten(2, plan.valid.shape[1:])
@@ -91,16 +93,17 @@ def _align(call: OperatorCall, output_final_state: bool) -> _Aligned:
             peak = peak - torch.where(remembered.unsqueeze(1), log_gate, 0.0).sum((-2, -1))
     inputs = WalkInputs(
         query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
-        state.kv_state.to(key.dtype), peak,
+        state.kv_state.to(wide), peak,
     )  # fmt: skip
-    return _Aligned(inputs, plan, state)
+    return Aligned(inputs, plan, state)
 
 
 def _wide(call: OperatorCall) -> torch.Tensor | None:
     return None if call.sink_logits is None else call.sink_logits.to(call.query.dtype)
 
 
-def _final_state(aligned: _Aligned, carry: torch.Tensor, peak: torch.Tensor, window: int) -> RFAState:
+def final_state(aligned: Aligned, carry: torch.Tensor, peak: torch.Tensor, window: int) -> RFAState:
+    """The state after a call, from the far sums after its last chunk."""
     plan, state, inputs = aligned.plan, aligned.state, aligned.inputs
     count = plan.count.expand(carry.shape[0]).clone()
     if not window:

@@ -36,7 +36,7 @@ def linear_heads_of_graph(
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     output, counts, *state = torch.ops.hf_rfa.linear_heads(
         list(given.values()), ",".join(given), ",".join(call.far.feature_maps), call.causal, call.window,
-        call.sink_tokens, call.scaling, output_final_state, statistics is not None,
+        call.sink_tokens, call.scaling, call.backend, output_final_state, statistics is not None,
     )  # fmt: skip
     if statistics is not None:
         statistics.add_counts(counts)
@@ -46,24 +46,25 @@ def linear_heads_of_graph(
 @torch.library.custom_op("hf_rfa::linear_heads", mutates_args=())
 def _operation(
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, output_final_state: bool, count: bool,
+    scaling: float, backend: str, output_final_state: bool, count: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """[output, (dropped, queries), *state]; `names` says what the tensors are."""
-    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling)
+    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
     call = call.replace(layout=_known_layout(call.layout))
     statistics = FarStatistics() if count else None
     output, state = linear_heads(call, output_final_state, statistics)
     counts = torch.zeros(2, dtype=torch.int64) if statistics is None else statistics.counts()
     # Operations hand out tensors of their own, as their fakes say.
+    output = output.to(accumulation_dtype(call.query.dtype))
     return [output.contiguous(), counts.to(output.device), *(t.clone() for t in _state_tensors(state))]
 
 
 @_operation.register_fake
 def _(
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, output_final_state: bool, count: bool,
+    scaling: float, backend: str, output_final_state: bool, count: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling)
+    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
     wide = accumulation_dtype(call.query.dtype)
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=wide)
     counts = call.query.new_empty(2, dtype=torch.int64)
@@ -73,14 +74,14 @@ def _(
 
 def _call(
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float,
+    scaling: float, backend: str,
 ) -> OperatorCall:  # fmt: skip
     given = dict(zip(names.split(","), tensors, strict=True))
     far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
     state = RFAState(**{name: given[name] for name in _STATE}) if "count" in given else None
     return OperatorCall(
         given["query"], given["key"], given["value"], far, causal, window, sink_tokens, scaling,
-        TokenLayout(given.get("valid"), given.get("document")), (), None, given.get("sink_logits"), state,
+        TokenLayout(given.get("valid"), given.get("document")), (), None, given.get("sink_logits"), state, backend,
     )  # fmt: skip
 
 
@@ -120,12 +121,12 @@ def _state_tensors(state: RFAState | None) -> list[torch.Tensor]:
 def _backward_operation(
     gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, output_final_state: bool,
+    scaling: float, backend: str, output_final_state: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of the wanted tensors, from those of the given outputs (of the output and the state's tensors)."""
     with _recording():
         leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
-        call = _call(leaves, names, feature_maps, causal, window, sink_tokens, scaling)
+        call = _call(leaves, names, feature_maps, causal, window, sink_tokens, scaling, backend)
         call = call.replace(layout=_known_layout(call.layout))
         output, state = linear_heads(call, output_final_state, None)
         results = [t for t, present in zip([output, *_state_tensors(state)], given, strict=True) if present]
@@ -141,7 +142,7 @@ def _backward_operation(
 def _(
     gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, output_final_state: bool,
+    scaling: float, backend: str, output_final_state: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t, want in zip(tensors, wanted, strict=True) if want]
 
@@ -162,7 +163,7 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]
             [g for g in gradients if g is not None], wanted, [g is not None for g in gradients], tensors, *ctx.settings
         )
     )
-    return [next(found) if want else None for want in wanted], *(None,) * 8
+    return [next(found) if want else None for want in wanted], *(None,) * 9
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hf_rfa.errors import ConfigError
 
@@ -50,6 +51,16 @@ class Plan:
     count: torch.Tensor
     identity: bool
     regular: tuple[bool, ...]
+
+    @functools.cached_property
+    def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The bits that `ops.triton.pieces` names, of slots (R, n, C) uint8, of chunks (R, n) int32; `sink_chunk`."""
+        same = F.pad(self.document[:, 1:] == self.document[:, :-1], (1, 0))
+        keep = same.clone()
+        keep[:, 0] = self.document[:, 0] == 0
+        chunks = keep.int() + 2 * same.int() + 4 * (self.rank > 1).int()
+        slots = self.valid.to(torch.uint8) + 2 * self.fold.to(torch.uint8)
+        return slots, chunks, self.sink_chunk.int()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def rfa_attention(
     initial_state: RFAState | None = None,
     output_final_state: bool = False,
     statistics: FarStatistics | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, RFAState]:
     """Random-feature attention, exact near and estimated far, in time and memory linear in the number of tokens.
 
@@ -89,6 +90,8 @@ def rfa_attention(
         initial_state: The state to continue from; the first document of each row continues it.
         output_final_state: Return the state after the last token, too.
         statistics: Counts how often a far part was dropped.
+        backend: What computes causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused kernels for
+            GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
 
     Returns:
         The output (B, H, N, M) in value's dtype, or (output, RFAState) if `output_final_state`.
@@ -112,6 +115,7 @@ def rfa_attention(
         softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
         query_center=query_center, key_center=key_center, query_transform=query_transform, key_transform=key_transform,
         query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
+        backend=backend,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         output, state = _run(call, output_final_state, statistics)

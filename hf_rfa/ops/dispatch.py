@@ -1,0 +1,83 @@
+"""Which form of the operator computes the linear heads of a call: decided here, and nowhere else.
+
+| a call with            | runs                                                                             |
+|------------------------|----------------------------------------------------------------------------------|
+| one token, causal      | `recurrent`, always: one read of the state                                       |
+| both sides (encoders)  | `bidirectional`, always                                                          |
+| more tokens, causal    | `triton` or `chunked`: the one that is asked for, or the choice of `auto`        |
+
+A backend that is asked for and cannot run is an error with the reason, never another one.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from hf_rfa.errors import ConfigError
+from hf_rfa.feature_maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.chunks import PURE_CHUNK
+
+#: Whether 'auto' picks the kernels where they can run. They are held to the reference by Triton's interpreter and
+#: compile for GPUs, but no GPU has run them yet.
+AUTO_PICKS_TRITON = False
+#: Largest head dims, chunk, and numbers of the far sums (features x value dim, powers of two) of a program.
+LARGEST_DIM, LARGEST_CHUNK, LARGEST_SUMS = 256, 128, 128 * 128
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def form_of_call(call: OperatorCall) -> str:
+    """'recurrent', 'bidirectional', 'triton' or 'chunked'; raises `ConfigError` if what is asked for cannot run."""
+    if call.causal and call.query.shape[3] == 1 and call.layout.document is None:
+        return "recurrent"
+    if not call.causal:
+        if call.backend == "triton":
+            raise _cannot("the layer sees both sides, and the kernels are causal")
+        return "bidirectional"
+    return pick(call.backend, call.far, call.query.device, call.query.dtype, call.value.shape[-1], call.window)
+
+
+def pick(backend: str, far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int) -> str:
+    """'triton' or 'chunked' for causal calls of more than one token."""
+    if backend == "chunked" or (backend == "auto" and not AUTO_PICKS_TRITON):
+        return "chunked"
+    reason = why_not_triton(far, device, dtype, value_dim, window)
+    if reason is not None and backend == "triton":
+        raise _cannot(reason)
+    return "chunked" if reason is not None else "triton"
+
+
+def why_not_triton(
+    far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int
+) -> str | None:
+    """What keeps the kernels from computing such calls; None if nothing does."""
+    rows, dim = far.omega.shape[1:]
+    chunk = window or PURE_CHUNK
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (`pip install triton`)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on the device {device.type!r}, and the kernels run on GPUs"
+    if dtype not in TRITON_DTYPES:
+        return f"the tensors are {dtype}, and the kernels take float32, bfloat16 and float16"
+    if far.gate_weight is not None:
+        return "the layer has a forget gate"
+    if len(set(far.feature_maps)) > 1 and "clustered" in far.feature_maps:
+        return "the clustered map stands beside another one in a layer"
+    if max(dim, value_dim) > LARGEST_DIM:
+        return f"the head dims are {dim} and {value_dim}, and the kernels go up to {LARGEST_DIM}"
+    if chunk > LARGEST_CHUNK:
+        return f"the window is {chunk}, and the kernels go up to {LARGEST_CHUNK}"
+    if _power(rows) * _power(value_dim) > LARGEST_SUMS:
+        return f"{rows} rows of omega x value dim {value_dim} are more than a program of the kernels can hold"
+    return None
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _cannot(reason: str) -> ConfigError:
+    return ConfigError(
+        f"The Triton kernels cannot run this call: {reason}. Got backend='triton'. Use 'auto' or 'chunked'."
+    )

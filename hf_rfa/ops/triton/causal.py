@@ -1,0 +1,57 @@
+"""Causal RFA of a call by the Triton kernels."""
+
+import functools
+
+import torch
+
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.chunked import align, final_state
+from hf_rfa.ops.chunks import tokens_of
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.state import RFAState
+from hf_rfa.ops.triton.fold import fold_keys, fold_queries, form_of
+from hf_rfa.ops.triton.function import Inputs, Settings, causal_attention
+
+#: Chunks that one program walks over: fewer where there would be too few programs for the device.
+BLOCKS = (8, 4, 2, 1)
+
+
+def triton_causal(
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+) -> tuple[torch.Tensor, RFAState | None]:
+    """Causal RFA of a call, q, k and v in their own type, the far kernel in float32.
+
+    Returns the output (B, Hk, G, N, M) in value's dtype and the state after the last token, if wanted.
+    """
+    aligned = align(call, output_final_state)
+    x, plan = aligned.inputs, aligned.plan
+    query, key = fold_queries(x.query, call.far, call.scaling), fold_keys(x.key, call.far, call.scaling)
+    form = form_of(call.far)
+    inputs = Inputs(
+        x.query, x.key, x.value, x.sink_key, x.sink_value, x.sink_logits, x.carry, x.carry_peak, *vars(query).values(),
+        *vars(key).values(),
+    )  # fmt: skip
+    settings = Settings(
+        plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device),
+        _block(plan.valid.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), statistics,
+    )  # fmt: skip
+    output, carry, peak = causal_attention(inputs, settings)
+    final = final_state(aligned, carry, peak, call.window) if output_final_state else None
+    return tokens_of(output, plan, call.query.shape[3]), final
+
+
+@functools.lru_cache(maxsize=64)
+def _map_codes(maps: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([int(name == "trigonometric") for name in maps], dtype=torch.int32, device=device)
+
+
+def _block(chunks: int, heads: int, device: torch.device) -> int:
+    """L: long walks move few states, short ones fill the device."""
+    wanted = 2 * _processors(device)
+    return next((size for size in BLOCKS if -(-chunks // size) * heads >= wanted), BLOCKS[-1])
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter counts as a small device, so that tests walk over several chunks."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

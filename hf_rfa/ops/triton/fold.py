@@ -1,0 +1,107 @@
+"""The far kernel folded into what the kernels read: one affine map, a size and a log-scale for each token.
+
+With y = A (x - c), the clipped size r = 1 / max(1, |y| / radius) and t = alpha sqrt(scaling), a feature's argument is
+
+    omega_i . (t r y) = r (W_i . x + b_i),        W = t omega A,  b = -W c
+
+and the log-scale of psi (without the maximum of the exponents) is
+
+    +-(t r |y|)^2 / 2  +  (exact part of the kernel)  +  (constants of the map)
+
+W and b are a few numbers a head; r and the log-scale are one number a token. All of them are plain differentiable
+torch, so that gradients of alpha, gamma, centres, transforms and radii follow from those that the kernels return.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hf_rfa.feature_maps import FarKernel
+
+#: See `pieces`: which form the components have.
+FORMS = {"positive": "EXP", "optimal_positive": "EXP", "hyperbolic": "PAIR", "trigonometric": "WAVE",
+         "clustered": "CLUSTER"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """The far kernel of queries, or of keys. weight (Hk, P, D), bias, shift (Hk, P): arguments r (W x + b) + shift;
+    r, log_scale (B, Hk, ..., T) of the tokens, float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shift: torch.Tensor
+    r: torch.Tensor
+    log_scale: torch.Tensor
+
+
+def form_of(far: FarKernel) -> str:
+    """The kernels' name of a layer's feature maps; `dispatch` keeps away what they do not cover."""
+    forms = {FORMS[name] for name in far.feature_maps}
+    return "MIXED" if len(forms) > 1 else forms.pop()
+
+
+def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
+    """Queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf where there is no far part."""
+    side = _fold(query, far, far.query_center, far.key_center, far.query_transform, far.query_radius, scaling, False)
+    gamma = torch.where(far.alive(), far.log_gamma(), -torch.inf)
+    return Side(side.weight, side.bias, side.shift, side.r, side.log_scale + gamma.view(-1, 1, 1))
+
+
+def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
+    """Keys (B, Hk, T, D)."""
+    return _fold(key, far, far.key_center, far.query_center, far.key_transform, far.key_radius, scaling, True)
+
+
+def _fold(
+    x: torch.Tensor, far: FarKernel, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
+    radius: torch.Tensor | None, scaling: float, keys: bool,
+) -> Side:  # fmt: skip
+    size = far.alpha * math.sqrt(scaling)
+    weight = far.omega * size.view(-1, 1, 1)
+    if transform is not None:
+        weight = weight @ transform
+    bias = -torch.einsum("hmd,hd->hm", weight, center)
+    heads = (-1, *(1,) * (x.dim() - 3))  # against numbers of tokens (B, Hk, ..., T)
+    wide = x.to(far.omega.dtype)
+    centred = wide - center.view(*heads, x.shape[-1])
+    moved = centred if transform is None else torch.einsum("bh...d,hed->bh...e", centred, transform)
+    square = moved.square().sum(-1)
+    r = torch.ones_like(square)
+    if radius is not None:
+        bound = torch.where(radius > 0, radius, torch.inf).view(heads)
+        r = (square / bound.square()).clamp_min(1.0).rsqrt()
+    square = square * (size.view(heads) * r).square() / 2
+    exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
+    sign, constant = _constants(far.feature_maps, far.omega.shape[1], x.device, wide.dtype)
+    shift = torch.zeros_like(bias)
+    if "optimal_positive" in far.feature_maps:  # the positive map is the one of the proposal 0
+        optimal = _is(far.feature_maps, "optimal_positive", x.device, wide.dtype)
+        proposal = far.proposal * optimal
+        shrink = 1 - 4 * proposal
+        weight, bias = weight * shrink.sqrt().view(-1, 1, 1), bias * shrink.sqrt().view(-1, 1)
+        shift = proposal.view(-1, 1) * far.omega.square().sum(-1)
+        constant = constant + x.shape[-1] / 4 * shrink.log()
+    elif keys and "clustered" in far.feature_maps:
+        shift = -far.omega.square().sum(-1) / 2
+    log_scale = sign.view(heads) * square + exact * scaling + constant.view(heads)
+    return Side(weight, bias, shift, r, log_scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(
+    maps: tuple[str, ...], count: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each head: the sign of |x'|^2 / 2, and half of the logarithm of the number that psi.psi is divided by."""
+    signs = {"trigonometric": 1.0, "clustered": 0.0}
+    half = -math.log(count) / 2
+    logs = {"hyperbolic": half - math.log(2) / 2, "clustered": 0.0}
+    sign, constant = [signs.get(name, -1.0) for name in maps], [logs.get(name, half) for name in maps]
+    return torch.tensor(sign, dtype=dtype, device=device), torch.tensor(constant, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _is(maps: tuple[str, ...], wanted: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([float(name == wanted) for name in maps], dtype=dtype, device=device)

@@ -1,0 +1,268 @@
+"""The kernels of the forward pass, and the scans over blocks of both passes.
+
+A block is a run of L chunks that one program walks over with the far sums in its registers:
+
+1. `block_sums`: what the keys of each block add to the far sums, under the block's own maximum;
+2. `scan_sums`: the far sums at the start of each block, under the running maximum;
+3. `block_outputs`: the walk over each block: near softmax and far part of each chunk's queries under one normaliser.
+
+Grids are (blocks, A), A = rows of the batch x key heads. `delay` is 1 beside a window, 0 without: once chunk i has
+read the far sums, chunk i - delay is added to them.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_rfa.ops.triton.pieces import (
+    FOLD,
+    FOLLOWS,
+    KEEP,
+    TINY,
+    decay,
+    dot,
+    features,
+    near_masks,
+    numbers,
+    own_weights,
+    put,
+    put_numbers,
+    put_sums,
+    slot_codes,
+    sums,
+    tile,
+    weights,
+)  # fmt: skip
+
+
+@triton.jit
+def folded_keys(
+    key, scale, codes, flag, step, chunks, length, stride, r, rows, w, b, h, code,
+    D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, DELAY: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """psi of the keys that step `step` adds to the far sums, and their log-scales, -inf for those that are not."""
+    chunk = step - DELAY
+    keys = tile(key, chunk * C, rows, length, stride, D, BD, C)
+    size = numbers(r, chunk * C, rows, length, C)
+    argument = tl.dot(keys, w, input_precision=PRECISION) + b[None, :]
+    argument = size[:, None] * argument + h[None, :]
+    first, second, peak = features(argument, code, P, BP, MAP, True)
+    adds = (slot_codes(codes, chunk, chunks, rows, C) & FOLD) != 0
+    if DELAY:
+        adds = adds & ((flag & FOLLOWS) != 0)
+    log_scale = tl.where(adds, numbers(scale, chunk * C, rows, length, C) + peak, float("-inf"))
+    return first, second, log_scale
+
+
+@triton.jit
+def block_sums(
+    key, value, r, scale, w, b, h, map_codes, codes, flags, out, out_peak, out_keep,
+    key_b, key_h, key_t, value_b, value_h, value_t, code_row, flag_row, heads, length, chunks, blocks, L,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
+    STATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    F: tl.constexpr = P * (1 + TWO)
+    block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = a // heads, a % heads
+    rows = tl.arange(0, BC)
+    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h
+    r, scale, codes, flags = r + a * length, scale + a * length, codes + row * code_row, flags + row * flag_row
+    w, b, h = weights(w, b, h, head, D, BD, P, BP)
+    code = tl.load(map_codes + head)
+    S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
+    S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
+    whole_peak = tl.full((), float("-inf"), tl.float32)
+    kept = tl.full((), 1, tl.int32)
+    for step in range(block * L, tl.minimum(block * L + L, chunks)):
+        flag = tl.load(flags + step)
+        if (flag & KEEP) == 0:
+            S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
+            whole_peak = tl.full((), float("-inf"), tl.float32)
+            kept = tl.full((), 0, tl.int32)
+        first, second, log_scale = folded_keys(
+            key, scale, codes, flag, step, chunks, length, key_t, r, rows, w, b, h, code,
+            D, BD, P, BP, C, DELAY, MAP, PRECISION,
+        )  # fmt: skip
+        values = tile(value, (step - DELAY) * C, rows, length, value_t, M, BM, C)
+        peak = tl.maximum(whole_peak, tl.max(log_scale, 0))
+        shrink, weight = decay(whole_peak, peak), decay(log_scale, peak)
+        new = values.to(tl.float32) * weight[:, None]
+        S1 = S1 * shrink + dot(tl.trans(first), new, STATE, PRECISION)
+        z1 = z1 * shrink + tl.sum(first * weight[:, None], 0)
+        if TWO:
+            S2 = S2 * shrink + dot(tl.trans(second), new, STATE, PRECISION)
+            z2 = z2 * shrink + tl.sum(second * weight[:, None], 0)
+        whole_peak = peak
+    out += (a * blocks + block) * (F * M + F)
+    put_sums(out, 0, S1, z1, P, BP, M, BM, F)
+    if TWO:
+        put_sums(out, 1, S2, z2, P, BP, M, BM, F)
+    tl.store(out_peak + a * 2 * (blocks + 1) + block, whole_peak)
+    tl.store(out_keep + a * blocks + block, kept)
+
+
+@triton.jit
+def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr):
+    """In place: each block's own sums become those before it; `carry` (A, E) what is there before, then after all.
+
+    Grid (tiles of E, A). Every program goes over the peaks; the new ones are written to `peaks` (A, 2, blocks + 1),
+    row 1, the blocks' own being row 0.
+    """
+    part, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    index = part * BE + tl.arange(0, BE)
+    inside = index < E
+    total = tl.load(carry + a * E + index, mask=inside, other=0.0)
+    peak = tl.load(carry_peak + a)
+    own_peaks, new_peaks = peaks + a * 2 * (blocks + 1), peaks + (a * 2 + 1) * (blocks + 1)
+    for block in range(blocks):
+        place = state + (a * blocks + block) * E + index
+        own = tl.load(place, mask=inside, other=0.0)
+        tl.store(place, total, mask=inside)
+        tl.store(new_peaks + block, peak)
+        own_peak = tl.load(own_peaks + block)
+        before = tl.where(tl.load(kept + a * blocks + block) != 0, peak, float("-inf"))
+        peak = tl.maximum(before, own_peak)
+        total = total * decay(before, peak) + own * decay(own_peak, peak)
+    tl.store(new_peaks + blocks, peak)
+    tl.store(carry + a * E + index, total, mask=inside)
+
+
+@triton.jit
+def block_outputs(
+    query, key, value, query_r, query_scale, key_r, key_scale, query_w, query_bias, query_shift, key_w, key_bias,
+    key_shift, map_codes, sink_logits, sink_key, sink_value, codes, flags, sink_chunks, state, start_peaks,
+    output, log_total, log_weight, peaks,
+    query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_g,
+    output_t, code_row, flag_row, heads, groups, length, chunks, blocks, L, scaling,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr,
+    TWO: tl.constexpr, LOGITS: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    F: tl.constexpr = P * (1 + TWO)
+    block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = a // heads, a % heads
+    rows, sinks = tl.arange(0, BC), tl.arange(0, BS)
+    query, output = query + row * query_b + head * query_h, output + row * output_b + head * output_h
+    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h
+    key_r, key_scale = key_r + a * length, key_scale + a * length
+    tokens = a * groups * length
+    query_r, query_scale = query_r + tokens, query_scale + tokens
+    log_total, log_weight = log_total + tokens, log_weight + tokens
+    sink_key, sink_value = sink_key + a * S * D, sink_value + a * S * M
+    codes, flags, sink_chunks = codes + row * code_row, flags + row * flag_row, sink_chunks + row * flag_row
+    query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
+    key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
+    code = tl.load(map_codes + head)
+    base = state + (a * blocks + block) * (F * M + F)
+    S1, z1 = sums(base, 0, P, BP, M, BM, F)
+    S2, z2 = S1, z1
+    if TWO:
+        S2, z2 = sums(base, 1, P, BP, M, BM, F)
+    peak = tl.load(start_peaks + (a * 2 + 1) * (blocks + 1) + block)
+    for step in range(block * L, tl.minimum(block * L + L, chunks)):
+        tl.store(peaks + a * (chunks + 1) + step, peak)
+        flag = tl.load(flags + step)
+        if (flag & KEEP) == 0:
+            S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
+            peak = tl.full((), float("-inf"), tl.float32)
+        start = step * C
+        own_value = tile(value, start, rows, length, value_t, M, BM, C)
+        if DELAY:
+            own_key = tile(key, start, rows, length, key_t, D, BD, C)
+            before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
+            before_value = tile(value, start - C, rows, length, value_t, M, BM, C)
+            sees_sink, sees_before, sees_own = near_masks(
+                slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
+                rows, sinks, C, S,
+            )  # fmt: skip
+            if S:
+                sink_chunk = tl.load(sink_chunks + step)
+                if sink_chunk < 0:
+                    sink_keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
+                    sink_values = tile(sink_value, 0, sinks, S, M, M, BM, S)
+                else:
+                    sink_keys = tile(key, sink_chunk * C, sinks, length, key_t, D, BD, S)
+                    sink_values = tile(value, sink_chunk * C, sinks, length, value_t, M, BM, S)
+        first_k, second_k, log_scale = folded_keys(
+            key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift, code,
+            D, BD, P, BP, C, DELAY, MAP, PRECISION,
+        )  # fmt: skip
+        for g in range(groups):
+            queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
+            size = numbers(query_r + g * length, start, rows, length, C)
+            argument = size[:, None] * (tl.dot(queries, query_w, input_precision=PRECISION) + query_bias[None, :])
+            first, second, feature_peak = features(argument + query_shift[None, :], code, P, BP, MAP, False)
+            log_q = numbers(query_scale + g * length, start, rows, length, C) + feature_peak
+            num = dot(first, S1, STATE, PRECISION)
+            den = tl.sum(first * z1[None, :], 1)
+            if TWO:
+                num += dot(second, S2, STATE, PRECISION)
+                den += tl.sum(second * z2[None, :], 1)
+            if DELAY:
+                log_far = log_q + peak
+                own = tl.dot(queries, tl.trans(own_key), input_precision=PRECISION) * scaling
+                own = tl.where(sees_own, own, float("-inf"))
+                before = tl.dot(queries, tl.trans(before_key), input_precision=PRECISION) * scaling
+                before = tl.where(sees_before, before, float("-inf"))
+                top = tl.maximum(tl.max(own, 1), tl.max(before, 1))
+                if S:
+                    sink = tl.dot(queries, tl.trans(sink_keys), input_precision=PRECISION) * scaling
+                    sink = tl.where(sees_sink, sink, float("-inf"))
+                    top = tl.maximum(top, tl.max(sink, 1))
+                own, before = tl.exp(own - top[:, None]), tl.exp(before - top[:, None])
+                mass = tl.sum(own, 1) + tl.sum(before, 1)
+                near = dot(own, own_value, own_value.dtype, PRECISION)
+                near += dot(before, before_value, before_value.dtype, PRECISION)
+                if S:
+                    sink = tl.exp(sink - top[:, None])
+                    mass += tl.sum(sink, 1)
+                    near += dot(sink, sink_values, sink_values.dtype, PRECISION)
+            else:
+                own, lifted, own_base = own_weights(log_scale, peak, rows)
+                log_far = log_q + own_base
+                scores = dot(first, tl.trans(first_k), STATE, PRECISION)
+                if TWO:
+                    scores += dot(second, tl.trans(second_k), STATE, PRECISION)
+                scores *= own
+                num = num * lifted[:, None] + dot(scores, own_value, STATE, PRECISION)
+                den = den * lifted + tl.sum(scores, 1)
+            exists = log_far > float("-inf")
+            used = exists & (den > TINY)
+            log_far = tl.where(used, log_far, float("-inf"))
+            total = log_far + tl.log(tl.where(used, den, 1.0))
+            if DELAY:
+                total = tl.maximum(total, top + tl.log(mass))
+            if LOGITS:
+                logit = tl.load(sink_logits + head * groups + g)
+                total = tl.maximum(total, logit)
+            total = tl.where(total == float("-inf"), 0.0, total)
+            whole = tl.exp(log_far - total) * tl.where(used, den, 0.0)
+            if DELAY:
+                whole += mass * tl.exp(top - total)
+            if LOGITS:
+                whole += tl.exp(logit - total)
+            # Nothing answers where there is no window and the estimate is not positive: the output is zero.
+            total += tl.log(tl.where(whole > 0, whole, 1.0))
+            result = num * tl.exp(log_far - total)[:, None]
+            if DELAY:
+                result += near * tl.exp(top - total)[:, None]
+            put(output + g * output_g, start, rows, length, output_t, result, M, BM, C)
+            put_numbers(log_total + g * length, start, rows, length, total, C)
+            # +inf says that the estimate was dropped, -inf that there was none.
+            weight = tl.where(exists & (used == 0), float("inf"), log_far - total)
+            put_numbers(log_weight + g * length, start, rows, length, weight, C)
+        new_peak = tl.maximum(peak, tl.max(log_scale, 0))
+        shrink, weight = decay(peak, new_peak), decay(log_scale, new_peak)
+        far_value = own_value
+        if DELAY:
+            far_value = before_value
+        new = far_value.to(tl.float32) * weight[:, None]
+        S1 = S1 * shrink + dot(tl.trans(first_k), new, STATE, PRECISION)
+        z1 = z1 * shrink + tl.sum(first_k * weight[:, None], 0)
+        if TWO:
+            S2 = S2 * shrink + dot(tl.trans(second_k), new, STATE, PRECISION)
+            z2 = z2 * shrink + tl.sum(second_k * weight[:, None], 0)
+        peak = new_peak
+    if block == blocks - 1:
+        tl.store(peaks + a * (chunks + 1) + chunks, peak)

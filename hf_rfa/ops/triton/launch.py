@@ -1,0 +1,186 @@
+"""The sizes, the buffers and the launches of the forward pass of one call."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.triton import forward, pieces
+
+FORM_CODES = {"EXP": pieces.EXP, "PAIR": pieces.PAIR, "WAVE": pieces.WAVE, "MIXED": pieces.MIXED,
+              "CLUSTER": pieces.CLUSTER}  # fmt: skip
+#: Numbers of the state that a program of the scan handles.
+SCAN_TILE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the kernels depend on besides tensors with gradients.
+
+    Attributes:
+        plan: Where the tokens lie.
+        window: Chunk size, or 0.
+        scaling: Factor of q.k.
+        form: See `fold.form_of`.
+        map_codes: (Hk,) int32, 1 for heads with the trigonometric map where they are mixed with hyperbolic ones.
+        block: L, chunks that one program walks over.
+        statistics: Counts dropped far parts.
+    """
+
+    plan: Plan
+    window: int
+    scaling: float
+    form: str
+    map_codes: torch.Tensor
+    block: int
+    statistics: FarStatistics | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Tensors with gradients. query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sinks of the state (B, Hk, s, D
+    or M); sink_logits (Hk, G) or None; carry (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+    sink_logits: torch.Tensor | None
+    carry: torch.Tensor
+    carry_peak: torch.Tensor
+    query_weight: torch.Tensor
+    query_bias: torch.Tensor
+    query_shift: torch.Tensor
+    query_r: torch.Tensor
+    query_scale: torch.Tensor
+    key_weight: torch.Tensor
+    key_bias: torch.Tensor
+    key_shift: torch.Tensor
+    key_r: torch.Tensor
+    key_scale: torch.Tensor
+
+
+INPUTS = tuple(f.name for f in dataclasses.fields(Inputs))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last dimension in one piece, as the kernels read it."""
+    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+
+
+class Launch:
+    """One call; after `forward` its buffers hold what the backward pass needs."""
+
+    def __init__(self, inputs: Inputs, settings: Settings) -> None:
+        wide = {name: getattr(inputs, name).float().contiguous() for name in INPUTS[6:] if "weight" not in name}
+        # Operands of one product have one type: the queries'.
+        kind = inputs.query.dtype
+        wide |= {name: getattr(inputs, name).to(kind).contiguous() for name in ("query_weight", "key_weight")}
+        narrow = {name: _rows(getattr(inputs, name).to(kind)) for name in INPUTS[:5]}
+        narrow |= {name: narrow[name].contiguous() for name in ("sink_key", "sink_value")}
+        logits = inputs.sink_logits
+        self.inputs = Inputs(**narrow, **wide, sink_logits=None if logits is None else logits.float().contiguous())
+        self.settings = settings
+        batch, heads, groups, length, dim = inputs.query.shape
+        value_dim, self.projected = inputs.value.shape[-1], inputs.query_weight.shape[1]
+        self.batch, self.heads, self.groups, self.length = batch, heads, groups, length
+        self.all = batch * heads
+        plan = settings.plan
+        self.chunks, chunk = plan.valid.shape[1:]
+        self.blocks = triton.cdiv(self.chunks, settings.block)
+        self.two = settings.form in ("PAIR", "WAVE", "MIXED")
+        self.components = self.projected * (2 if self.two else 1)
+        self.size = self.components * (value_dim + 1)
+        self.codes, self.flags, self.sink_chunks = plan.codes
+        rows = len(self.codes)
+        self.code_row, self.flag_row = (0, 0) if rows == 1 else (self.codes.stride(0), self.flags.stride(0))
+        sinks = inputs.sink_key.shape[2]
+        exact = kind == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        self.tiles = {
+            "D": dim, "BD": _tile(dim), "M": value_dim, "BM": _tile(value_dim), "P": self.projected,
+            "BP": _tile(self.projected), "C": chunk, "BC": _tile(chunk), "DELAY": 1 if settings.window else 0,
+            "MAP": FORM_CODES[settings.form], "TWO": int(self.two), "PRECISION": "ieee" if exact else "tf32",
+            # Sums of float16 numbers overflow float16.
+            "STATE": tl.bfloat16 if kind == torch.bfloat16 else tl.float32,
+        }  # fmt: skip
+        self.sinks = {"S": sinks, "BS": _tile(sinks)}
+        # Whole models go through in this many warps: the far sums fill the registers.
+        self.options = {"num_warps": 8 if self.tiles["BM"] * self.tiles["BP"] >= 64 * 64 else 4, "num_stages": 1}
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fill the buffers that the backward pass needs; output, carry, peak."""
+        x, blocks, every = self.inputs, self.blocks, self.all
+        new = x.carry.new_empty
+        self.states, block_peaks = new(every, blocks, self.size), new(every, 2, blocks + 1)
+        self.kept = x.carry.new_empty(every, blocks, dtype=torch.int32)
+        value_dim = x.value.shape[-1]
+        with on_device(x.query):
+            forward.block_sums[(blocks, every)](
+                x.key, x.value, x.key_r, x.key_scale, x.key_weight, x.key_bias, x.key_shift, self.settings.map_codes,
+                self.codes, self.flags, self.states, block_peaks, self.kept, *x.key.stride()[:3],
+                *x.value.stride()[:3], self.code_row, self.flag_row, self.heads, self.length, self.chunks, blocks,
+                self.settings.block, **self.tiles, **self.options,
+            )  # fmt: skip
+            carry = self.flat(x.carry)
+            forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
+                self.states, block_peaks, self.kept, carry, x.carry_peak, blocks, self.size, BE=SCAN_TILE
+            )
+            output = _output_like(x.query, value_dim)
+            tokens = (self.batch, self.heads, self.groups, self.length)
+            self.log_total, self.log_weight = new(tokens), new(tokens)
+            self.peaks = new(every, self.chunks + 1)
+            logits = x.carry if x.sink_logits is None else x.sink_logits
+            forward.block_outputs[(blocks, every)](
+                x.query, x.key, x.value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(), logits,
+                x.sink_key, x.sink_value, self.codes, self.flags, self.sink_chunks, self.states, block_peaks, output,
+                self.log_total, self.log_weight, self.peaks, *x.query.stride()[:4], *x.key.stride()[:3],
+                *x.value.stride()[:3], *output.stride()[:4], self.code_row, self.flag_row, self.heads, self.groups,
+                self.length, self.chunks, blocks, self.settings.block, self.settings.scaling,
+                LOGITS=int(x.sink_logits is not None), **self.tiles, **self.sinks, **self.options,
+            )  # fmt: skip
+        if self.settings.statistics is not None:
+            self._count(self.settings.statistics)
+        return output, self.matrix(carry), block_peaks[:, 1, -1].reshape(self.batch, self.heads)
+
+    def maps(self) -> tuple[torch.Tensor, ...]:
+        """The affine maps of queries and keys, and the maps' codes."""
+        x = self.inputs
+        query, key = (x.query_weight, x.query_bias, x.query_shift), (x.key_weight, x.key_bias, x.key_shift)
+        return *query, *key, self.settings.map_codes
+
+    def flat(self, state: torch.Tensor) -> torch.Tensor:
+        """The kernels' form (A, F * M + F) of [S, z] (B, Hk, F, M + 1)."""
+        return torch.cat([state[..., :-1].flatten(2), state[..., -1]], dim=-1).view(self.all, self.size)
+
+    def matrix(self, flat: torch.Tensor) -> torch.Tensor:
+        """What `flat` takes."""
+        flat = flat.view(self.batch, self.heads, -1)
+        whole, ones = flat[..., : -self.components], flat[..., -self.components :]
+        return torch.cat([whole.unflatten(-1, (self.components, -1)), ones.unsqueeze(-1)], dim=-1)
+
+    def _count(self, statistics: FarStatistics) -> None:
+        """Add the queries whose far part was dropped; padding does not count."""
+        asked = self.settings.plan.asked.flatten(1)[:, None, None, : self.length]
+        dropped = (self.log_weight == torch.inf) & asked
+        statistics.add(dropped, dropped | ((self.log_weight > -torch.inf) & asked))
+
+
+def _tile(size: int) -> int:
+    """Tensor cores want powers of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def on_device(x: torch.Tensor) -> Any:
+    """Kernels run on the current device."""
+    return torch.cuda.device_of(x)
+
+
+def _output_like(query: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """(B, Hk, G, T, M), in memory token by token, all heads of a token beside each other: as models want it."""
+    batch, heads, groups, length, _ = query.shape
+    return query.new_empty(batch, length, heads, groups, value_dim).permute(0, 2, 3, 1, 4)

@@ -1,0 +1,174 @@
+"""Functions that the kernels share: loading tokens, features, scores of near keys, the update of the far sums.
+
+A tile holds one chunk of one head: BC >= C rows (slots), padded to a power of two of at least 16, as tensor cores
+want.
+Feature maps are numbers here: every map has `P` projected features and one or two components of each.
+"""
+
+import triton
+import triton.language as tl
+
+#: exp of one projection (positive, optimal_positive); exp of plus and minus (hyperbolic); sine and cosine
+#: (trigonometric); the latter two chosen by each head's code; exp for queries and softmax for keys (clustered).
+EXP, PAIR, WAVE, MIXED, CLUSTER = (tl.constexpr(n) for n in range(5))
+#: What still counts as a positive far denominator: `ops.combine.smallest_denominator` of float32.
+TINY = tl.constexpr(1.1754943508222875e-38 * 2**24)
+
+VALID = tl.constexpr(1)  # bits of a slot: it holds a token; its key ever moves into the far sums
+FOLD = tl.constexpr(2)
+KEEP = tl.constexpr(
+    1
+)  # bits of a chunk: it continues the state; the chunk before is of its document; sinks lie before its window
+FOLLOWS = tl.constexpr(2)
+BEHIND_SINKS = tl.constexpr(4)
+
+
+@triton.jit
+def tile(base, start, rows, length, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """Tokens start .. start + C of (length, D); zeros elsewhere."""
+    columns = tl.arange(0, BD)
+    inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
+    pointers = base + (start + rows).to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def put(base, start, rows, length, stride, x, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """Store what `tile` loads."""
+    columns = tl.arange(0, BD)
+    inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
+    pointers = base + (start + rows).to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def numbers(base, start, rows, length, C: tl.constexpr):
+    """One number of each token of a chunk; 0 elsewhere."""
+    inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
+    return tl.load(base + start + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def put_numbers(base, start, rows, length, x, C: tl.constexpr):
+    inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
+    tl.store(base + start + rows, x, mask=inside)
+
+
+@triton.jit
+def weights(w, b, h, head, D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr):
+    """W^T (BD, BP), b and h (BP) of a head: a feature's argument is r (W x + b) + h."""
+    features, columns = tl.arange(0, BP), tl.arange(0, BD)
+    wanted = features < P
+    pointers = w + head.to(tl.int64) * P * D + features[None, :] * D + columns[:, None]
+    matrix = tl.load(pointers, mask=wanted[None, :] & (columns < D)[:, None], other=0.0)
+    bias = tl.load(b + head * P + features, mask=wanted, other=0.0)
+    shift = tl.load(h + head * P + features, mask=wanted, other=0.0)
+    return matrix, bias, shift
+
+
+@triton.jit
+def features(argument, code, P: tl.constexpr, BP: tl.constexpr, MAP: tl.constexpr, KEYS: tl.constexpr):
+    """The components (rows, BP) of psi, the second ones (the first again where there are none), log of the scale."""
+    wanted = (tl.arange(0, BP) < P)[None, :]
+    peak = tl.zeros_like(tl.max(argument, 1))
+    if MAP == WAVE:
+        first = tl.where(wanted, tl.sin(argument), 0.0)
+        second = tl.where(wanted, tl.cos(argument), 0.0)
+    elif MAP == EXP or MAP == CLUSTER:
+        argument = tl.where(wanted, argument, float("-inf"))
+        peak = tl.max(argument, 1)
+        first = tl.exp(argument - peak[:, None])
+        if MAP == CLUSTER and KEYS:
+            first = first / tl.sum(first, 1)[:, None]
+            peak = tl.zeros_like(peak)
+        second = first
+    else:
+        peak = tl.max(tl.where(wanted, tl.abs(argument), 0.0), 1)
+        first = tl.where(wanted, tl.exp(argument - peak[:, None]), 0.0)
+        second = tl.where(wanted, tl.exp(-argument - peak[:, None]), 0.0)
+        if MAP == MIXED:
+            wave = code == 1
+            first = tl.where(wave & wanted, tl.sin(argument), first)
+            second = tl.where(wave & wanted, tl.cos(argument), second)
+            peak = tl.where(wave, 0.0, peak)
+    return first, second, peak
+
+
+@triton.jit
+def argument_gradient(first, second, d_first, d_second, code, MAP: tl.constexpr, KEYS: tl.constexpr):
+    """Gradient of the arguments from those of the components; the peaks are constants that cancel."""
+    if MAP == WAVE:
+        result = d_first * second - d_second * first
+    elif MAP == CLUSTER and KEYS:
+        result = first * (d_first - tl.sum(d_first * first, 1)[:, None])
+    elif MAP == EXP or MAP == CLUSTER:
+        result = d_first * first
+    else:
+        result = d_first * first - d_second * second
+        if MAP == MIXED:
+            result = tl.where(code == 1, d_first * second - d_second * first, result)
+    return result
+
+
+@triton.jit
+def decay(older, newer):
+    """exp(older - newer) of two peaks, 0 where the older one is of no keys at all."""
+    safe = tl.where(newer == float("-inf"), 0.0, newer)
+    return tl.exp(older - safe)
+
+
+@triton.jit
+def dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x @ y with operands in TYPE and float32 sums."""
+    return tl.dot(x.to(TYPE), y.to(TYPE), input_precision=PRECISION)
+
+
+@triton.jit
+def near_masks(own_code, before_code, flags, rows, sinks, C: tl.constexpr, S: tl.constexpr):
+    """Which sinks (1, BS), keys of the chunk before (1, BC) and of the own chunk (BC, BC) each query sees."""
+    sink = ((flags & BEHIND_SINKS) != 0) & (sinks < S)
+    before = ((flags & FOLLOWS) != 0) & ((before_code & VALID) != 0)
+    # Padding sees itself, so that no row is empty; nobody sees padding.
+    valid = ((own_code & VALID) != 0)[None, :]
+    own = (rows[None, :] <= rows[:, None]) & (valid | (rows[None, :] == rows[:, None]))
+    return sink[None, :], before[None, :], own
+
+
+@triton.jit
+def slot_codes(codes, chunk, chunks, rows, C: tl.constexpr):
+    """The bits of a chunk's slots; 0 outside of the sequence."""
+    index = chunk * C + rows
+    return tl.load(codes + index, mask=(rows < C) & (index >= 0) & (index < chunks * C), other=0).to(tl.int32)
+
+
+@triton.jit
+def own_weights(scale, peak, rows):
+    """Without a window: exp(scale_j - base_i) (BC, BC) for keys j up to query i, exp(peak - base), base (BC).
+
+    The maximum runs over the keys up to each query: a later key changes nothing.
+    """
+    causal = rows[None, :] <= rows[:, None]
+    running = tl.max(tl.where(causal, scale[None, :], float("-inf")), 1)
+    base = tl.maximum(running, peak)
+    safe = tl.where(base == float("-inf"), 0.0, base)
+    return tl.where(causal, tl.exp(scale[None, :] - safe[:, None]), 0.0), tl.exp(peak - safe), base
+
+
+@triton.jit
+def sums(base, half, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
+    """S (BP, BM) and z (BP) of one half of the components, from [S of all F components, z]."""
+    components, columns = tl.arange(0, BP), tl.arange(0, BM)
+    wanted = components < P
+    pointers = base + (half * P + components)[:, None] * M + columns[None, :]
+    whole = tl.load(pointers, mask=wanted[:, None] & (columns < M)[None, :], other=0.0)
+    return whole, tl.load(base + F * M + half * P + components, mask=wanted, other=0.0)
+
+
+@triton.jit
+def put_sums(base, half, S, z, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
+    """Store what `sums` loads."""
+    components, columns = tl.arange(0, BP), tl.arange(0, BM)
+    wanted = components < P
+    pointers = base + (half * P + components)[:, None] * M + columns[None, :]
+    tl.store(pointers, S, mask=wanted[:, None] & (columns < M)[None, :])
+    tl.store(base + F * M + half * P + components, z, mask=wanted)
