@@ -296,9 +296,12 @@ def _cross(
 
 
 def _layout(mask: RFAMask | None, extras: dict[str, Any], length: int, device: torch.device) -> TokenLayout:
-    lengths = extras.get("cu_seq_lens_q")
-    if lengths is not None and (mask is None or mask.document is None):
+    """Documents come from the mask (`position_ids`), else from what padding-free collators hand over."""
+    lengths, document = extras.get("cu_seq_lens_q"), extras.get("seq_idx")
+    if document is None and lengths is not None:
         slots = torch.arange(length, device=device)
-        document = torch.searchsorted(lengths.to(device, torch.int64), slots, right=True)
-        return TokenLayout(None if mask is None or mask.valid is None else mask.valid[:, -length:], document[None])
+        document = torch.searchsorted(lengths.to(device, torch.int64), slots, right=True)[None]
+    if document is not None and (mask is None or mask.document is None):
+        valid = None if mask is None or mask.valid is None else mask.valid[:, -length:]
+        return TokenLayout(valid, document.to(device))
     return TokenLayout() if mask is None else mask.layout(length)

@@ -76,6 +76,9 @@ def is_packed(kwargs: Mapping[str, Any]) -> bool:
     lengths = kwargs.get("cu_seq_lens_q")
     if isinstance(lengths, torch.Tensor) and len(lengths) > 2:
         return True
+    documents = kwargs.get("seq_idx")
+    if isinstance(documents, torch.Tensor) and bool((documents.diff(dim=-1) != 0).any()):
+        return True
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
         return False
     return bool((positions.diff(dim=1) != 1).any())

@@ -766,6 +766,18 @@ def test_packed_documents_by_their_lengths():
     assert_close(packed, torch.cat(alone, dim=1), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_documents_by_their_numbers(family):
+    """`seq_idx` alone, while the positions run on: what the first document says changes nothing in the second."""
+    model, ids = converted(family), token_ids(1)
+    number = (torch.arange(70) >= 30).to(torch.int32)[None]
+    other = torch.cat([ids[:, :30].flip(1), ids[:, 30:]], dim=1)
+    one, two = (outputs_of(model, {"input_ids": x, "use_cache": False, "seq_idx": number}) for x in (ids, other))
+    together = outputs_of(model, {"input_ids": other, "use_cache": False})
+    assert_close(one[:, 30:], two[:, 30:], atol=2e-5, rtol=0)
+    assert (together - two)[:, 30:].abs().max() > 1e-3
+
+
 def padding_mask(side, length=70):
     slots, padding = torch.arange(length), torch.tensor([23, 0])[:, None]
     return (slots >= padding).long() if side == "left" else (slots < length - padding).long()
