@@ -41,7 +41,21 @@ def set_backend(model: nn.Module, name: str) -> None:
 
 
 def backend(model: nn.Module) -> dict[int, str]:
-    """What computes each layer: 'triton', 'chunked', 'bidirectional' (encoders), or 'softmax' (not converted)."""
+    """What computes each layer: 'triton', 'chunked', 'bidirectional' (encoders), or 'softmax' (not converted).
+
+    Raises:
+        UnsupportedModelError: The model is not converted.
+        ConfigError: 'triton' was asked for and can no longer run, for example since the model was moved to the CPU.
+
+    Example:
+        >>> import hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> config = hf_rfa.RFAConfig(layers=[1])
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), config, calibrate=False)
+        >>> hf_rfa.backend(model)
+        {0: 'softmax', 1: 'chunked'}
+    """
     require_adapters(model)
     return {adapter.layer: _form(module, adapter, adapter.backend) for _, module, adapter in named_adapters(model)}
 
