@@ -109,6 +109,7 @@ def _attend(
         adapter.calls_in_forward += 1
     sliding = kwargs.get("sliding_window")
     rows = mask_of_its_own(mask, kwargs)
+    # A tracer cannot ask whether a mask is nothing but a window; the dry run did.
     if torch.compiler.is_compiling() and mask is not None and isinstance(adapter, RFAAdapter) and adapter.masked:
         rows = mask.rows
     if rows is not None:

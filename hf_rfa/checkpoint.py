@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.adapter import ADAPTER_NAME, named_adapters
-from hf_rfa.convert import base_model, conversion_config, store_report, stored_report, stored_scope, swap_attention
+from hf_rfa.convert import swap_attention
 from hf_rfa.devices import execution_device
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.example_inputs import rebuild
@@ -27,6 +27,7 @@ from hf_rfa.pair import (
     read_pair,
     write_pair,
 )
+from hf_rfa.record import base_model, conversion_config, store_report, stored_report, stored_scope
 
 _PEFT_FILE = "adapter_config.json"
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 import hf_rfa
 from hf_rfa import evaluation
-from hf_rfa.convert import conversion_config, is_converted
 from hf_rfa.data import evaluation_windows
 from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.record import conversion_config, is_converted
 from hf_rfa.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
 from hf_rfa.retrieval_tasks import PasskeyScore, passkey_retrieval
 

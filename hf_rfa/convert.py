@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,39 +11,22 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
 from hf_rfa.attention import refuse_attention_weights, stash_cache
-from hf_rfa.calibration_report import CalibrationReport
 from hf_rfa.config import RFAConfig
 from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, quiet_eval, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.example_inputs import describe, guess_inputs
 from hf_rfa.generation import CachePreparer
-from hf_rfa.implementation import IMPLEMENTATION, Implementations, implementations, keep_unreached, restore, switch
+from hf_rfa.implementation import IMPLEMENTATION, implementations, keep_unreached, restore, switch
 from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
+from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
 from hf_rfa.resample import resample_before_forward
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_RECORD = "_rfa_conversion"
-
-
-@dataclass
-class Conversion:
-    """What `revert` and saving need.
-
-    Attributes:
-        implementations: The config objects of the model and the implementation that each had.
-        scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
-    """
-
-    config: RFAConfig
-    implementations: Implementations
-    scope: dict[str, Any]
-    report: CalibrationReport | None = None
 
 
 def swap_attention(
@@ -80,7 +62,7 @@ def swap_attention(
         left = keep_unreached(base, before, [call.module for call in run.calls.values()])
         _attach(base, config, list(run.calls.values()))
         originals = [(c, "sdpa" if i == IMPLEMENTATION else i) for c, i in before]
-        setattr(base, _RECORD, Conversion(config, originals, scope))
+        setattr(base, RECORD, Conversion(config, originals, scope))
         _verify(base, run, inputs)
         packs = keeps_documents_apart(base, inputs)
     except BaseException:
@@ -96,7 +78,7 @@ def swap_attention(
         )
     store_config(base, config)
     # On the instance: the class stays untouched.
-    base.__dict__["save_pretrained"] = ModelSaver(base, getattr(base, _RECORD))
+    base.__dict__["save_pretrained"] = ModelSaver(base, getattr(base, RECORD))
     for module in base.modules():
         if isinstance(module, GenerationMixin):
             module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)
@@ -118,77 +100,12 @@ def revert(model: ModelT) -> ModelT:
         True
     """
     base = base_model(model)
-    conversion = getattr(base, _RECORD, None)
+    conversion = getattr(base, RECORD, None)
     if conversion is None:
         raise UnsupportedModelError(f"This {type(base).__name__} is not converted, so there is nothing to revert.")
     _detach(base)
     restore(conversion.implementations)
     return model
-
-
-def is_converted(model: nn.Module) -> bool:
-    """Whether `convert` was called on the model."""
-    return hasattr(base_model(model), _RECORD)
-
-
-def conversion_config(model: nn.Module) -> RFAConfig:
-    """The config that the model was converted with, its exact heads as calibration resolved them."""
-    base = base_model(model)
-    if not is_converted(base):
-        raise UnsupportedModelError(
-            f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first."
-        )
-    config: RFAConfig = getattr(base, _RECORD).config
-    return config
-
-
-def store_config(model: nn.Module, config: RFAConfig) -> None:
-    """Write `config` into the model's own config (saved with it) and its conversion record."""
-    base = base_model(model)
-    getattr(base, _RECORD).config = config
-    setattr(base.config, CONFIG_FIELD, config.to_dict())
-
-
-def store_report(model: nn.Module, report: CalibrationReport | None) -> None:
-    """Keep what calibration found beside the conversion."""
-    getattr(base_model(model), _RECORD).report = report
-
-
-def stored_report(model: nn.Module) -> CalibrationReport | None:
-    """What calibration found; None if the model was not calibrated."""
-    report: CalibrationReport | None = getattr(base_model(model), _RECORD).report
-    return report
-
-
-def stored_scope(model: nn.Module) -> dict[str, Any]:
-    """What the caller of `convert` said of its dry run, as JSON."""
-    scope: dict[str, Any] = getattr(base_model(model), _RECORD).scope
-    return scope
-
-
-def calibration_report(model: nn.Module) -> CalibrationReport:
-    """What each head of a converted model became and what it costs; kept by `save_pretrained`.
-
-    Raises:
-        UnsupportedModelError: The model is not converted, or was not calibrated.
-
-    Example:
-        >>> import torch, hf_rfa
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)), torch.arange(200)[None] % 64
-        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(window=16), calibrate=ids)
-        >>> len(hf_rfa.calibration_report(model).heads)
-        2
-    """
-    conversion_config(model)  # raises if it is not converted
-    report = stored_report(model)
-    if report is None:
-        raise UnsupportedModelError(
-            f"This {type(base_model(model)).__name__} was converted but not calibrated. Call `hf_rfa.calibrate(model, "
-            "batches)`."
-        )
-    return report
 
 
 def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
@@ -207,21 +124,6 @@ def set_softmax_heads(model: nn.Module, heads: list[tuple[int, int]]) -> None:
     config = dataclasses.replace(conversion_config(base), softmax_heads=heads)
     _apply_heads(base, config)
     store_config(base, config)
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside PEFT or distributed wrappers."""
-    while not isinstance(model, PreTrainedModel):
-        unwrap: Any = getattr(model, "get_base_model", None)
-        inner = unwrap() if unwrap is not None else getattr(model, "module", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-        else:
-            raise ConfigError(
-                f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "
-                "`from_pretrained`."
-            )
-    return model
 
 
 def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[DryRun, dict[str, Any]]:
@@ -351,7 +253,7 @@ def _detach(model: PreTrainedModel) -> None:
         _remove_hook(module, refuse_attention_weights)
         module.__dict__.pop("_prepare_cache_for_generation", None)
     model.__dict__.pop("save_pretrained", None)
-    model.__dict__.pop(_RECORD, None)
+    model.__dict__.pop(RECORD, None)
     if hasattr(model.config, CONFIG_FIELD):
         delattr(model.config, CONFIG_FIELD)
 

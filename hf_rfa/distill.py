@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibrate import Batch
-from hf_rfa.convert import base_model, conversion_config, store_config
 from hf_rfa.divergence import ignore
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.layer_transfer import LayerTransfer, TransferLoss
+from hf_rfa.record import base_model, conversion_config, store_config
 
 CHECKPOINT = "distill.pt"
 WARMUP_SHARE = 0.05

@@ -34,13 +34,13 @@ import hf_rfa
 from hf_rfa.adapter import require_adapters
 from hf_rfa.checkpoint import holds_conversion, load_any
 from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
-from hf_rfa.convert import is_converted
 from hf_rfa.data import evaluation_windows, training_batches
 from hf_rfa.document_batches import Batch, carried_batches, packed_batches
 from hf_rfa.documents import TokenStream, check_tokenizer, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
 from hf_rfa.model_card import write_model_card
+from hf_rfa.record import is_converted
 from hf_rfa.sharded import full_state_dict, is_sharded
 from hf_rfa.training import finetune
 from hf_rfa.training_checkpoint import check_output

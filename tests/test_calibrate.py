@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
 from hf_rfa.candidates import ALPHAS
-from hf_rfa.convert import conversion_config
 from hf_rfa.fitting import GAMMAS
+from hf_rfa.record import conversion_config
 
 
 def converted(family="llama", **changes):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
-from hf_rfa.convert import conversion_config
+from hf_rfa.record import conversion_config
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
 FAMILIES = pytest.mark.parametrize("family", NAMES)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
-from hf_rfa.convert import conversion_config, is_converted
 from hf_rfa.fitting import LayerFit
+from hf_rfa.record import conversion_config, is_converted
 from hf_rfa.self_text import write_text
 
 CONFIG = hf_rfa.RFAConfig(num_features=16, window=8, sink_tokens=2)

@@ -1,0 +1,111 @@
+"""What a converted model remembers of its conversion: its config, what was there before, what calibration found."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_rfa.calibration_report import CalibrationReport
+from hf_rfa.config import RFAConfig
+from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.implementation import Implementations
+from hf_rfa.pair import CONFIG_FIELD
+
+#: The attribute of the model that holds it.
+RECORD = "_rfa_conversion"
+
+
+@dataclass
+class Conversion:
+    """What `revert` and saving need.
+
+    Attributes:
+        implementations: The config objects of the model and the implementation that each had.
+        scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
+    """
+
+    config: RFAConfig
+    implementations: Implementations
+    scope: dict[str, Any]
+    report: CalibrationReport | None = None
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside PEFT or distributed wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        unwrap: Any = getattr(model, "get_base_model", None)
+        inner = unwrap() if unwrap is not None else getattr(model, "module", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        else:
+            raise ConfigError(
+                f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "
+                "`from_pretrained`."
+            )
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert` was called on the model."""
+    return hasattr(base_model(model), RECORD)
+
+
+def conversion_config(model: nn.Module) -> RFAConfig:
+    """The config that the model was converted with, its exact heads as calibration resolved them."""
+    base = base_model(model)
+    if not is_converted(base):
+        raise UnsupportedModelError(
+            f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first."
+        )
+    config: RFAConfig = getattr(base, RECORD).config
+    return config
+
+
+def store_config(model: nn.Module, config: RFAConfig) -> None:
+    """Write `config` into the model's own config (saved with it) and its conversion record."""
+    base = base_model(model)
+    getattr(base, RECORD).config = config
+    setattr(base.config, CONFIG_FIELD, config.to_dict())
+
+
+def store_report(model: nn.Module, report: CalibrationReport | None) -> None:
+    """Keep what calibration found beside the conversion."""
+    getattr(base_model(model), RECORD).report = report
+
+
+def stored_report(model: nn.Module) -> CalibrationReport | None:
+    """What calibration found; None if the model was not calibrated."""
+    report: CalibrationReport | None = getattr(base_model(model), RECORD).report
+    return report
+
+
+def stored_scope(model: nn.Module) -> dict[str, Any]:
+    """What the caller of `convert` said of its dry run, as JSON."""
+    scope: dict[str, Any] = getattr(base_model(model), RECORD).scope
+    return scope
+
+
+def calibration_report(model: nn.Module) -> CalibrationReport:
+    """What each head of a converted model became and what it costs; kept by `save_pretrained`.
+
+    Raises:
+        UnsupportedModelError: The model is not converted, or was not calibrated.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)), torch.arange(200)[None] % 64
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(window=16), calibrate=ids)
+        >>> len(hf_rfa.calibration_report(model).heads)
+        2
+    """
+    conversion_config(model)  # raises if it is not converted
+    report = stored_report(model)
+    if report is None:
+        raise UnsupportedModelError(
+            f"This {type(base_model(model)).__name__} was converted but not calibrated. Call `hf_rfa.calibrate(model, "
+            "batches)`."
+        )
+    return report
