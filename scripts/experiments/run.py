@@ -4,9 +4,9 @@
     python scripts/experiments/run.py scripts/experiments/budget.yaml --model MODEL --data DATA --output OUTPUT
 
 MODEL and DATA are a folder or an id of the hub (without them: the embedded model on the standard library). A YAML file
-lists values for each field of a run; every combination is one run, OUTPUT/runs/NAME.json one result. What is there
-already is not run again, so that a study that was cut goes on where it was. At the end OUTPUT gets `results.json`,
-`table.md` and the plots.
+lists values for each field of a run; every combination is one run and one entry of OUTPUT/results.json. What is there
+already is not run again, so that a study that was cut goes on where it was. At the end OUTPUT gets `table.md` and the
+plots of all entries.
 
 Stages of a run, each from a fresh copy of the original:
 
@@ -56,27 +56,30 @@ def main() -> None:
         raise SystemExit(f"{arguments.study}: unknown keys {unknown}.")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    folder = arguments.output / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else []
     if not arguments.tables_only:
-        run_all(study, arguments, folder)
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        run_all(study, arguments, results, path)
     write_table(results, arguments.output / "table.md")
     write_plots(results, arguments.output)
 
 
-def run_all(study: Mapping[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
-    """Every run of the study that has no result yet."""
+def run_all(
+    study: Mapping[str, Any], arguments: argparse.Namespace, results: list[dict[str, Any]], path: Path
+) -> None:
+    """Every run of the study that has no result yet; each is added to `results`, and written to `path`."""
     settings = CompareSettings(model=arguments.model, data=arguments.data, **settings_of(study))
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
     measure = Measurer(original, tokens, settings)
-    runs = [run for run in all_runs(study["runs"]) if not (folder / f"{name_of(run)}.json").exists()]
+    done = {name_of(result["run"]) for result in results}
+    runs = [run for run in all_runs(study["runs"]) if name_of(run) not in done]
     for run in tqdm(runs, desc=arguments.study.stem, unit="run"):
-        result = run_one(run, study, original, tokens, measure)
-        path = folder / f"{name_of(run)}.json"
-        path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        # As it will be read again: the keys of JSON are strings.
+        results.append(json.loads(json.dumps(run_one(run, study, original, tokens, measure))))
+        results.sort(key=lambda result: name_of(result["run"]))
+        path.with_suffix(".partial").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".partial").rename(path)
 
 
@@ -117,7 +120,7 @@ def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def name_of(run: Mapping[str, Any]) -> str:
-    """A file name: one for each run."""
+    """One for each run."""
     heads = "linear" if run["softmax_heads"] is None else f"exact-{run['softmax_heads']}"
     parts = [run["stage"], run["feature_map"], run["num_features"], f"window-{run['window']}", heads]
     return "_".join(str(part).replace(" ", "-") for part in parts if part)

@@ -21,12 +21,14 @@ from hf_rfa.ops.triton.pieces import (
     decay,
     dot,
     features,
+    fold_in,
     near_masks,
     numbers,
     own_weights,
     put,
     put_numbers,
     put_sums,
+    sink_tiles,
     slot_codes,
     sums,
     tile,
@@ -87,12 +89,7 @@ def block_sums(
         values = tile(value, (step - DELAY) * C, rows, length, value_t, M, BM, C)
         peak = tl.maximum(whole_peak, tl.max(log_scale, 0))
         shrink, weight = decay(whole_peak, peak), decay(log_scale, peak)
-        new = values.to(tl.float32) * weight[:, None]
-        S1 = S1 * shrink + dot(tl.trans(first), new, STATE, PRECISION)
-        z1 = z1 * shrink + tl.sum(first * weight[:, None], 0)
-        if TWO:
-            S2 = S2 * shrink + dot(tl.trans(second), new, STATE, PRECISION)
-            z2 = z2 * shrink + tl.sum(second * weight[:, None], 0)
+        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first, second, values, shrink, weight, TWO, STATE, PRECISION)
         whole_peak = peak
     out += (a * blocks + block) * (F * M + F)
     put_sums(out, 0, S1, z1, P, BP, M, BM, F)
@@ -177,13 +174,10 @@ def block_outputs(
                 rows, sinks, C, S,
             )  # fmt: skip
             if S:
-                sink_chunk = tl.load(sink_chunks + step)
-                if sink_chunk < 0:
-                    sink_keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
-                    sink_values = tile(sink_value, 0, sinks, S, M, M, BM, S)
-                else:
-                    sink_keys = tile(key, sink_chunk * C, sinks, length, key_t, D, BD, S)
-                    sink_values = tile(value, sink_chunk * C, sinks, length, value_t, M, BM, S)
+                sink_keys, sink_values = sink_tiles(
+                    key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
+                    D, BD, M, BM, C, S,
+                )  # fmt: skip
         first_k, second_k, log_scale = folded_keys(
             key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift, code,
             D, BD, P, BP, C, DELAY, MAP, PRECISION,
@@ -257,12 +251,7 @@ def block_outputs(
         far_value = own_value
         if DELAY:
             far_value = before_value
-        new = far_value.to(tl.float32) * weight[:, None]
-        S1 = S1 * shrink + dot(tl.trans(first_k), new, STATE, PRECISION)
-        z1 = z1 * shrink + tl.sum(first_k * weight[:, None], 0)
-        if TWO:
-            S2 = S2 * shrink + dot(tl.trans(second_k), new, STATE, PRECISION)
-            z2 = z2 * shrink + tl.sum(second_k * weight[:, None], 0)
+        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, weight, TWO, STATE, PRECISION)
         peak = new_peak
     if block == blocks - 1:
         tl.store(peaks + a * (chunks + 1) + chunks, peak)

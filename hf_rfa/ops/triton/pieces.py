@@ -172,3 +172,33 @@ def put_sums(base, half, S, z, P: tl.constexpr, BP: tl.constexpr, M: tl.constexp
     pointers = base + (half * P + components)[:, None] * M + columns[None, :]
     tl.store(pointers, S, mask=wanted[:, None] & (columns < M)[None, :])
     tl.store(base + F * M + half * P + components, z, mask=wanted)
+
+
+@triton.jit
+def fold_in(
+    S1, z1, S2, z2, first, second, values, shrink, weight, TWO: tl.constexpr, STATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the far sums, faded by `shrink`, with a chunk's keys in them; values have a `weight` each."""
+    new = values.to(tl.float32) * weight[:, None]
+    S1 = S1 * shrink + dot(tl.trans(first), new, STATE, PRECISION)
+    z1 = z1 * shrink + tl.sum(first * weight[:, None], 0)
+    if TWO:
+        S2 = S2 * shrink + dot(tl.trans(second), new, STATE, PRECISION)
+        z2 = z2 * shrink + tl.sum(second * weight[:, None], 0)
+    return S1, z1, S2, z2
+
+
+@triton.jit
+def sink_tiles(
+    key, value, sink_key, sink_value, sink_chunk, sinks, length, key_t, value_t, D: tl.constexpr, BD: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the sinks: the first tokens of chunk `sink_chunk`; those of the state if that is < 0."""
+    if sink_chunk < 0:
+        keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
+        values = tile(sink_value, 0, sinks, S, M, M, BM, S)
+    else:
+        keys = tile(key, sink_chunk * C, sinks, length, key_t, D, BD, S)
+        values = tile(value, sink_chunk * C, sinks, length, value_t, M, BM, S)
+    return keys, values

@@ -10,11 +10,13 @@ from hf_rfa.ops.triton.pieces import (
     argument_gradient,
     decay,
     dot,
+    fold_in,
     near_masks,
     numbers,
     own_weights,
     put,
     put_numbers,
+    sink_tiles,
     slot_codes,
     sums,
     tile,
@@ -73,13 +75,10 @@ def query_gradients(
                 rows, sinks, C, S,
             )  # fmt: skip
             if S:
-                sink_chunk = tl.load(sink_chunks + step)
-                if sink_chunk < 0:
-                    sink_keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
-                    sink_values = tile(sink_value, 0, sinks, S, M, M, BM, S)
-                else:
-                    sink_keys = tile(key, sink_chunk * C, sinks, length, key_t, D, BD, S)
-                    sink_values = tile(value, sink_chunk * C, sinks, length, value_t, M, BM, S)
+                sink_keys, sink_values = sink_tiles(
+                    key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
+                    D, BD, M, BM, C, S,
+                )  # fmt: skip
                 d_sink_keys, d_sink_values = tl.zeros((BS, BD), tl.float32), tl.zeros((BS, BM), tl.float32)
         first_k, second_k, log_scale = folded_keys(
             key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift, code,
@@ -148,11 +147,6 @@ def query_gradients(
         far_value = own_value
         if DELAY:
             far_value = before_value
-        new = far_value.to(tl.float32) * fold[:, None]
-        S1 = S1 * shrink + dot(tl.trans(first_k), new, STATE, PRECISION)
-        z1 = z1 * shrink + tl.sum(first_k * fold[:, None], 0)
-        if TWO:
-            S2 = S2 * shrink + dot(tl.trans(second_k), new, STATE, PRECISION)
-            z2 = z2 * shrink + tl.sum(second_k * fold[:, None], 0)
+        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, fold, TWO, STATE, PRECISION)
     if LEARNED:
         put_weights(d_w, d_bias, d_shift, a * blocks + block, dw, db, dh, D, BD, P, BP)
