@@ -1,14 +1,15 @@
 """scripts/finetune.py: runs as written, resumes after a kill, and gives the same on two processes."""
 
+import contextlib
 import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -67,15 +68,20 @@ def kill_when_saved(folder: Path, pattern: str, started: list[str], processes: i
     """Start it, and kill it without a word as soon as `folder` has what the pattern names."""
     doomed = subprocess.Popen(
         command(started, processes),
-        env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not any(path.suffix != ".partial" for path in folder.glob(pattern)):
         assert time.monotonic() < deadline
         assert doomed.poll() is None
         time.sleep(0.01)
-    os.killpg(doomed.pid, signal.SIGKILL)
-    doomed.wait()
+    # Not its process group: torch's launcher gives each rank a session of its own, and a rank that lives on writes.
+    started_by_it = psutil.Process(doomed.pid).children(recursive=True)
+    for process in (doomed, *started_by_it):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a rank that lost its peer ends by itself
+            process.kill()
+    for process in (doomed, *started_by_it):
+        process.wait()
 
 
 def progress(folder: Path, output: str) -> dict:
