@@ -4,12 +4,12 @@ from hf_rfa.adapter import far_statistics
 from hf_rfa.attention import register
 from hf_rfa.backend import backend, set_backend
 from hf_rfa.cache import cache_bytes
-from hf_rfa.calibrate import calibrate
-from hf_rfa.calibration_report import CalibrationReport
+from hf_rfa.calibration.calibrate import calibrate
+from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import revert, set_softmax_heads
-from hf_rfa.distill import distill
+from hf_rfa.distillation.distill import distill
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
 from hf_rfa.one_call import convert
 from hf_rfa.ops.operator import rfa_attention, rfa_attention_reference

@@ -159,7 +159,7 @@ def _attend(
     cache_layer, adapter.cache_layer = adapter.cache_layer, None
     if cache_layer is not None and adapter.attends_twice and adapter.calls_in_forward == 1:
         adapter.cache_layer = cache_layer.with_twin()
-    shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.sequence_parallel`
+    shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.training.sequence_parallel`
     if shard is not None:
         return shard(query, key, value, layout, options, counts, cache_layer)
     if cache_layer is None:

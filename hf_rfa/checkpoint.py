@@ -137,7 +137,7 @@ def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
         CheckpointError: the conversion is damaged, or the config names one whose files are not there.
 
     Example:
-        >>> from hf_rfa.compare import default_model
+        >>> from hf_rfa.evaluation.compare import default_model
         >>> type(load_any(default_model())).__name__
         'LlamaForCausalLM'
     """

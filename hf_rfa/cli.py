@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_rfa
-from hf_rfa import report
-from hf_rfa.compare import compare, default_model
 from hf_rfa.config import FEATURE_MAPS
 from hf_rfa.errors import ConfigError, RFAError
-from hf_rfa.results import CompareSettings, Comparison
+from hf_rfa.evaluation import report
+from hf_rfa.evaluation.compare import compare, default_model
+from hf_rfa.evaluation.results import CompareSettings, Comparison
 from hf_rfa.supported import OUTCOMES, find, read_matrix
 
 app = typer.Typer(

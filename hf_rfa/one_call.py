@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import named_adapters
-from hf_rfa.calibrate import Batch
-from hf_rfa.calibrate import calibrate as calibrate_heads
+from hf_rfa.calibration.calibrate import Batch
+from hf_rfa.calibration.calibrate import calibrate as calibrate_heads
+from hf_rfa.calibration.self_text import check_can_write, write_text
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import revert, set_softmax_heads, swap_attention
 from hf_rfa.errors import ConfigError
 from hf_rfa.record import base_model, conversion_config, store_config
-from hf_rfa.self_text import check_can_write, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_rfa.adapter import ADAPTER_NAME, named_adapters
-from hf_rfa.calibration_report import CalibrationReport
+from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.config import FORMAT_VERSION, RFAConfig
 from hf_rfa.errors import CheckpointError
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_rfa.calibration_report import CalibrationReport
+from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.implementation import Implementations

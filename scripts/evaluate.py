@@ -25,12 +25,11 @@ from transformers import AutoTokenizer
 
 import hf_rfa
 from hf_rfa.checkpoint import load_any
-from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
-from hf_rfa.data import evaluation_windows, training_batches
-from hf_rfa.documents import check_tokenizer, load_documents, tokenize_documents
+from hf_rfa.data import check_tokenizer, evaluation_windows, load_documents, tokenize_documents, training_batches
 from hf_rfa.errors import ConfigError
-from hf_rfa.results import VARIANTS, source_name
-from hf_rfa.speed import measure_speed
+from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.evaluation.results import VARIANTS, source_name
+from hf_rfa.evaluation.speed import measure_speed
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -39,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", required=True, help="folder or hub id")
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="[NAME=]FOLDER", help="trained models")
-    parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--data", default="stdlib", help="see hf_rfa.data.documents.load_documents")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--max_documents", type=int, help="held-out documents that are measured; by default all")
     parser.add_argument("--calibration_documents", type=int, default=20, help="of the training split")

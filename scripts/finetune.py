@@ -33,17 +33,25 @@ from transformers import AutoTokenizer, set_seed
 import hf_rfa
 from hf_rfa.adapter import require_adapters
 from hf_rfa.checkpoint import holds_conversion, load_any
-from hf_rfa.columns import Plan, markdown_table, measure_columns, untrained_columns
-from hf_rfa.data import evaluation_windows, training_batches
-from hf_rfa.document_batches import Batch, carried_batches, packed_batches
-from hf_rfa.documents import TokenStream, check_tokenizer, load_documents, tokenize_documents
+from hf_rfa.data import (
+    Batch,
+    TokenStream,
+    carried_batches,
+    check_tokenizer,
+    evaluation_windows,
+    load_documents,
+    packed_batches,
+    tokenize_documents,
+    training_batches,
+)
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
-from hf_rfa.model_card import write_model_card
+from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.evaluation.model_card import write_model_card
 from hf_rfa.record import is_converted
-from hf_rfa.sharded import full_state_dict, is_sharded
 from hf_rfa.training import finetune
-from hf_rfa.training_checkpoint import check_output
+from hf_rfa.training.checkpoint import check_output
+from hf_rfa.training.sharded import full_state_dict, is_sharded
 
 #: Processes wait for the one that distils and measures, much longer than for each other in training.
 PATIENCE = timedelta(hours=12)

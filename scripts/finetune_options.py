@@ -29,7 +29,7 @@ class Options:
     model: str = field(metadata={"help": "Folder or hub id: an original, or a folder that a stage has saved."})
     output: str = field(metadata={"help": "Folder of the run."})
     original: str | None = field(default=None, metadata={"help": "To compare with; else `model`, with softmax."})
-    data: str = field(default="stdlib", metadata={"help": "See hf_rfa.documents.load_documents."})
+    data: str = field(default="stdlib", metadata={"help": "See hf_rfa.data.documents.load_documents."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     validation_documents: int | None = field(default=None, metadata={"help": "Only so many; by default all."})
     streaming: bool = field(default=False, metadata={"help": "Tokenise training documents on the way."})

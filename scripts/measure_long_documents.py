@@ -109,8 +109,8 @@ def measure_share(tokens: int, softmax_heads: int) -> float:
     import torch
     import torch.distributed as dist
 
-    from hf_rfa.sequence_parallel import sequence_parallel, shard_batch
-    from hf_rfa.training_loss import LossModule
+    from hf_rfa.training.loss import LossModule
+    from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
     dist.init_process_group("gloo")
     model = tiny_model(softmax_heads)
@@ -136,7 +136,7 @@ def measure_share(tokens: int, softmax_heads: int) -> float:
 def measure_carried(tokens: int, softmax_heads: int, plot: Path | None) -> None:
     import torch
 
-    from hf_rfa.document_batches import carried_batches
+    from hf_rfa.data import carried_batches
     from hf_rfa.training import finetune
 
     document = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))

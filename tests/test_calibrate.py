@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
-from hf_rfa.candidates import ALPHAS
-from hf_rfa.fitting import GAMMAS
+from hf_rfa.calibration.candidates import ALPHAS
+from hf_rfa.calibration.fitting import GAMMAS
 from hf_rfa.record import conversion_config
 
 

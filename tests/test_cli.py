@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 import hf_rfa
-from hf_rfa import cli, compare
+from hf_rfa import cli
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation import perplexity
-from hf_rfa.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
+from hf_rfa.evaluation import compare, perplexity
+from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_missing_package_says_what_to_install(model_folder, monkeypatch, capsy
 def test_the_default_model_is_found_in_a_clone_and_in_an_installed_package(tmp_path, monkeypatch):
     package = tmp_path / "hf_rfa"
     package.mkdir()
-    monkeypatch.setattr(compare, "__file__", str(package / "compare.py"))
+    monkeypatch.setattr(hf_rfa, "__file__", str(package / "__init__.py"))
     with pytest.raises(FileNotFoundError, match="embedded model is missing"):
         compare.default_model()
     for folder in (package / "_embedded" / "stdlib-llama", tmp_path / "examples" / "stdlib-llama"):

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import hf_rfa
 from hf_rfa.adapter import LEARNED, RFAAdapter, require_adapters
-from hf_rfa.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
+from hf_rfa.calibration.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
+from hf_rfa.calibration.geometry import root_metric
 from hf_rfa.feature_maps import FarKernel
-from hf_rfa.geometry import root_metric
 from hf_rfa.ops.layout import TokenLayout
 
 CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)

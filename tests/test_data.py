@@ -10,12 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_rfa import data
-from hf_rfa.data import Document, evaluation_windows, load_documents, tokenize_documents, training_batches
-from hf_rfa.document_batches import IGNORED, carried_batches, packed_batches
-from hf_rfa.documents import TokenStream, check_tokenizer
+from hf_rfa.data import Document, evaluation_windows, load_documents, sequences, tokenize_documents, training_batches
+from hf_rfa.data.document_batches import IGNORED, carried_batches, packed_batches
+from hf_rfa.data.documents import TokenStream, check_tokenizer
+from hf_rfa.data.stdlib_corpus import HELD_OUT_MODULES, stdlib_documents
 from hf_rfa.errors import ConfigError
-from hf_rfa.stdlib_corpus import HELD_OUT_MODULES, stdlib_documents
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -347,10 +346,10 @@ def test_planted_repeats_are_copies_from_beyond_the_window(context):
             planted += bool(here)
             distances += here
             if here:
-                assert len(here) >= data.REPEAT_SPAN[0] // 2  # a later repeat may cover part of an earlier one
+                assert len(here) >= sequences.REPEAT_SPAN[0] // 2  # a later repeat may cover part of an earlier one
     assert planted > 0.95 * 8 * 40
     # A few come closer: two repeats of one span, of which the first stands where the original was.
-    near = sum(distance <= data.REPEAT_MIN_GAP for distance in distances)
+    near = sum(distance <= sequences.REPEAT_MIN_GAP for distance in distances)
     assert near < 0.02 * len(distances)
     assert max(distances) > 0.7 * context
 

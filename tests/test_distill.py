@@ -9,12 +9,12 @@ import torch
 
 import hf_rfa
 from hf_rfa.adapter import named_adapters
-from hf_rfa.distill import distill
+from hf_rfa.distillation.distill import distill
+from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
+from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_rfa.feature_maps import FarKernel
-from hf_rfa.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.weight_loss import sampled_weight_loss
 
 CONFIG = hf_rfa.RFAConfig(num_features=8, window=16, sink_tokens=2)
 

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
 from hf_rfa import evaluation
-from hf_rfa.compare import default_model
 from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.evaluation.compare import default_model
 
 
 def held_out():

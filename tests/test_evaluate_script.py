@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_rfa
 from hf_rfa.checkpoint import load_any
-from hf_rfa.columns import Column, markdown_table, untrained_columns
 from hf_rfa.data import evaluation_windows, load_documents, tokenize_documents
-from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.evaluation import copy_perplexity, kl_divergence, perplexity
-from hf_rfa.model_card import write_model_card
+from hf_rfa.evaluation.columns import Column, markdown_table, untrained_columns
+from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.evaluation.model_card import write_model_card
+from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
 from hf_rfa.pair import CONFIG_FIELD
-from hf_rfa.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
 
 WORDS = 128
 PNG = b"\x89PNG"

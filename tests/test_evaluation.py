@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_rfa import evaluation
 from hf_rfa.errors import ConfigError
-from hf_rfa.speed import measure_speed, prefill
+from hf_rfa.evaluation import measures
+from hf_rfa.evaluation.speed import measure_speed, prefill
 
 VOCABULARY = 16
 
@@ -80,7 +81,7 @@ def test_models_are_measured_in_evaluation_mode_and_come_back_as_they_were(table
 def test_chunks_of_positions_change_nothing(table, ids, monkeypatch):
     whole = evaluation.token_nll(Bigram(table), ids, 40)
     kl = evaluation.kl_divergence(Bigram(table), Bigram(2 * table), ids, 40)
-    monkeypatch.setattr(evaluation, "POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr(measures, "POSITIONS_AT_ONCE", 7)
     torch.testing.assert_close(evaluation.token_nll(Bigram(table), ids, 40), whole)
     assert evaluation.kl_divergence(Bigram(table), Bigram(2 * table), ids, 40) == pytest.approx(kl, rel=1e-6)
 

@@ -8,7 +8,7 @@ from processes import ROOT, launch
 from transformers import AutoModelForCausalLM
 
 import hf_rfa
-from hf_rfa.compare import default_model
+from hf_rfa.evaluation.compare import default_model
 
 
 @pytest.mark.parametrize("name", ["trainer", "trl_sft"])

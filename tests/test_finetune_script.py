@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
 from hf_rfa.data import load_documents, tokenize_documents
-from hf_rfa.document_batches import carried_batches, packed_batches
+from hf_rfa.data.document_batches import carried_batches, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.training import finetune
 
@@ -335,7 +335,7 @@ def test_a_folder_that_takes_no_run_is_named_before_any_work(run, main, monkeypa
     with pytest.raises(CheckpointError, match=r"Cannot write to .*data\.jsonl/run.*Choose another `output`"):
         main(run, "data.jsonl/run")
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("hf_rfa.training_checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("hf_rfa.training.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"Two checkpoints need .* has 0 MiB left"):
         main(run)
 

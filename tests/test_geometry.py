@@ -8,7 +8,7 @@ from families import SHORT, build, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
-from hf_rfa.geometry import Moments, balance
+from hf_rfa.calibration.geometry import Moments, balance
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 

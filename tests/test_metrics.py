@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import hf_rfa
-from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.retrieval_tasks import KEY, passkey_retrieval
+from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.evaluation.retrieval_tasks import KEY, passkey_retrieval
 
 
 def random_ids(count: int) -> torch.Tensor:

@@ -7,11 +7,10 @@ import math
 import pytest
 from PIL import Image
 
-from hf_rfa import report
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation import PositionBin
-from hf_rfa.measuring import with_far_recovery
-from hf_rfa.results import (
+from hf_rfa.evaluation import PositionBin, report
+from hf_rfa.evaluation.measuring import with_far_recovery
+from hf_rfa.evaluation.results import (
     EXACT,
     LINEAR,
     ORIGINAL,
@@ -22,7 +21,7 @@ from hf_rfa.results import (
     Quality,
     Training,
 )
-from hf_rfa.speed import Speed
+from hf_rfa.evaluation.speed import Speed
 
 NLL = {ORIGINAL: 2.0, WINDOW_ONLY: 3.0, LINEAR: 2.5, EXACT: 2.25}
 

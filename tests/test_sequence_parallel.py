@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from processes import launch
 
 import hf_rfa
-from hf_rfa.carry import Carry
-from hf_rfa.document_batches import IGNORED, Batch, carried_batches, packed_batches
+from hf_rfa.data.document_batches import IGNORED, Batch, carried_batches, packed_batches
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.sequence_parallel import sequence_parallel, shard_batch
 from hf_rfa.training import finetune
+from hf_rfa.training.carry import Carry
+from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
 WORKER = str(Path(__file__).parent / "worker_sequence_parallel.py")
 

@@ -170,7 +170,9 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny_llama, tmp_pat
 
 
 def test_progress_shows_loss_and_speed(tiny_llama, capsys, monkeypatch):
-    monkeypatch.setattr("hf_rfa.training.tqdm", functools.partial(tqdm, mininterval=0))  # every step, however fast
+    monkeypatch.setattr(
+        "hf_rfa.training.loop.tqdm", functools.partial(tqdm, mininterval=0)
+    )  # every step, however fast
     finetune(tiny_llama, batches(), steps=2, description="learning")
     shown = capsys.readouterr().err
     assert "learning" in shown

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import hf_rfa
-from hf_rfa.document_batches import IGNORED, Batch, packed_batches
+from hf_rfa.data.document_batches import IGNORED, Batch, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.training import finetune
-from hf_rfa.training_loss import LossModule
+from hf_rfa.training.loss import LossModule
 
 
 def ids_of(length: int = 40) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(tiny_lla
     with pytest.raises(CheckpointError, match="Cannot write checkpoints"):
         finetune(tiny_llama, [ids_of()], steps=1, output=tmp_path / "file" / "run", progress=False)
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("hf_rfa.training_checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("hf_rfa.training.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="0 MiB left"):
         finetune(tiny_llama, [ids_of()], steps=1, output=tmp_path / "run", progress=False)
 

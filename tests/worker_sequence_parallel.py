@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_rfa
-from hf_rfa.sequence_parallel import sequence_parallel, shard_batch
+from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
 
 def main(result: str, feature_map: str, heads: str, checkpointing: str) -> None:

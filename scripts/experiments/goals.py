@@ -28,7 +28,7 @@ ROWS, CONTEXT = 2, 2048
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id of the original")
-    parser.add_argument("--data", required=True, help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--data", required=True, help="see hf_rfa.data.documents.load_documents")
     parser.add_argument("--measure", type=Path, required=True, help="the module of measures")
     parser.add_argument("--feature_map", default="hyperbolic")
     parser.add_argument("--num_features", type=int, default=64)

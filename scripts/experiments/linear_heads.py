@@ -90,7 +90,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id of the original")
-    parser.add_argument("--data", required=True, help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--data", required=True, help="see hf_rfa.data.documents.load_documents")
     parser.add_argument("--measure", type=Path, required=True, help="the module of measures")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--feature_map", default="clustered")

@@ -35,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
 from hf_rfa.adapter import require_adapters
-from hf_rfa.compare import default_model
-from hf_rfa.measuring import Measurer, Tokens
-from hf_rfa.results import CompareSettings
-from hf_rfa.retrieval_tasks import passkey_retrieval
+from hf_rfa.evaluation.compare import default_model
+from hf_rfa.evaluation.measuring import Measurer, Tokens
+from hf_rfa.evaluation.results import CompareSettings
+from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
 from hf_rfa.training import finetune
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--model", default=None, help="folder or hub id of the original; default: the embedded model")
-    parser.add_argument("--data", default="stdlib", help="see hf_rfa.documents.load_documents")
+    parser.add_argument("--data", default="stdlib", help="see hf_rfa.data.documents.load_documents")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--tables_only", action="store_true", help="table and plots of what is there; run nothing")
     parser.add_argument("--threads", type=int, default=0, help="0 = PyTorch's own number")

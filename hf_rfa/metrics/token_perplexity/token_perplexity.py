@@ -10,9 +10,9 @@ import datasets
 import evaluate
 import torch
 
-import hf_rfa.document_perplexity
-import hf_rfa.documents
+import hf_rfa.data
 import hf_rfa.evaluation
+import hf_rfa.evaluation.document_perplexity
 
 _DESCRIPTION = "exp of the mean next-token loss over all tokens of all texts, in sliding windows, and bits per byte."
 
@@ -31,11 +31,11 @@ class TokenPerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, model, tokenizer, context=1024, stride=None):
-        documents = [hf_rfa.documents.Document(str(i), text) for i, text in enumerate(predictions)]
-        token_lists, num_bytes = hf_rfa.documents.tokenize_documents(tokenizer, documents)
+        documents = [hf_rfa.data.Document(str(i), text) for i, text in enumerate(predictions)]
+        token_lists, num_bytes = hf_rfa.data.tokenize_documents(tokenizer, documents)
         nll = torch.cat(
             [
-                hf_rfa.document_perplexity.sliding_window_nll(model, ids, context, stride or context // 2)
+                hf_rfa.evaluation.document_perplexity.sliding_window_nll(model, ids, context, stride or context // 2)
                 for ids in token_lists
             ]
         ).double()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from hf_rfa.carry import Carry
 from hf_rfa.errors import CheckpointError
+from hf_rfa.training.carry import Carry
 
 
 def check_output(output: Path, model: torch.nn.Module) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_rfa
-from hf_rfa import evaluation
-from hf_rfa.data import evaluation_windows
-from hf_rfa.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.data.sequences import evaluation_windows
+from hf_rfa.evaluation import measures
+from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
+from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
+from hf_rfa.evaluation.retrieval_tasks import PasskeyScore, passkey_retrieval
 from hf_rfa.record import conversion_config, is_converted
-from hf_rfa.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
-from hf_rfa.retrieval_tasks import PasskeyScore, passkey_retrieval
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Column:
     name: str
     perplexity: dict[int, float]
     bits_per_byte: dict[int, float]
-    by_position: list[evaluation.PositionBin]
+    by_position: list[measures.PositionBin]
     kl_to_original: float
     greedy_agreement: float
     copy_perplexity: dict[int, float] = field(default_factory=dict)
@@ -113,25 +113,24 @@ def measure_columns(
     together = torch.cat(list(documents))
     bytes_per_token = sum(num_bytes) / len(together)
     prompt = min(512, longest // 2, len(together) // 4)
-    greedy = evaluation.greedy_continuations(original, together, prompt, min(100, longest - prompt))
+    greedy = measures.greedy_continuations(original, together, prompt, min(100, longest - prompt))
     columns = []
     for name, model in models.items():
-        losses = {n: evaluation.token_nll(model, tokens, n) for n in plan.contexts}
+        losses = {n: measures.token_nll(model, tokens, n) for n in plan.contexts}
         kl, agreement = 0.0, 1.0  # of the original with itself, by definition
         if model is not original:
-            kl = evaluation.kl_divergence(original, model, tokens, longest)
-            agreement = evaluation.greedy_agreement(model, greedy, prompt)
+            kl = measures.kl_divergence(original, model, tokens, longest)
+            agreement = measures.greedy_agreement(model, greedy, prompt)
         mean = {n: loss.double().mean().item() for n, loss in losses.items()}
         column = Column(
             name=name,
             perplexity={n: math.exp(nll) for n, nll in mean.items()},
-            bits_per_byte={n: evaluation.bits_per_byte(nll, bytes_per_token) for n, nll in mean.items()},
-            by_position=evaluation.perplexity_by_position(losses[longest]),
+            bits_per_byte={n: measures.bits_per_byte(nll, bytes_per_token) for n, nll in mean.items()},
+            by_position=measures.perplexity_by_position(losses[longest]),
             kl_to_original=kl,
             greedy_agreement=agreement,
             copy_perplexity={
-                gap: evaluation.copy_perplexity(model, together, gap, first_token=first_token)
-                for gap in plan.copy_gaps
+                gap: measures.copy_perplexity(model, together, gap, first_token=first_token) for gap in plan.copy_gaps
             },
         )
         if plan.stride:
@@ -146,7 +145,7 @@ def measure_columns(
     nll = {column.name: math.log(column.perplexity[longest]) for column in columns}
     for column in columns:
         if WINDOW_ONLY in nll:
-            column.far_recovery = evaluation.far_recovery(nll[columns[0].name], nll[WINDOW_ONLY], nll[column.name])
+            column.far_recovery = measures.far_recovery(nll[columns[0].name], nll[WINDOW_ONLY], nll[column.name])
     return columns
 
 

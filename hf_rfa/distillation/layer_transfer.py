@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import GATE, GEOMETRY, RFAAdapter
+from hf_rfa.calibration.head_errors import output_projection
+from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import ConfigError
-from hf_rfa.head_errors import output_projection
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
-from hf_rfa.weight_loss import sampled_weight_loss
 
 #: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
 LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01

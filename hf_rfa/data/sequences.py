@@ -4,17 +4,14 @@ token_lists, num_bytes = tokenize_documents(tokenizer, load_documents("stdlib", 
 batches = training_batches(token_lists, context=2048, batch_size=4, seed=0, repeat_probability=0.5)
 input_ids = next(batches)  # LongTensor (4, 2048)
 
-Documents come from `hf_rfa.documents`; whole long documents go through `hf_rfa.document_batches`.
+Documents come from `hf_rfa.data.documents`; whole long documents go through `hf_rfa.data.document_batches`.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from hf_rfa.documents import Document, load_documents, tokenize_documents
 from hf_rfa.errors import ConfigError
-
-__all__ = ["Document", "evaluation_windows", "load_documents", "tokenize_documents", "training_batches"]
 
 REPEAT_SPAN = (32, 256)  # tokens, shortest and longest planted repeat
 REPEAT_MIN_GAP = 64  # tokens between a span's end and its repeat: beyond the usual exact window

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
-from hf_rfa.geometry import Geometry, Moments, root_metric
+from hf_rfa.calibration.geometry import Geometry, Moments, root_metric
 from hf_rfa.ops.layout import TokenLayout
 
 #: How sharply a key belongs to its nearest centroid: shares are softmax(-SHARPNESS / 2 |k' - w|^2). With 4 the error

@@ -20,14 +20,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from hf_rfa.adapter import named_adapters
-from hf_rfa.carry import Carry, check_carry
-from hf_rfa.document_batches import Batch
+from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.sequence_parallel import sequence_parallel as parallel_layers
-from hf_rfa.sharded import callable_inside, tell_deepspeed
-from hf_rfa.training_checkpoint import check_output, load_checkpoint, save_checkpoint
-from hf_rfa.training_loss import LossModule
-from hf_rfa.training_step import Progress, Share, Step
+from hf_rfa.training.carry import Carry, check_carry
+from hf_rfa.training.checkpoint import check_output, load_checkpoint, save_checkpoint
+from hf_rfa.training.loss import LossModule
+from hf_rfa.training.sequence_parallel import sequence_parallel as parallel_layers
+from hf_rfa.training.sharded import callable_inside, tell_deepspeed
+from hf_rfa.training.step import Progress, Share, Step
 
 SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("no", "bf16")
@@ -75,7 +75,7 @@ def finetune(
 
     Args:
         model: a causal LM, converted or not. Parameters with `requires_grad=False` stay as they are. Under FSDP2 its
-            weights are spread over the processes afterwards: see `hf_rfa.sharded.full_state_dict`.
+            weights are spread over the processes afterwards: see `hf_rfa.training.sharded.full_state_dict`.
         batches: token ids (batch, seq) int64, or `Batch`es; the same sequence in every process and on every resume.
         steps: optimiser steps in total, those before a resume included.
         learning_rate: its highest value, after the warm-up.
@@ -86,8 +86,8 @@ def finetune(
         max_grad_norm: the gradient's norm is clipped to it.
         mixed_precision: "bf16" runs the forward pass under autocast; weights and optimiser stay as they are.
         batches_per_step: over all processes; by default one a process. More than that is gradient accumulation.
-        sequence_parallel: so many neighbouring processes share each document (`hf_rfa.sequence_parallel`).
-        fused_loss: never hold the logits of all positions (see `hf_rfa.training_loss`).
+        sequence_parallel: so many neighbouring processes share each document (`hf_rfa.training.sequence_parallel`).
+        fused_loss: never hold the logits of all positions (see `hf_rfa.training.loss`).
         kl_weight: adds so many times KL(teacher || model), nats/token; the losses then are the sum of both.
         teacher: the original model, on the same device.
         evaluate: called on the model after every `evaluate_every` steps and the last; its figures are tracked.

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from hf_rfa.data.stdlib_corpus import stdlib_documents
 from hf_rfa.errors import ConfigError
-from hf_rfa.stdlib_corpus import stdlib_documents
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -46,7 +46,7 @@ def load_documents(
 
     What `source` may be:
 
-    - `"stdlib"`: the standard library of the running Python, with fixed held-out modules (`hf_rfa.stdlib_corpus`).
+    - `"stdlib"`: the standard library of the running Python, with fixed held-out modules (`stdlib_corpus`).
     - a `.txt`, `.md` or `.py` file (one document), a `.jsonl` or `.parquet` file (one document a row), or a folder
       of such files, searched recursively and taken in sorted order. Files `validation.*` or below `validation/`
       directly in the folder are the validation split. Without them the last 10 % of the documents (at least one)
@@ -246,7 +246,7 @@ class TokenStream:
 
     Example:
         >>> from transformers import AutoTokenizer
-        >>> from hf_rfa.compare import default_model
+        >>> from hf_rfa.evaluation.compare import default_model
         >>> stream = TokenStream(AutoTokenizer.from_pretrained(default_model()), "stdlib", "validation")
         >>> next(iter(stream)).shape == next(iter(stream)).shape
         True

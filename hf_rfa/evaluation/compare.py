@@ -1,8 +1,8 @@
 """The main job: an original, its window-only model and its conversions, measured side by side on the same tokens.
 
-from hf_rfa.compare import compare, default_model
-from hf_rfa.measuring import Measurer, Tokens, with_far_recovery
-from hf_rfa.results import CompareSettings
+from hf_rfa.evaluation.compare import compare, default_model
+from hf_rfa.evaluation.measuring import Measurer, Tokens, with_far_recovery
+from hf_rfa.evaluation.results import CompareSettings
 comparison = compare(CompareSettings(model=default_model()))
 """
 
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import hf_rfa
 from hf_rfa.errors import ConfigError
-from hf_rfa.measuring import Measurer, Tokens, with_far_recovery
-from hf_rfa.results import (
+from hf_rfa.evaluation.measuring import Measurer, Tokens, with_far_recovery
+from hf_rfa.evaluation.results import (
     EXACT,
     LINEAR,
     ORIGINAL,
@@ -34,8 +34,8 @@ from hf_rfa.results import (
     Comparison,
     Training,
 )
-from hf_rfa.speed import measure_speed
-from hf_rfa.training import finetune
+from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.training.loop import finetune
 
 # Steps of the progress bar, about a second each on two cores: what one measurement of quality, one calibration and
 # one turn of the speed measurement count beside one step of fine-tuning.
@@ -49,7 +49,7 @@ def default_model() -> str:
     Raises:
         FileNotFoundError: neither is there.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(hf_rfa.__file__).resolve().parent
     folders = (package.parent / "examples" / "stdlib-llama", package / "_embedded" / "stdlib-llama")
     for folder in folders:
         if (folder / "config.json").is_file():

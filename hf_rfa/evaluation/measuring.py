@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rfa import evaluation
-from hf_rfa.data import evaluation_windows, load_documents, tokenize_documents, training_batches
-from hf_rfa.results import ORIGINAL, WINDOW_ONLY, CompareSettings, Quality
+from hf_rfa.data.documents import load_documents, tokenize_documents
+from hf_rfa.data.sequences import evaluation_windows, training_batches
+from hf_rfa.evaluation import measures
+from hf_rfa.evaluation.results import ORIGINAL, WINDOW_ONLY, CompareSettings, Quality
 
 GREEDY_PROMPT, GREEDY_NEW, GREEDY_SAMPLES = 512, 100, 4  # tokens, tokens, prompts
 
@@ -50,26 +51,26 @@ class Measurer:
         self._original, self._tokens, self._settings = original, tokens, settings
         self._prompt = min(GREEDY_PROMPT, tokens.longest // 2)
         new = min(GREEDY_NEW, tokens.longest - self._prompt)
-        self._continuations = evaluation.greedy_continuations(
+        self._continuations = measures.greedy_continuations(
             original, tokens.held_out, self._prompt, new, GREEDY_SAMPLES
         )
 
     def __call__(self, model: PreTrainedModel) -> Quality:
         tokens, contexts = self._tokens, self._settings.contexts
-        losses = {n: evaluation.token_nll(model, tokens.evaluated, n) for n in contexts}
+        losses = {n: measures.token_nll(model, tokens.evaluated, n) for n in contexts}
         mean = {n: loss.double().mean().item() for n, loss in losses.items()}
         kl, agreement = 0.0, 1.0  # of the original with itself, by definition
         if model is not self._original:
-            kl = evaluation.kl_divergence(self._original, model, tokens.evaluated, tokens.longest)
-            agreement = evaluation.greedy_agreement(model, self._continuations, self._prompt)
+            kl = measures.kl_divergence(self._original, model, tokens.evaluated, tokens.longest)
+            agreement = measures.greedy_agreement(model, self._continuations, self._prompt)
         return Quality(
             perplexity={n: math.exp(nll) for n, nll in mean.items()},
-            bits_per_byte={n: evaluation.bits_per_byte(nll, tokens.bytes_per_token) for n, nll in mean.items()},
-            by_position=evaluation.perplexity_by_position(losses[tokens.longest], self._settings.window),
+            bits_per_byte={n: measures.bits_per_byte(nll, tokens.bytes_per_token) for n, nll in mean.items()},
+            by_position=measures.perplexity_by_position(losses[tokens.longest], self._settings.window),
             kl_to_original=kl,
             far_recovery=None,
             copy_perplexity={
-                gap: evaluation.copy_perplexity(model, tokens.held_out, gap, first_token=tokens.first_token)
+                gap: measures.copy_perplexity(model, tokens.held_out, gap, first_token=tokens.first_token)
                 for gap in self._settings.copy_gaps
             },
             greedy_agreement=agreement,
@@ -81,7 +82,7 @@ def with_far_recovery(qualities: dict[str, Quality], context: int) -> dict[str, 
     nll = {name: math.log(quality.perplexity[context]) for name, quality in qualities.items()}
     return {
         name: dataclasses.replace(
-            quality, far_recovery=evaluation.far_recovery(nll[ORIGINAL], nll[WINDOW_ONLY], nll[name])
+            quality, far_recovery=measures.far_recovery(nll[ORIGINAL], nll[WINDOW_ONLY], nll[name])
         )
         for name, quality in qualities.items()
     }

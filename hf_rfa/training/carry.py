@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_rfa.adapter import require_adapters
 from hf_rfa.cache import RFACacheLayer
-from hf_rfa.document_batches import Batch
+from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import ConfigError
 from hf_rfa.ops.state import RFAState
 

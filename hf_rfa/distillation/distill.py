@@ -17,11 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
-from hf_rfa.calibrate import Batch
-from hf_rfa.divergence import ignore
+from hf_rfa.calibration.calibrate import Batch
+from hf_rfa.calibration.divergence import ignore
+from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.record import base_model, conversion_config, store_config
 
 CHECKPOINT = "distill.pt"
@@ -97,12 +97,11 @@ def distill(
 
     Example:
         >>> import torch, hf_rfa
-        >>> from hf_rfa.distill import distill
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
         >>> config = hf_rfa.RFAConfig(window=16, num_features=8)
         >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), config, calibrate=False)
-        >>> result = distill(model, [torch.randint(64, (2, 96))] * 3, steps=3, progress=False)
+        >>> result = hf_rfa.distill(model, [torch.randint(64, (2, 96))] * 3, steps=3, progress=False)
         >>> result.steps, sorted(result.losses[0])
         (3, [0, 1])
     """

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
-from hf_rfa.candidates import Candidate, CandidateSource
+from hf_rfa.calibration.candidates import Candidate, CandidateSource
+from hf_rfa.calibration.geometry import Geometry
+from hf_rfa.calibration.head_errors import grams_of_heads, output_projection, squared_errors
 from hf_rfa.feature_maps import optimal_proposal
-from hf_rfa.geometry import Geometry
-from hf_rfa.head_errors import grams_of_heads, output_projection, squared_errors
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.parts import attention_parts

@@ -19,15 +19,15 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
-from hf_rfa.calibration_report import CalibrationReport, HeadCalibration
-from hf_rfa.candidates import CandidateSource
+from hf_rfa.calibration.candidates import CandidateSource
+from hf_rfa.calibration.divergence import Divergence, ignore, measure
+from hf_rfa.calibration.fitting import LayerFit
+from hf_rfa.calibration.report import CalibrationReport, HeadCalibration
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import set_softmax_heads
 from hf_rfa.devices import execution_device
-from hf_rfa.divergence import Divergence, ignore, measure
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.fitting import LayerFit
 from hf_rfa.record import base_model, conversion_config, store_report
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.

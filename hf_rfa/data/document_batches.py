@@ -84,8 +84,8 @@ def carried_batches(
     """Endless batches for truncated backpropagation: each row walks through one document after the other.
 
     A document of N tokens gives ceil(N / context) pieces in consecutive batches of its row; the state after a piece
-    is where the next one starts (`hf_rfa.carry`), so that memory does not depend on N. The last piece is filled up
-    with tokens that predict nothing and that nobody sees.
+    is where the next one starts (`hf_rfa.training.carry`), so that memory does not depend on N. The last piece is
+    filled up with tokens that predict nothing and that nobody sees.
 
     Args:
         lanes: Batches of one optimiser step (`finetune(batches_per_step=...)`). Batch i continues batch i - lanes, so

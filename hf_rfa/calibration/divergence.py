@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
-from hf_rfa.calibration_report import NATS, RELATIVE
+from hf_rfa.calibration.report import NATS, RELATIVE
 
 
 @dataclass

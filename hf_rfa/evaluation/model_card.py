@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_rfa.results import source_name
+from hf_rfa.evaluation.results import source_name
 
 
 def write_model_card(
@@ -15,7 +15,7 @@ def write_model_card(
 
     Args:
         base_model: id or folder of the original. Of folders, here and in `settings`, only the last name is shown.
-        table: Markdown, from `hf_rfa.columns.markdown_table`.
+        table: Markdown, from `hf_rfa.evaluation.columns.markdown_table`.
         settings: JSON-ready, everything that decided the run.
         data: where the documents came from.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hf_rfa.document_batches import IGNORED
+from hf_rfa.data.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
 
 #: Positions whose float32 logits are made at a time.

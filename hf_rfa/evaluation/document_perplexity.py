@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_rfa.adapter import require_adapters
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation import evaluation_mode, next_token_nll, window_logits
+from hf_rfa.evaluation.measures import evaluation_mode, next_token_nll, window_logits
 
 
 def sliding_window_nll(model: PreTrainedModel, document: Tensor, context: int, stride: int) -> Tensor:

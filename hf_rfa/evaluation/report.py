@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # no display is needed, nor asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from hf_rfa.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality, source_name
+from hf_rfa.evaluation.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality, source_name
 
 MIB = 2**20
 
@@ -109,7 +109,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All figures as JSON-ready values; the fields are those of `hf_rfa.results.Comparison`."""
+    """All figures as JSON-ready values; the fields are those of `hf_rfa.evaluation.results.Comparison`."""
     values = dataclasses.asdict(comparison)
     for key in ("model", "data", "output"):
         values["settings"][key] = source_name(values["settings"][key])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation import evaluation_mode, next_token_nll, window_logits
+from hf_rfa.evaluation.measures import evaluation_mode, next_token_nll, window_logits
 
 #: Tokens of the marker that is repeated to ask for the key, and of the key.
 MARKER, KEY = 16, 8

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from hf_rfa.carry import Carry
-from hf_rfa.document_batches import IGNORED, Batch
+from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError
-from hf_rfa.sequence_parallel import shard_batch
+from hf_rfa.training.carry import Carry
+from hf_rfa.training.sequence_parallel import shard_batch
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch.distributed._functional_collectives import all_gather_single
 from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.adapter import RFAAdapter, require_adapters
-from hf_rfa.document_batches import IGNORED, Batch
+from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.call import OperatorCall

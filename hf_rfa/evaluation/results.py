@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation import PositionBin
-from hf_rfa.speed import Speed
+from hf_rfa.evaluation.measures import PositionBin
+from hf_rfa.evaluation.speed import Speed
 
 #: Version of report.json.
 REPORT_VERSION = 1
@@ -20,7 +20,7 @@ VARIANTS = (ORIGINAL, WINDOW_ONLY, LINEAR, EXACT)
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What `hf_rfa.compare.compare` does. `model` and `data` take a folder or an id of the Hugging Face Hub."""
+    """What `compare` does. `model` and `data` take a folder or an id of the Hugging Face Hub."""
 
     model: str
     data: str = "stdlib"

@@ -1,0 +1,6 @@
+"""Fine-tuning on Accelerate, on one process or many."""
+
+from hf_rfa.training.loop import StepHook, finetune
+from hf_rfa.training.step import Progress
+
+__all__ = ["Progress", "StepHook", "finetune"]
