@@ -3,7 +3,7 @@
     python scripts/benchmark.py                                    time of whole sequences
     python scripts/benchmark.py --dtype bfloat16 --clock cpu --output figures
     python scripts/benchmark.py --memory                           peak memory, to 256k tokens
-    python scripts/benchmark.py --decode                           time per token of one layer
+    python scripts/benchmark.py --decode --key-heads 2             time per token of one layer
     python scripts/benchmark.py --generate                         time per token of a whole model
     python scripts/benchmark.py --peers                            all peers that can run here
     python scripts/benchmark.py --peers performer --lengths 1024   `pip install performer-pytorch==1.1.4` first
@@ -97,10 +97,11 @@ def _time(options: Options, setting: Setting, meter: Meter, facts: dict[str, Any
 
 
 def _setting(options: Options) -> Setting:
-    """The shape of the calls; decoding has few key heads, as models of today have."""
-    wide = options.device == "cuda" and options.mode != "generate"  # the model of --generate is the same everywhere
+    """The shape of the calls; the model of --generate is the same everywhere, with few key heads as is usual today."""
+    model = options.mode == "generate"
+    wide = options.device == "cuda" and not model
     heads = options.heads or (32 if wide else 8)
-    few = heads % 4 == 0 and options.mode in ("decode", "generate")
+    few = model and heads % 4 == 0
     return Setting(
         heads=heads,
         key_heads=options.key_heads or (heads // 4 if few else heads),

@@ -11,7 +11,7 @@ from benchmarks.methods import BACKENDS, PEERS
 from benchmarks.setting import DTYPES, PASSES
 
 CONTEXTS = (1_000, 2_000, 4_000, 16_000, 64_000, 100_000)
-_DECODING = {"batches": (1, 32), "contexts": CONTEXTS, "repeats": 3, "clock": "wall", "memory_limit": 10.0}
+_DECODING = {"batches": (1, 32), "contexts": CONTEXTS, "repeats": 5, "clock": "wall", "memory_limit": 10.0}
 #: mode -> the options that it reads beside the shape of the call, with their defaults.
 MODES: dict[str, dict[str, Any]] = {
     "time": {

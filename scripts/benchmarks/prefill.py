@@ -23,6 +23,11 @@ GOALS: dict[str, dict[str, dict[int, float]]] = {
 }
 #: device -> (N, at most so many times the floor).
 FLOOR_GOALS = {"cpu": (16384, 1.5), "cuda": (16384, 2.5)}
+#: The calls that the goals are for, with any map; on a CPU in bfloat16, too.
+_GOAL_SETTINGS = {
+    "cpu": Setting(),
+    "cuda": Setting(heads=32, key_heads=32, head_dim=128, dtype="bfloat16", device="cuda"),
+}
 
 
 def prefill(
@@ -69,18 +74,16 @@ def prefill(
 
 def goals(device: str, which: str, setting: Setting, length: int) -> tuple[str, str]:
     """What is asked of this row: (times softmax's speed, times the floor), empty where nothing is."""
-    if dataclasses.replace(setting, feature_map="hyperbolic") != _GOAL_SETTINGS[device]:
+    asked = _GOAL_SETTINGS[device]
+    dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+    if dataclasses.replace(setting, feature_map=asked.feature_map, dtype=asked.dtype) != asked:
+        return "", ""
+    if setting.dtype not in dtypes:
         return "", ""
     speedup = GOALS[device][which].get(length)
     at, most = FLOOR_GOALS[device]
     floor = f"≤ {most}" if length == at else ""
     return "" if speedup is None else f"≥ {speedup:g}", floor
-
-
-_GOAL_SETTINGS = {
-    "cpu": Setting(),
-    "cuda": Setting(heads=32, key_heads=32, head_dim=128, dtype="bfloat16", device="cuda"),
-}
 
 
 def _panels(rows: list[dict[str, Any]], settings: Sequence[Setting], passes: Sequence[str], rfa: str) -> list[Panel]:
