@@ -205,6 +205,8 @@ def _cached(
     layout: TokenLayout, options: dict[str, Any], counts: Any,
 ) -> torch.Tensor:  # fmt: skip
     cache_layer.check_draw(adapter.draw_number)
+    if _in_place(cache_layer, key, layout, options):
+        return cache_layer.decode(query, key, value, layout, options, adapter.draw_number, counts)
     state: RFAState | None = cache_layer.state
     output, state = rfa_attention(
         query, key, value, layout=layout, statistics=counts, initial_state=state, output_final_state=True, **options
@@ -212,6 +214,19 @@ def _cached(
     assert isinstance(state, RFAState)
     cache_layer.advance(state, adapter.draw_number, key, value, layout, options)
     return output
+
+
+def _in_place(cache_layer: RFACacheLayer, key: torch.Tensor, layout: TokenLayout, options: dict[str, Any]) -> bool:
+    """Whether a call is a decoding step after which nobody needs the state before it."""
+    return (
+        key.shape[2] == 1
+        and options["causal"]
+        and len(options["softmax_heads"]) < key.shape[1]
+        and layout.document is None
+        and not cache_layer.record_past
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from transformers.cache_utils import (
 )
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.decoder import Decoder
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 from hf_rfa.ops.state import RFAState
@@ -55,13 +57,25 @@ class RFACacheLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: RFAState | None = None
+        self._state: RFAState | None = None
+        self._decoder: Decoder | None = (
+            None  # has the state in place of `_state`, as long as one token comes at a time
+        )
         self.seen = 0  # token slots, padding included
         self.draw: int | None = None
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
         self.twin: RFACacheLayer | None = None
         self._steps: list[_Step] = []
+
+    @property
+    def state(self) -> RFAState | None:
+        """The state after all tokens so far."""
+        return self._state if self._decoder is None else self._decoder.state()
+
+    @state.setter
+    def state(self, state: RFAState | None) -> None:
+        self._state, self._decoder = state, None
 
     def with_twin(self) -> "RFACacheLayer":
         """The layer of the module's second call in a forward."""
@@ -122,6 +136,24 @@ class RFACacheLayer(CacheLayerMixin):
         self.state, self.draw = state, draw
         self.seen += key.shape[2]
 
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: TokenLayout,
+        options: dict[str, Any],
+        draw: int,
+        statistics: FarStatistics | None,
+    ) -> torch.Tensor:
+        """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
+        self.seen, self.draw = self.seen + 1, draw
+        with torch.autocast(query.device.type, enabled=False):
+            if self._decoder is None or not self._decoder.continues(query, key, value, options):
+                self._decoder = Decoder(query, key, value, self.state, options)
+                self._state = None
+            return self._decoder.step(query, key, value, layout, statistics)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
@@ -176,7 +208,8 @@ class RFACacheLayer(CacheLayerMixin):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = len(self.given[0]) if self.given else 0 if self.state is None else len(self.state.count)
+        state = self.state
+        rows = len(self.given[0]) if self.given else 0 if state is None else len(state.count)
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -190,8 +223,10 @@ class RFACacheLayer(CacheLayerMixin):
         )
 
     def _select(self, rows: torch.Tensor) -> None:
-        if self.state is not None:
-            self.state = self.state.select_rows(rows)
+        if self._decoder is not None:
+            self._decoder.select_rows(rows)
+        elif self._state is not None:
+            self._state = self._state.select_rows(rows)
         if self.given is not None:
             key, value = self.given
             self.given = key[rows.to(key.device)], value[rows.to(value.device)]
@@ -299,9 +334,11 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _bytes(value: Any) -> int:
-    """Of a tensor, a state, a twin, or several of them."""
+    """Of a tensor, a state, a decoder, a twin, or several of them."""
     if isinstance(value, torch.Tensor | RFAState):
         return value.nbytes
+    if isinstance(value, Decoder):  # without what it works out from the model's own tensors
+        return value.state().nbytes
     if isinstance(value, RFACacheLayer):
         return sum(_bytes(part) for part in vars(value).values())
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

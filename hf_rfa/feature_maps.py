@@ -5,7 +5,8 @@ A map is a pure function that returns `psi` in two pieces,
 
     psi(x') = exp(log_scale) * features,        features (..., N, F), log_scale (..., N)
 
-with bounded `features`, so that the caller can stabilise: the exponential is never taken here.
+with bounded `features`, so that the caller can stabilise: the exponential is never taken here. What it is handed is
+|x'|^2 (..., N) and w.x' (..., N, m).
 
 | map              | F  | psi_i(x')                                                                           |
 |------------------|----|-------------------------------------------------------------------------------------|
@@ -38,41 +39,49 @@ Features = tuple[torch.Tensor, torch.Tensor]
 MapFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Features]
 
 
-def trigonometric(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+def trigonometric(
+    square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
+) -> Features:
     """psi itself: unbiased, bounded, but its estimates can be negative."""
     features = torch.cat([projection.sin(), projection.cos()], dim=-1) * omega.shape[-2] ** -0.5
-    return features, x.square().sum(-1) / 2
+    return features, square / 2
 
 
-def positive(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+def positive(square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
     """FAVOR+: never negative; its variance grows like exp(|q'+k'|^2)."""
-    return _normalised(projection, -x.square().sum(-1) / 2 - math.log(omega.shape[-2]) / 2)
+    return _normalised(projection, square / -2 - math.log(omega.shape[-2]) / 2)
 
 
-def hyperbolic(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+def hyperbolic(
+    square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
+) -> Features:
     """FAVOR+ with antithetic pairs +-omega: twice the features of one projection."""
     both = torch.cat([projection, -projection], dim=-1)
-    return _normalised(both, -x.square().sum(-1) / 2 - math.log(2 * omega.shape[-2]) / 2)
+    return _normalised(both, square / -2 - math.log(2 * omega.shape[-2]) / 2)
 
 
 def optimal_positive(
-    x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
+    square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
 ) -> Features:
     """FAVOR++: positive features drawn from the isotropic proposal with the least variance; `proposal` is A < 1/8."""
     dim = omega.shape[-1]
     shrink = 1 - 4 * proposal  # (heads, 1, ..., 1), aligned with projection (batch, heads, ..., m)
-    square = omega.square().sum(-1).view(-1, *(1,) * (projection.dim() - 3), omega.shape[1])
-    exponent = proposal * square + shrink.sqrt() * projection
+    length = omega.square().sum(-1).view(-1, *(1,) * (projection.dim() - 3), omega.shape[1])
+    exponent = proposal * length + shrink.sqrt() * projection
     constant = (dim / 4 * shrink.log()).squeeze(-1) - math.log(omega.shape[-2]) / 2
-    return _normalised(exponent, constant - x.square().sum(-1) / 2)
+    return _normalised(exponent, constant - square / 2)
 
 
-def cluster_logits(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+def cluster_logits(
+    square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
+) -> Features:
     """What each cluster gives a query: exp(w.q')."""
     return _normalised(projection, torch.zeros_like(projection[..., 0]))
 
 
-def cluster_shares(x: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor) -> Features:
+def cluster_shares(
+    square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
+) -> Features:
     """How much a key belongs to each cluster: the posterior of a mixture of unit Gaussians around omega's rows."""
     size = omega.square().sum(-1).view(-1, *(1,) * (projection.dim() - 3), omega.shape[1])
     return (projection - size / 2).softmax(-1), torch.zeros_like(projection[..., 0])
@@ -94,6 +103,13 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
     # The maximum is a stabiliser that cancels exactly (exp(e - m) exp(m)), hence a constant for autograd.
     peak = exponent.detach().amax(-1)
     return (exponent - peak.unsqueeze(-1)).exp(), log_constant + peak
+
+
+def _of_heads(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x (B, H, ..., D) times the rows (H, E, D) of its head: (B, H, ..., E)."""
+    tokens = x.transpose(0, 1)
+    product = torch.bmm(tokens.reshape(len(rows), -1, x.shape[-1]), rows.mT)
+    return product.view(*tokens.shape[:-1], rows.shape[1]).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ class FarKernel:
         # q.k = (q - b).(k - c) + q.c + b.(k - c): the first term is estimated, the others are exact.
         exact = ((centred if shift else x) * other).sum(-1) * scaling
         if transform is not None:
-            centred = torch.einsum("bh...d,hed->bh...e", centred, transform)
+            centred = _of_heads(centred, transform)
         return exact, centred
 
     def _features(
@@ -201,26 +217,29 @@ class FarKernel:
     ) -> Features:
         heads = (-1,) + (1,) * (x.dim() - 2)
         size = (self.alpha * math.sqrt(scaling)).view(heads)
+        square = x.square().sum(-1, keepdim=True)
         if radius is not None:
             bound = torch.where(radius > 0, radius, torch.inf).view(heads)
             # In squares: a norm has no gradient at zero.
-            size = size * (x.square().sum(-1, keepdim=True) / bound.square()).clamp_min(1.0).rsqrt()
-        x = x * size
-        projection = torch.einsum("bh...d,hmd->bh...m", x, self.omega)
-        features, log_scale = self._map_heads(x, projection, self.proposal.view(heads), keys)
+            size = size * (square / bound.square()).clamp_min(1.0).rsqrt()
+        projection = _of_heads(x, self.omega) * size
+        square = (square * size.square()).squeeze(-1)
+        features, log_scale = self.map_heads(square, projection, self.proposal.view(heads), keys)
         return features, log_scale + exact
 
-    def _map_heads(self, x: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor, keys: bool) -> Features:
+    def map_heads(
+        self, square: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor, keys: bool
+    ) -> Features:
         """The map of each head on its own slice."""
         names = sorted(set(self.feature_maps))
         if len(names) <= 1:
-            return _function(names[0] if names else "positive", keys)(x, projection, self.omega, proposal)
+            return _function(names[0] if names else "positive", keys)(square, projection, self.omega, proposal)
         parts, order = [], []
         for name in names:
             heads = [head for head, other in enumerate(self.feature_maps) if other == name]
             function = _function(name, keys)
             used = self.omega.shape[1] * FEATURE_MAPS[name].rows // rows_per_feature(self.feature_maps)
-            own = (x[:, heads], projection[:, heads, ..., :used], self.omega[heads, :used], proposal[heads])
+            own = (square[:, heads], projection[:, heads, ..., :used], self.omega[heads, :used], proposal[heads])
             parts.append(function(*own))
             order += heads
         back = [order.index(head) for head in range(len(order))]
@@ -249,6 +268,8 @@ class FarKernel:
 
     def to(self, dtype: torch.dtype) -> "FarKernel":
         """The same kernel with its tensors in `dtype`."""
+        if all(t is None or t.dtype == dtype for t in self._tensors().values()):
+            return self
         return self._map(lambda tensor: tensor.to(dtype))
 
     def select(self, heads: Sequence[int]) -> "FarKernel":
@@ -257,9 +278,11 @@ class FarKernel:
         kernel = self._map(lambda tensor: tensor[chosen])
         return replace(kernel, feature_maps=tuple(self.feature_maps[head] for head in chosen))
 
+    def _tensors(self) -> dict[str, torch.Tensor | None]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FarKernel":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
-        mapped: dict[str, Any] = {name: None if t is None else function(t) for name, t in tensors.items()}
+        mapped: dict[str, Any] = {name: None if t is None else function(t) for name, t in self._tensors().items()}
         return replace(self, **mapped)
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
+from hf_rfa.adapter import named_adapters
 from hf_rfa.cache import RFACacheLayer
 from hf_rfa.generation import adopt_cache
 
@@ -581,6 +582,36 @@ def test_the_same_draw_again_is_no_error():
     with torch.no_grad():
         rest = model(ids[:, 40:], past_key_values=cache).logits
     assert_close(rest, whole[:, 40:], atol=2e-5, rtol=0)
+
+
+def in_place(adapter):
+    adapter.gamma.mul_(0.2)
+
+
+def by_another_tensor(adapter):
+    adapter.omega = adapter.omega.flip(1) / 2
+
+
+def by_other_data(adapter):
+    adapter.omega.data = adapter.omega.flip(1) / 2
+
+
+@pytest.mark.parametrize("change", [in_place, by_another_tensor, by_other_data])
+@pytest.mark.parametrize("config", ["linear", "exact head"])
+def test_a_change_of_the_kernel_between_two_tokens_is_followed(config, change):
+    """What decoding works out from the layers' tensors is not kept longer than they are."""
+    ids = token_ids()
+    logits = []
+    for without_gradients in (True, False):  # with them, every step goes through the operator
+        model, cache = prefilled(config, ids, [33, 1, 1])
+        for _, _, adapter in named_adapters(model):
+            change(adapter)
+        with torch.set_grad_enabled(not without_gradients):
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(35, 50)]
+        logits.append(torch.cat(steps, dim=1).detach())
+    assert_close(*logits, atol=1e-5, rtol=0)
+    whole = outputs_of(converted("llama", config), {"input_ids": ids, "use_cache": False})
+    assert not torch.allclose(logits[0], whole[:, 35:50], atol=1e-3)  # it makes a difference
 
 
 # --- the methods of the cache ----------------------------------------------------------------------------------------

@@ -47,15 +47,15 @@ class OperatorCall:
     @classmethod
     def check(
         cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, omega: torch.Tensor,
-        feature_map: str | Sequence[str],
-        window: int, sink_tokens: int, alpha: PerHead, gamma: PerHead, proposal: PerHead | None, scaling: float | None,
-        causal: bool, valid: torch.Tensor | None, document: torch.Tensor | None, sink_logits: torch.Tensor | None,
-        state: RFAState | None, layout: TokenLayout | None = None, softmax_heads: Sequence[int] = (),
-        sliding_window: int | None = None, query_center: torch.Tensor | None = None,
-        key_center: torch.Tensor | None = None, query_transform: torch.Tensor | None = None,
-        key_transform: torch.Tensor | None = None, query_radius: PerHead | None = None,
-        key_radius: PerHead | None = None, gate_weight: torch.Tensor | None = None,
-        gate_bias: torch.Tensor | None = None, backend: str = "auto",
+        feature_map: str | Sequence[str] = "positive", window: int = 64, sink_tokens: int = 4, alpha: PerHead = 1.0,
+        gamma: PerHead = 1.0, proposal: PerHead | None = None, scaling: float | None = None, causal: bool = True,
+        valid: torch.Tensor | None = None, document: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None, state: RFAState | None = None, layout: TokenLayout | None = None,
+        softmax_heads: Sequence[int] = (), sliding_window: int | None = None,
+        query_center: torch.Tensor | None = None, key_center: torch.Tensor | None = None,
+        query_transform: torch.Tensor | None = None, key_transform: torch.Tensor | None = None,
+        query_radius: PerHead | None = None, key_radius: PerHead | None = None,
+        gate_weight: torch.Tensor | None = None, gate_bias: torch.Tensor | None = None, backend: str = "auto",
     ) -> "OperatorCall":  # fmt: skip
         """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
         _check_tensors(query, key, value, omega)
@@ -93,8 +93,9 @@ class OperatorCall:
         scaling = dim**-0.5 if scaling is None else float(scaling)
         if scaling <= 0:
             raise ConfigError(f"`scaling` must be positive. Got {scaling}. Pass the factor that the model gives q.k.")
-        if proposal is None:
-            proposal = optimal_proposal(torch.tensor(dim / 2), dim)
+        maps = feature_map_of_heads(feature_map, key_heads)
+        if proposal is None:  # the other maps do not read it
+            proposal = optimal_proposal(torch.tensor(dim / 2), dim) if "optimal_positive" in maps else 0.0
         wide = accumulation_dtype(query.dtype)
 
         def per_head(name: str, number: PerHead) -> torch.Tensor:
@@ -131,7 +132,7 @@ class OperatorCall:
             )
 
         far = FarKernel(
-            feature_map_of_heads(feature_map, key_heads),
+            maps,
             omega.to(query.device, wide),
             per_head("alpha", alpha),
             per_head("gamma", gamma),
@@ -150,6 +151,11 @@ class OperatorCall:
             sliding_window, sink_logits, state, backend,
         )  # fmt: skip
 
+    @property
+    def linear_heads(self) -> list[int]:
+        """The key heads that are not exact."""
+        return [head for head in range(self.key.shape[1]) if head not in self.softmax_heads]
+
     def heads(self, heads: Sequence[int]) -> "OperatorCall":
         """The call of some key heads only; the state is passed on as it is."""
         index = list(heads)
@@ -164,9 +170,10 @@ class OperatorCall:
 
     def to(self, dtype: torch.dtype) -> "OperatorCall":
         """The call with q, k, v and the far kernel in `dtype`."""
-        return self.replace(
-            query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype), far=self.far.to(dtype)
-        )
+        far = self.far.to(dtype)
+        if far is self.far and self.query.dtype == self.key.dtype == self.value.dtype == dtype:
+            return self
+        return self.replace(query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype), far=far)
 
     def replace(self, **changes: Any) -> "OperatorCall":
         """The call with some fields changed."""
@@ -176,9 +183,17 @@ class OperatorCall:
         """The state before the first token of this call's key heads."""
         return RFAState.empty(*self._state_size())
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors of a state of this call have."""
-        return RFAState.shapes(*self._state_size())
+    def check_state(self) -> None:
+        """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
+        if self.state is None:
+            return
+        for name, want in RFAState.shapes(*self._state_size()).items():
+            got = tuple(getattr(self.state, name).shape)
+            if got != want:
+                raise ConfigError(
+                    f"`initial_state` comes from another kind of call: its `{name}` has shape {got}, this call "
+                    f"needs {want}. Continue with the window, sinks, heads, features and causality of that call."
+                )
 
     def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int]:
         window = self.window if self.causal else 0  # the bidirectional form keeps no near keys

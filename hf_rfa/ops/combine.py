@@ -53,12 +53,13 @@ def smallest_denominator(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * 2**24
 
 
-def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Part:
-    """Exact attention over a few keys: scores (..., R, K) scaled, value (..., K, M), visible (..., R, K) bool.
+def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None) -> Part:
+    """Exact attention over a few keys: scores (..., R, K) scaled, value (..., K, M), visible (..., R, K) bool or None.
 
-    Every row must see at least one key.
+    Every row must see at least one key; None: it sees all.
     """
-    scores = scores.masked_fill(~visible, -torch.inf)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
     peak = scores.detach().amax(-1)
     weights = (scores - peak.unsqueeze(-1)).exp()
     return Part(weights @ value, weights.sum(-1), peak)
@@ -84,34 +85,38 @@ def combine(
         statistics: Counts the dropped far parts.
         counted: bool, broadcast against far.denominator: which rows are tokens, not padding.
     """
-    parts: list[tuple[Part, torch.Tensor]] = []  # each with its detached log-weight
+    parts: list[Part] = []
+    total: torch.Tensor | None = None  # a log-weight that none of the parts exceeds by much
     if near is not None:
-        parts.append((near, near.log_scale))
+        parts, total = [near], near.log_scale
     if far is not None:
-        exists = far.log_scale.detach() > -torch.inf
+        mass = far.denominator.detach()  # zero where there are no far keys
+        unused = ~(mass > smallest_denominator(mass.dtype))
         if far_alive is not None:
-            exists = exists & far_alive
-        used = exists & (far.denominator.detach() > smallest_denominator(far.denominator.dtype))
+            unused = unused | ~far_alive
         if statistics is not None:
-            seen = exists if counted is None else exists & counted
-            statistics.add(seen & ~used, seen)
-        scale = torch.where(used, far.log_scale, torch.full_like(far.log_scale, -torch.inf))
-        mass = torch.where(used, far.denominator.detach(), torch.ones_like(far.denominator)).log()
-        parts.append((Part(far.numerator, far.denominator, scale), scale.detach() + mass))
-    total = parts[0][1] if len(parts) == 1 else torch.maximum(parts[0][1], parts[1][1])
+            seen = far.log_scale.detach() > -torch.inf
+            seen = seen if far_alive is None else seen & far_alive
+            seen = seen if counted is None else seen & counted
+            statistics.add(seen & unused, seen)
+        scale = far.log_scale.masked_fill(unused, -torch.inf)
+        parts.append(Part(far.numerator, far.denominator, scale))
+        weight = scale.detach() + mass.masked_fill(unused, 1.0).log()
+        total = weight if total is None else torch.maximum(total, weight)
+    assert total is not None
     if sink_logits is not None:
         total = torch.maximum(total, sink_logits.detach().expand_as(total))
-    # A row that nothing answers has total = -inf: any finite number keeps the subtractions below defined.
-    total = torch.where(total > -torch.inf, total, torch.zeros_like(total))
-    numerator: torch.Tensor | float = 0.0
-    denominator: torch.Tensor | float = 0.0
-    for part, _ in parts:
-        weight = (part.log_scale - total).exp()
-        numerator = numerator + weight.unsqueeze(-1) * part.numerator
-        denominator = denominator + weight * part.denominator
+    if near is None:  # a row that nothing answers has -inf: any finite number keeps the subtractions below defined
+        total = total.masked_fill(total == -torch.inf, 0.0)
+    weights = [(part.log_scale - total).exp() for part in parts]
+    numerator, denominator = weights[0].unsqueeze(-1) * parts[0].numerator, weights[0] * parts[0].denominator
+    if len(parts) == 2:
+        numerator = torch.addcmul(numerator, weights[1].unsqueeze(-1), parts[1].numerator)
+        denominator = torch.addcmul(denominator, weights[1], parts[1].denominator)
     if sink_logits is not None:
         denominator = denominator + (sink_logits - total).exp()
-    assert isinstance(denominator, torch.Tensor)
+    if near is not None:  # sees a key
+        return numerator / denominator.unsqueeze(-1)
     answered = denominator > 0
     return torch.where(
         answered.unsqueeze(-1),

@@ -9,7 +9,7 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunked import chunked_causal
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.dispatch import form_of_call
-from hf_rfa.ops.recurrent import recurrent_step
+from hf_rfa.ops.recurrent import RecurrentHeads
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 
@@ -28,9 +28,9 @@ def linear_heads(
         return triton_causal(call.replace(far=call.far.to(torch.float32)), output_final_state, statistics)
     wide = call.to(accumulation_dtype(call.query.dtype))
     if form == "recurrent":
-        state = call.state or call.empty_state()
-        output, state = recurrent_step(wide.replace(state=state), statistics)
-        return output, state if output_final_state else None
+        heads = RecurrentHeads(wide, call.state or call.empty_state())
+        output = heads.step(wide.query, wide.key, wide.value, call.layout.valid, statistics)
+        return output, heads.state() if output_final_state else None
     run = chunked_causal if form == "chunked" else chunked_bidirectional
     output, final = run(wide, output_final_state, statistics)
     if final is not None:  # the near keys are kept as they came: half the bytes for bfloat16

@@ -1,15 +1,12 @@
 """`rfa_attention`, the operator on plain tensors, and `rfa_attention_reference`, its definition."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from hf_rfa.errors import ConfigError
 from hf_rfa.ops.call import OperatorCall, PerHead
 from hf_rfa.ops.combine import FarStatistics
-from hf_rfa.ops.exact import exact_attention
+from hf_rfa.ops.exact_heads import ExactCache, count_only, exact_heads
 from hf_rfa.ops.graph import linear_heads_of_graph
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.linear import linear_heads
@@ -170,7 +167,7 @@ def rfa_attention_reference(
         key_center=key_center, query_transform=query_transform, key_transform=key_transform,
         query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
     )  # fmt: skip
-    _check_state(call)
+    call.check_state()
     output, state = reference_attention(call, output_final_state)
     output = output.flatten(1, 2)
     return (output, state) if state is not None else output
@@ -183,98 +180,23 @@ def _run(
     if not call.softmax_heads:
         output, state = _linear(call, output_final_state, statistics)
         return output.flatten(1, 2).to(call.value.dtype), state
-    key_heads, device = call.key.shape[1], call.query.device
-    exact = torch.tensor(call.softmax_heads, device=device)
-    others = [head for head in range(key_heads) if head not in call.softmax_heads]
-    linear = torch.tensor(others, dtype=torch.int64, device=device)
+    others, device = call.linear_heads, call.query.device
+    if not others:
+        output, cache = exact_heads(call, ExactCache.of_state(call.state))
+        state = cache.into(count_only(call.heads([]))) if output_final_state else None
+        return output.flatten(1, 2).to(call.value.dtype), state
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
-    state = None
-    if others:
-        part, state = _linear(call.heads(others), output_final_state, statistics)
-        output = output.index_copy(1, linear, part.to(output.dtype))
-    part, cache = _exact(call.heads(call.softmax_heads))
-    output = output.index_copy(1, exact, part.to(output.dtype)).flatten(1, 2)
-    if not output_final_state:
-        return output, None
-    return output, dataclasses.replace(state or _count_only(call.heads(others)), **cache)
+    part, state = _linear(call.heads(others), output_final_state, statistics)
+    output = output.index_copy(1, torch.tensor(others, device=device), part.to(output.dtype))
+    part, cache = exact_heads(call.heads(call.softmax_heads), ExactCache.of_state(call.state))
+    output = output.index_copy(1, torch.tensor(call.softmax_heads, device=device), part.to(output.dtype))
+    return output.flatten(1, 2), None if state is None else cache.into(state)
 
 
 def _linear(
     call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
     """The linear heads, their state checked; (B, Hk, G, N, M)."""
-    _check_state(call)
+    call.check_state()
     run = linear_heads_of_graph if torch.compiler.is_compiling() else linear_heads
     return run(call, output_final_state, statistics)
-
-
-def _check_state(call: OperatorCall) -> None:
-    """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
-    if call.state is None:
-        return
-    for name, want in call.state_shapes().items():  # shapes alone: this runs for each token that is decoded
-        got = tuple(getattr(call.state, name).shape)
-        if got != want:
-            raise ConfigError(
-                f"`initial_state` comes from another kind of call: its `{name}` has shape {got}, this call "
-                f"needs {want}. Continue with the window, sinks, heads, features and causality of that call."
-            )
-
-
-def _exact(call: OperatorCall) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The exact heads over their whole KV cache; the output (B, He, G, N, M) and the cache's fields of the state."""
-    # Under autocast q and k come in float32 (from RoPE), v in bfloat16: the dtype in which softmax would run.
-    value, past_valid = call.value, None
-    query, key = call.query.to(value.dtype), call.key.to(value.dtype)
-    state, layout = call.state, call.layout
-    if state is not None and state.exact_key is not None and state.exact_value is not None:
-        past_valid = state.exact_valid
-        key = torch.cat([state.exact_key.to(key.dtype), key], dim=2)
-        value = torch.cat([state.exact_value.to(value.dtype), value], dim=2)
-    output = exact_attention(
-        query.flatten(1, 2),
-        key,
-        value,
-        scaling=call.scaling,
-        causal=call.causal,
-        layout=layout,
-        past_valid=past_valid,
-        sliding_window=call.sliding_window,
-        sink_logits=None if call.sink_logits is None else call.sink_logits.flatten(),
-    ).unflatten(1, (-1, call.query.shape[2]))
-    valid = _cache_valid(layout, past_valid, key.shape[2], len(key), key.device)
-    if call.sliding_window is not None:  # no later token sees more
-        kept = slice(max(0, key.shape[2] - call.sliding_window + 1), None)
-        key, value, valid = key[:, :, kept], value[:, :, kept], None if valid is None else valid[:, kept]
-    return output, {"exact_key": key, "exact_value": value, "exact_valid": valid}
-
-
-def _cache_valid(
-    layout: TokenLayout, past_valid: torch.Tensor | None, total: int, batch: int, device: torch.device
-) -> torch.Tensor | None:
-    """Which slots of the exact heads' cache the next token may see: tokens of the row's last document."""
-    if layout.is_plain and past_valid is None:
-        return None
-    valid = torch.ones(batch, total, dtype=torch.bool, device=device)
-    if past_valid is not None:
-        valid[:, : past_valid.shape[1]] &= past_valid.to(device)
-    if layout.valid is not None:
-        valid[:, total - layout.valid.shape[1] :] &= layout.valid.to(device)
-    if layout.ordinal is not None:
-        document = layout.ordinal.to(device)
-        past = total - document.shape[1]
-        valid &= torch.cat([document[:, :1].expand(-1, past), document], dim=1) == document[:, -1:]
-    return valid
-
-
-def _count_only(call: OperatorCall) -> RFAState:
-    """The state of a layer without linear heads: nothing but the number of tokens."""
-    state, layout = call.state or call.empty_state(), call.layout
-    counted = torch.ones(len(call.query), call.query.shape[3], dtype=torch.bool)
-    before = state.count
-    if layout.valid is not None:
-        counted = counted & layout.valid.cpu()
-    if layout.ordinal is not None:
-        ordinal = layout.ordinal.cpu()
-        counted, before = counted & (ordinal == ordinal[:, -1:]), before * (ordinal[:, -1] == 0)
-    return dataclasses.replace(state, count=before + counted.sum(1))
