@@ -4,15 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
 from hf_rfa.ops.combine import FarStatistics
@@ -20,17 +12,6 @@ from hf_rfa.ops.decoder import Decoder
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.operator import rfa_attention
 from hf_rfa.ops.state import RFAState
-
-#: What the recurrent part of a cache layer consists of.
-_RECURRENT = (
-    "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
-    "has_previous_state", "conv_kernel_size", "device", "dtype",
-)  # fmt: skip
-#: The layers of Transformers' own that are replaced.
-_DYNAMIC = (
-    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,9 +39,7 @@ class RFACacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self._state: RFAState | None = None
-        self._decoder: Decoder | None = (
-            None  # has the state in place of `_state`, as long as one token comes at a time
-        )
+        self._decoder: Decoder | None = None  # has the state in place of `_state` while single tokens come
         self.seen = 0  # token slots, padding included
         self.draw: int | None = None
         self.record_past = False
@@ -235,40 +214,6 @@ class RFACacheLayer(CacheLayerMixin):
             self.twin._select(rows)
 
 
-class RFAHybridCacheLayer(LinearAttentionLayer, RFACacheLayer):  # type: ignore[misc, override]
-    """The same for a layer that runs a recurrence beside its attention, whose state lies in the same cache layer."""
-
-    is_compileable = False
-
-    def __init__(self, recurrent: LinearAttentionLayer) -> None:
-        RFACacheLayer.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=recurrent.number_of_states)
-        vars(self).update({name: vars(recurrent)[name] for name in _RECURRENT})
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        part = RFACacheLayer if args else LinearAttentionLayer  # keys and values come by position, states by name
-        part.lazy_initialization(self, *args, **kwargs)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        RFACacheLayer.reset(self)
-
-    def activate_past_recording(self) -> None:
-        LinearAttentionLayer.activate_past_recording(self)
-        RFACacheLayer.activate_past_recording(self)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        RFACacheLayer.crop(self, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        RFACacheLayer.reorder_cache(self, beam_idx)
-
-    def offload(self) -> None:
-        RFACacheLayer.offload(self)
-
-
 def _replay(step: _Step, kept: int) -> RFAState:
     """The state after the first `kept` tokens of a forward."""
     valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
@@ -284,38 +229,6 @@ def _state_after(
     _, state = rfa_attention(key, key, value, layout=layout, initial_state=before, output_final_state=True, **options)
     assert isinstance(state, RFAState)
     return state
-
-
-def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
-    """The `RFACacheLayer` number `index` of `cache`, put there in place of a dynamic layer.
-
-    Keys and values that the dynamic layer holds already (a learned prefix of PEFT; what the model saw as softmax
-    before it was converted) become the layer's state.
-    """
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
-    if isinstance(layer, RFACacheLayer):
-        return layer
-    if type(layer) not in _DYNAMIC:
-        raise UnsupportedModelError(
-            f"A converted layer keeps its own state of constant size. Got a cache with a {type(layer).__name__}. "
-            "Leave `cache_implementation` unset, or pass a `DynamicCache`."
-        )
-    if cache.offloading:
-        raise UnsupportedModelError(
-            "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
-        )
-    new = RFAHybridCacheLayer(layer) if isinstance(layer, LinearAttentionLayer) else RFACacheLayer()
-    new.record_past = getattr(layer, "record_past", False)
-    new.seen = cache.get_seq_length(index)
-    if new.seen:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None
-        assert layer.values is not None
-        new.given = layer.keys, layer.values
-    cache.layers[index] = new
-    return new
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
-from hf_rfa.attention import refuse_attention_weights, stash_cache
+from hf_rfa.attention import stash_cache
 from hf_rfa.config import RFAConfig
 from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, quiet_eval, watch
@@ -22,6 +22,7 @@ from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
+from hf_rfa.refusals import refuse_attention_weights
 from hf_rfa.resample import resample_before_forward
 
 logger = logging.getLogger(__name__)

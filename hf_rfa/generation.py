@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import named_adapters
-from hf_rfa.cache import adopt_cache_layer
+from hf_rfa.adopted_cache import adopt_cache_layer
 from hf_rfa.errors import UnsupportedModelError
 
 
