@@ -51,6 +51,7 @@ class BoundedMap:
         bound = None if radius is None or not bool((radius > 0).any()) else torch.where(radius > 0, radius, torch.inf)
         self._bound = None if bound is None else of_rows(bound.square()).view(-1, 1, 1)
         self._omega = of_rows(far.omega * size[:, None, None])
+        self._longest = torch.linalg.vector_norm(self._omega, dim=-1).amax(-1)
         self._half_square = of_rows(size.square() / 2).view(-1, 1, 1)
         self._constant = -math.log(2 * far.omega.shape[1]) / 2
         self._repeated: dict[tuple[int, float], torch.Tensor] = {}
@@ -61,23 +62,23 @@ class BoundedMap:
         centred = x if self._center is None else x - self._center.unsqueeze(2)
         y = centred if self._transform is None else (centred.flatten(1, 2) @ self._transform.mT).view_as(x)
         square = torch.linalg.vector_norm(y, dim=-1).square_()
-        omega = self._of_chunks(chunks, 1 / LN2)
-        name = "key features" if self._keys else "query features"
-        buffer = self._scratch(name, x, count * chunks, 2, omega.shape[1], tokens)
-        projection, inverse = buffer[:, 0], buffer[:, 1]
-        torch.bmm(omega, y.reshape(-1, *y.shape[2:]).mT, out=projection)
-        shrink = None
+        omega, side = self._of_chunks(chunks, 1 / LN2), "key" if self._keys else "query"
+        exponent = self._scratch(f"{side} exponents", x, count * chunks, omega.shape[1], tokens)
+        torch.bmm(omega, y.reshape(-1, *y.shape[2:]).mT, out=exponent)
+        shrink, inside = None, square
         if self._bound is not None:
-            shrink = (square / self._bound).clamp_min_(1.0).rsqrt_()
-            projection.mul_(shrink.view(-1, 1, tokens))
-        large = self._large(projection)
-        torch.reciprocal(projection.exp2_(), out=inverse)
-        inside = square if self._bound is None else torch.minimum(square, self._bound)
+            shrink, inside = (square / self._bound).clamp_min_(1.0).rsqrt_(), torch.minimum(square, self._bound)
+            exponent.mul_(shrink.view(-1, 1, tokens))
+        large = self._large(exponent, inside)
+        buffer = self._scratch(f"{side} features", x, count * chunks, 2, *exponent.shape[1:])
+        projection, inverse = buffer[:, 0], buffer[:, 1]
+        torch.exp2(exponent, out=projection)
+        torch.reciprocal(projection, out=inverse)
         log_scale = self._constant - self._half_square * inside
         if large is not None:
             # Tokens of their own, so that no other token sees a difference.
-            where, peak, exponent = large
-            projection.mT[where], inverse.mT[where] = (exponent - peak).exp2_(), (-exponent - peak).exp2_()
+            where, peak, highest = large
+            projection.mT[where], inverse.mT[where] = (highest - peak).exp2_(), (-highest - peak).exp2_()
             log_scale.view(-1, tokens)[where] += peak.squeeze(-1) * LN2
         if self._other is not None:
             exact = (centred if self._keys else x).flatten(1, 2) @ self._other.mT
@@ -107,8 +108,12 @@ class BoundedMap:
             x.addcmul_(log_scale.unsqueeze(-1), self._other.unsqueeze(2), value=self._scaling)
         return x
 
-    def _large(self, exponent: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None:
+    def _large(
+        self, exponent: torch.Tensor, square: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None:
         """Where the exponents (A * n, m, R), powers of two, of a token are large, their maxima and they themselves."""
+        if (square.amax((1, 2)).sqrt_() * self._longest).max() <= LARGEST:  # |w.x'| <= |w| |x'|
+            return None
         low, high = torch.aminmax(exponent)
         if low >= -LARGEST / LN2 and high <= LARGEST / LN2:
             return None

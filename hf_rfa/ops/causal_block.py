@@ -30,7 +30,7 @@ class Block:
         keep: (1 or A, n) bool: whether chunk i continues the document of the chunk before it.
         decay: (A, n + 1, C), log g summed from each chunk's first slot; None without a gate.
         sink_logits: (A, 1, R) or None.
-        log_gamma, alive: (A, 1, 1): log gamma, and whether gamma is positive.
+        log_gamma: (A, 1, 1), -inf where gamma is 0.
         steady: Whether `keep` is known to be all True.
     """
 
@@ -45,7 +45,6 @@ class Block:
     decay: torch.Tensor | None
     sink_logits: torch.Tensor | None
     log_gamma: torch.Tensor
-    alive: torch.Tensor
     scaling: float
     delay: int
     steady: bool
@@ -123,13 +122,13 @@ class OwnKeys:
 
 @dataclass(frozen=True)
 class Combined:
-    """Of each query (A, n, R): L, the log of the whole denominator, b / Z, whether it has far keys, and whether the
-    estimate of their sum is used."""
+    """Of each query (A, n, R): L, the log of the whole denominator, b / Z, the log of what its far sums are divided by
+    (-inf where it has no far keys), and whether the estimate of those sums is dropped."""
 
     log_total: torch.Tensor
     far_weight: torch.Tensor
-    exists: torch.Tensor
-    used: torch.Tensor
+    far_log: torch.Tensor
+    dropped: torch.Tensor
 
 
 def finite(x: torch.Tensor) -> torch.Tensor:
@@ -156,7 +155,8 @@ def block_sums(block: Block, psi: Features, carry_peak: torch.Tensor, scratch: S
 
 def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch) -> Parts:
     """Forward pass of a block: both parts of every query. The state S^T (A, M + 1, F) becomes that after the block."""
-    far = scratch("far", state, *psi.query.shape[:3], state.shape[1])
+    rows, chunks, queries = psi.query.shape[:3]
+    far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # each chunk's in one piece
     steps = zip(
         *(x.unbind(1) for x in (psi.query, psi.key, sums.extended.mT, sums.shrink[..., None, None], far)), strict=True
     )
@@ -220,28 +220,28 @@ def own_keys(block: Block, psi: Features, sums: Sums) -> OwnKeys:
 
 def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:
     """Both parts under one normaliser, into output (A, n, R, M); see `ops.combine` for what is dropped when."""
-    far_log = parts.far_log + block.log_gamma
-    denominator = parts.far[..., -1]
-    exists = (far_log > -torch.inf) & block.alive
-    used = exists & (denominator > smallest_denominator(denominator.dtype))
-    far_log = far_log.masked_fill(~used, -torch.inf)
-    total = far_log + denominator.masked_fill(~used, 1.0).log()
+    far_log, denominator = parts.far_log + block.log_gamma, parts.far[..., -1]
+    dropped = ~(denominator > smallest_denominator(denominator.dtype))
+    log_scale = far_log.masked_fill(dropped, -torch.inf)
+    total = log_scale + denominator.masked_fill(dropped, 1.0).log_()
     if parts.near_log is not None:
         total = torch.maximum(total, parts.near_log)
     if block.sink_logits is not None:
         total = torch.maximum(total, block.sink_logits)
-    total = finite(total)
-    far_weight = (far_log - total).exp()
+    if parts.near_log is None:
+        total = finite(total)
+    far_weight = (log_scale - total).exp_()
     mass = far_weight * denominator
     if parts.near_log is not None:
-        near_weight = (parts.near_log - total).exp()
-        mass = mass + near_weight
+        near_weight = (parts.near_log - total).exp_()
+        mass += near_weight
     if block.sink_logits is not None:
-        mass = mass + (block.sink_logits - total).exp()
-    # Zero where nothing answers: no window, and an estimate that is not positive.
-    share = mass.reciprocal().masked_fill_(mass == 0, 0.0)
+        mass += (block.sink_logits - total).exp_()
+    share = mass.reciprocal()
+    if parts.near_log is None:  # zero where nothing answers
+        share.masked_fill_(mass == 0, 0.0)
     far_weight *= share
     torch.mul(parts.far[..., :-1], far_weight.unsqueeze(-1), out=output)
     if parts.near is not None:
         output.addcmul_(parts.near, (near_weight * share).unsqueeze(-1))
-    return Combined(total + mass.log(), far_weight, exists, used)
+    return Combined(total + mass.log_(), far_weight, far_log, dropped)

@@ -128,11 +128,13 @@ class _Backward:
     def __init__(self, walk: Walk, wanted: Sequence[bool], carry: torch.Tensor, peak: torch.Tensor) -> None:
         inputs = walk.inputs
         self.walk, self.carry, self.peak = walk, carry, peak
-        self.query = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
-        self.key, self.value, self.sink_key, self.sink_value = (
-            torch.zeros(x.shape, dtype=x.dtype, device=x.device).flatten(0, 1)
-            for x in (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
+        self.query, key, value, sink_key, sink_value = (
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in (inputs.query, inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
         )
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+        self.sink_key, self.sink_value = sink_key.zero_().flatten(0, 1), sink_value.zero_().flatten(0, 1)
+        self.sink_rows = [torch.zeros_like(rows) for rows in walk.sink_rows]
         self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
         self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
         self.log_gamma = torch.zeros_like(walk.far.gamma)
@@ -171,16 +173,16 @@ class _Backward:
                     self.kernel[name] += gradient
         if gradients.near is not None:
             near = gradients.near
-            query += near.query
+            rows = walk.target(self.query, span)
+            query = torch.add(query, near.query, out=rows)
             near.key[:, block.far] += key
             key = near.key
-            walk.add_sinks(self.key, self.sink_key, near.sink_key, span)
-            walk.add_sinks(self.value, self.sink_value, near.sink_value, span)
+            self.sink_rows[0][:, span], self.sink_rows[1][:, span] = near.sink_key, near.sink_value
         else:
             key = F.pad(key, (0, 0, 0, 0, 1, 0))  # there is a chunk before the block's own
         walk.put(self.query, query, span)
-        walk.add(self.key, key, span)
-        walk.add(self.value, gradients.value, span)
+        walk.put_keys(self.key, key, span)
+        walk.put_keys(self.value, gradients.value, span)
         if self.decay is not None and gradients.decay is not None and gradients.carry_peak is not None:
             first = max(span.start - 1, 0)
             self.decay[:, first : span.stop] += gradients.decay[:, first - span.stop :]
@@ -192,6 +194,8 @@ class _Backward:
     def gradients(self) -> list[torch.Tensor | None]:
         """In the order of `WalkInputs`, then of `KERNEL`."""
         inputs, alive = self.walk.inputs, self.walk.far.alive()
+        self.walk.add_sinks(self.key, self.sink_key, self.sink_rows[0])
+        self.walk.add_sinks(self.value, self.sink_value, self.sink_rows[1])
         self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.walk.far.gamma, 0.0)
         flat = (self.key, self.value, self.sink_key, self.sink_value)
         whole = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)

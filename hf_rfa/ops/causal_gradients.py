@@ -99,7 +99,8 @@ def block_gradients(
         near = NearGradients(query, key, sink_key, sink_value)
     value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
     # num and den are linear in psi(q), so that q's factor sees the same sum.
-    query_scale = (query_psi.mT * psi.query.mT).sum(-2)
+    shares = scratch("shares", carry, *psi.query.mT.shape)
+    query_scale = torch.mul(query_psi.mT, psi.query.mT, out=shares).sum(-2)
     psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
     decay = None if block.decay is None else _decay_gradient(block, psi_gradients, forgotten)
     peak = None if block.decay is None else forgotten[-1]

@@ -66,8 +66,9 @@ class Walk:
         keep = torch.cat([plan.document[:, :1] == 0, same], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
         gamma, batch = self.far.gamma, len(self.inputs.key)
-        self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
-        self.alive = (gamma > 0).repeat(batch).view(-1, 1, 1)
+        self.log_gamma = gamma.log().repeat(batch).view(-1, 1, 1)
+        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
+        self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self._bounded: tuple[BoundedMap, BoundedMap] | None = None
         # Which exponents are large has to be read: no waiting for a GPU.
         if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
@@ -99,15 +100,14 @@ class Walk:
             query=self.queries(inputs.query, span),
             key=self._chunks(inputs.key, span),
             value=self._chunks(inputs.value, span),
-            sink_key=self._sinks(inputs.key, inputs.sink_key, span),
-            sink_value=self._sinks(inputs.value, inputs.sink_value, span),
+            sink_key=self.sink_rows[0][:, span],
+            sink_value=self.sink_rows[1][:, span],
             mask=self._mask(span, groups) if self.window else None,
             fold=self.fold[:, span],
             keep=self.keep[:, span],
             decay=decay,
             sink_logits=logits,
             log_gamma=self.log_gamma,
-            alive=self.alive,
             scaling=self.scaling,
             delay=self.delay,
             steady=all(self.plan.regular[span]),
@@ -152,8 +152,8 @@ class Walk:
         heads, groups = self.inputs.query.shape[1:3]
         asked = self.plan.asked[:, span].repeat(1, 1, groups)
         asked = asked.repeat_interleave(heads, 0) if len(asked) > 1 else asked
-        seen = combined.exists & asked
-        statistics.add(seen & ~combined.used, seen)
+        seen = (combined.far_log > -torch.inf) & asked
+        statistics.add(seen & combined.dropped, seen)
 
     def target(self, whole: torch.Tensor, span: slice) -> torch.Tensor:
         """Where a block's rows (A, n, G * C, M) are written, to be handed to `put`: into whole itself, if they can."""
@@ -172,18 +172,22 @@ class Walk:
         start = span.start * self.chunk
         whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
 
-    def add(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
-        """Add chunks (A, n + 1, C, D), the first one before the span, to whole (A, T, D)."""
-        first = (span.start - 1) * self.chunk
-        tokens = chunks.flatten(1, 2)
-        low, high = max(first, 0), min(span.stop * self.chunk, whole.shape[1])
-        whole[:, low:high] += tokens[:, low - first : high - first]
+    def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
+        """Write what a block gives to the chunks (A, n + 1, C, D), the first one before the span, to whole (A, T, D).
 
-    def add_sinks(self, whole: torch.Tensor, of_state: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
-        """Add the gradient of a block's sinks (A, n, s, D) to the keys (A, T, D) or the state's sinks (A, s, D)."""
+        For blocks from the last to the first: the one behind has written to this one's last chunk.
+        """
+        count, tokens = self.plan.valid.shape[1], chunks.flatten(1, 2)
+        first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
+        low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
+        whole[:, low:written] = tokens[:, low - first : written - first]
+        whole[:, written:stop] += tokens[:, written - first : stop - first]
+
+    def add_sinks(self, whole: torch.Tensor, of_state: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the gradient of `sink_rows` (A, n, s, D) to the keys (A, T, D) or the state's sinks (A, s, D)."""
         if not rows.shape[2]:
             return
-        index, from_state = self._sink_index(span, rows.shape[2])
+        index, from_state = self._sink_index(rows.shape[2])
         batch, heads = self.inputs.key.shape[:2]
         split = rows.unflatten(0, (batch, heads))
         stored = from_state[:, None, :, None, None]
@@ -211,18 +215,19 @@ class Walk:
             tokens = F.pad(tokens, (0, 0, max(-start, 0), max(stop - length, 0)))
         return tokens.reshape(-1, span.stop - span.start + 1, self.chunk, x.shape[3])
 
-    def _sink_index(self, span: slice, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sink_index(self, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (R, n, s) that are the sinks of each chunk, and whether (R, n) a state has them instead."""
-        chunks = self.plan.sink_chunk[:, span]
+        chunks = self.plan.sink_chunk
         slots = torch.arange(sinks, device=chunks.device)
         index = chunks.clamp_min(0).unsqueeze(-1) * self.chunk + slots
         return index.clamp_max(self.inputs.key.shape[2] - 1), chunks < 0
 
-    def _sinks(self, x: torch.Tensor, of_state: torch.Tensor, span: slice) -> torch.Tensor:
-        sinks = of_state.shape[2]
+    def _sink_rows(self, x: torch.Tensor, of_state: torch.Tensor) -> torch.Tensor:
+        """The sinks (A, n, s, D) that each chunk of the call sees, of keys or values x (B, Hk, T, D)."""
+        sinks, chunks = of_state.shape[2], self.plan.valid.shape[1]
         if not sinks:
-            return x.new_zeros(x.shape[0] * x.shape[1], span.stop - span.start, 0, x.shape[3])
-        index, from_state = self._sink_index(span, sinks)
+            return x.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
+        index, from_state = self._sink_index(sinks)
         found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
         rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
         return rows.flatten(0, 1)
