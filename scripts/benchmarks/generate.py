@@ -99,7 +99,7 @@ def generate(
     rows: list[dict[str, Any]] = []
     for batch in batches:
         fitting = [n for n in contexts if not too_large(kv_bytes(setting, batch, n, LAYERS), limit)]
-        past = [random_context(setting, batch, max(fitting, default=1)) for _ in range(LAYERS)]
+        past = random_context(setting, batch, max(fitting, default=1))  # of every layer
         jobs: dict[tuple[str, int], Callable[[], Steps]] = {}
         for context in contexts:
             prompt = ids[:, : context + 1].expand(batch, -1)
@@ -154,12 +154,12 @@ def _rfa_job(meter: Meter, model: LlamaForCausalLM, prefilled: Any, prompt: Tens
 
 
 def _softmax_job(
-    meter: Meter, model: LlamaForCausalLM, past: Sequence[tuple[Tensor, Tensor]], context: int, prompt: Tensor
+    meter: Meter, model: LlamaForCausalLM, past: tuple[Tensor, Tensor], context: int, prompt: Tensor
 ) -> Callable[[], Steps]:
     def run() -> Steps:
         cache = DynamicCache(config=model.config)
-        for layer, (key, value) in enumerate(past):
-            cache.update(key[:, :, :context], value[:, :, :context], layer)
+        for layer in range(LAYERS):
+            cache.update(*(t[:, :, :context] for t in past), layer)
         return timed_generate(meter, model, cache, prompt, SOFTMAX_STEPS)
 
     return run
