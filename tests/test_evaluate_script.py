@@ -202,7 +202,8 @@ def adapters(model):
 
 def column(name, **figures):
     known = {"perplexity": {64: 3.0}, "bits_per_byte": {64: 1.5}, "by_position": [], "kl_to_original": 0.25}
-    return Column(name, **(known | {"greedy_agreement": 0.5} | figures))
+    known |= {"copy_perplexity": {}, "far_recovery": None}
+    return Column(name=name, **(known | {"greedy_agreement": 0.5} | figures))
 
 
 def test_markdown_leaves_out_rows_that_nothing_was_measured_for():

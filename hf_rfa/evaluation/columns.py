@@ -5,7 +5,6 @@ original · window only · every head linear · retrieval heads exact, and any n
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,9 @@ from transformers import PreTrainedModel
 
 import hf_rfa
 from hf_rfa.data.sequences import evaluation_windows
-from hf_rfa.evaluation import measures
 from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
-from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY
+from hf_rfa.evaluation.measuring import Measurer, with_far_recovery
+from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY, Quality
 from hf_rfa.evaluation.retrieval_tasks import PasskeyScore, passkey_retrieval
 from hf_rfa.record import conversion_config, is_converted
 
@@ -44,18 +43,11 @@ class Plan:
     passkey_lengths: Sequence[int] = ()
 
 
-@dataclass
-class Column:
-    """One model's figures: perplexities, bits per byte, KL in nats/token, shares."""
+@dataclass(frozen=True, kw_only=True)
+class Column(Quality):
+    """One model's figures, on windows, on whole documents and on passkeys."""
 
     name: str
-    perplexity: dict[int, float]
-    bits_per_byte: dict[int, float]
-    by_position: list[measures.PositionBin]
-    kl_to_original: float
-    greedy_agreement: float
-    copy_perplexity: dict[int, float] = field(default_factory=dict)
-    far_recovery: float | None = None
     sliding_perplexity: float | None = None
     stride: int = 0  # of the sliding window, tokens
     streaming_perplexity: float | None = None
@@ -107,46 +99,25 @@ def measure_columns(
         ConfigError: no document reaches the longest context.
         FloatingPointError: logits that are not finite.
     """
-    original = next(iter(models.values()))
-    longest = max(plan.contexts)
-    tokens = evaluation_windows(documents, longest, plan.windows).flatten()
-    together = torch.cat(list(documents))
-    bytes_per_token = sum(num_bytes) / len(together)
-    prompt = min(512, longest // 2, len(together) // 4)
-    greedy = measures.greedy_continuations(original, together, prompt, min(100, longest - prompt))
-    columns = []
+    longest, together = max(plan.contexts), torch.cat(list(documents))
+    measure = Measurer(
+        next(iter(models.values())), evaluated=evaluation_windows(documents, longest, plan.windows).flatten(),
+        held_out=together, bytes_per_token=sum(num_bytes) / len(together), contexts=plan.contexts,
+        copy_gaps=plan.copy_gaps, first_token=first_token,
+    )  # fmt: skip
+    columns = {}
     for name, model in models.items():
-        losses = {n: measures.token_nll(model, tokens, n) for n in plan.contexts}
-        kl, agreement = 0.0, 1.0  # of the original with itself, by definition
-        if model is not original:
-            kl = measures.kl_divergence(original, model, tokens, longest)
-            agreement = measures.greedy_agreement(model, greedy, prompt)
-        mean = {n: loss.double().mean().item() for n, loss in losses.items()}
-        column = Column(
-            name=name,
-            perplexity={n: math.exp(nll) for n, nll in mean.items()},
-            bits_per_byte={n: measures.bits_per_byte(nll, bytes_per_token) for n, nll in mean.items()},
-            by_position=measures.perplexity_by_position(losses[longest]),
-            kl_to_original=kl,
-            greedy_agreement=agreement,
-            copy_perplexity={
-                gap: measures.copy_perplexity(model, together, gap, first_token=first_token) for gap in plan.copy_gaps
-            },
-        )
+        more: dict[str, Any] = {}
         if plan.stride:
             whole = [ids[: plan.document_tokens] for ids in documents]
-            losses_of = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
-            column.sliding_perplexity, column.stride = document_perplexity(losses_of), plan.stride
+            losses = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
+            more |= {"sliding_perplexity": document_perplexity(losses), "stride": plan.stride}
             if is_converted(model):
-                column.streaming_perplexity = document_perplexity([streaming_nll(model, ids) for ids in whole])
+                more["streaming_perplexity"] = document_perplexity([streaming_nll(model, ids) for ids in whole])
         if plan.passkey_lengths:
-            column.passkey = passkey_retrieval(model, together, plan.passkey_lengths, first_token=first_token)
-        columns.append(column)
-    nll = {column.name: math.log(column.perplexity[longest]) for column in columns}
-    for column in columns:
-        if WINDOW_ONLY in nll:
-            column.far_recovery = measures.far_recovery(nll[columns[0].name], nll[WINDOW_ONLY], nll[column.name])
-    return columns
+            more["passkey"] = passkey_retrieval(model, together, plan.passkey_lengths, first_token=first_token)
+        columns[name] = Column(name=name, **vars(measure(model)), **more)
+    return list(with_far_recovery(columns, longest).values())
 
 
 def markdown_table(columns: Sequence[Column]) -> str:

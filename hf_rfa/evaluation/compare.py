@@ -1,7 +1,6 @@
 """The main job: an original, its window-only model and its conversions, measured side by side on the same tokens.
 
 from hf_rfa.evaluation.compare import compare, default_model
-from hf_rfa.evaluation.measuring import Measurer, Tokens, with_far_recovery
 from hf_rfa.evaluation.results import CompareSettings
 comparison = compare(CompareSettings(model=default_model()))
 """
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import hf_rfa
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation.measuring import Measurer, Tokens, with_far_recovery
+from hf_rfa.evaluation.measuring import Tokens, with_far_recovery
 from hf_rfa.evaluation.results import (
     EXACT,
     LINEAR,
@@ -114,7 +113,7 @@ def compare(
         comparison.softmax_heads = report.softmax_heads
         bar.update(_CALIBRATION_UNITS)
 
-        measure = Measurer(original, tokens, settings)
+        measure = tokens.measurer(original)
         for name in VARIANTS:
             bar.set_description(f"measuring {name}")
             comparison.calibrated[name] = measure(models[name])

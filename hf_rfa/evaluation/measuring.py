@@ -1,9 +1,10 @@
-"""The tokens that the main job uses, and its measurement of one model after the other on them."""
+"""The measurement of one model after the other on the same tokens, and the tokens that the main job uses."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_rfa.data.documents import load_documents, tokenize_documents
 from hf_rfa.data.sequences import evaluation_windows, training_batches
 from hf_rfa.evaluation import measures
-from hf_rfa.evaluation.results import ORIGINAL, WINDOW_ONLY, CompareSettings, Quality
+from hf_rfa.evaluation.results import WINDOW_ONLY, CompareSettings, Quality
+
+AnyQuality = TypeVar("AnyQuality", bound=Quality)
 
 GREEDY_PROMPT, GREEDY_NEW, GREEDY_SAMPLES = 512, 100, 4  # tokens, tokens, prompts
 
@@ -39,6 +42,13 @@ class Tokens:
         drawn = training_batches(self.train, self.longest, self._settings.batch_size, self._settings.seed + 1)
         return list(itertools.islice(drawn, self._settings.calibration_batches))
 
+    def measurer(self, original: PreTrainedModel) -> "Measurer":
+        return Measurer(
+            original, evaluated=self.evaluated, held_out=self.held_out, bytes_per_token=self.bytes_per_token,
+            contexts=self._settings.contexts, copy_gaps=self._settings.copy_gaps, first_token=self.first_token,
+            first_bin=self._settings.window,
+        )  # fmt: skip
+
     def training_batches(self) -> Iterator[Tensor]:
         s = self._settings
         return training_batches(self.train, self.longest, s.batch_size, s.seed, s.repeat_probability)
@@ -47,42 +57,50 @@ class Tokens:
 class Measurer:
     """Measures the quality of one model after the other on the same tokens, against the same original."""
 
-    def __init__(self, original: PreTrainedModel, tokens: Tokens, settings: CompareSettings) -> None:
-        self._original, self._tokens, self._settings = original, tokens, settings
-        self._prompt = min(GREEDY_PROMPT, tokens.longest // 2)
-        new = min(GREEDY_NEW, tokens.longest - self._prompt)
-        self._continuations = measures.greedy_continuations(
-            original, tokens.held_out, self._prompt, new, GREEDY_SAMPLES
-        )
+    def __init__(
+        self, original: PreTrainedModel, *, evaluated: Tensor, held_out: Tensor, bytes_per_token: float,
+        contexts: Sequence[int], copy_gaps: Sequence[int], first_token: int | None, first_bin: int = 64,
+    ) -> None:  # fmt: skip
+        """`evaluated`: windows of the longest context, one after the other; `held_out`: all tokens, to copy from."""
+        self._original, self._evaluated, self._held_out = original, evaluated, held_out
+        self._bytes_per_token, self._contexts, self._copy_gaps = bytes_per_token, contexts, copy_gaps
+        self._first_token, self._first_bin, self._longest = first_token, first_bin, max(contexts)
+        self._prompt = min(GREEDY_PROMPT, self._longest // 2, len(held_out) // GREEDY_SAMPLES)
+        new = min(GREEDY_NEW, self._longest - self._prompt)
+        self._continuations = measures.greedy_continuations(original, held_out, self._prompt, new, GREEDY_SAMPLES)
 
     def __call__(self, model: PreTrainedModel) -> Quality:
-        tokens, contexts = self._tokens, self._settings.contexts
-        losses = {n: measures.token_nll(model, tokens.evaluated, n) for n in contexts}
+        """Everything but the far recovery, which needs other models' figures."""
+        losses = {n: measures.token_nll(model, self._evaluated, n) for n in self._contexts}
         mean = {n: loss.double().mean().item() for n, loss in losses.items()}
         kl, agreement = 0.0, 1.0  # of the original with itself, by definition
         if model is not self._original:
-            kl = measures.kl_divergence(self._original, model, tokens.evaluated, tokens.longest)
+            kl = measures.kl_divergence(self._original, model, self._evaluated, self._longest)
             agreement = measures.greedy_agreement(model, self._continuations, self._prompt)
         return Quality(
             perplexity={n: math.exp(nll) for n, nll in mean.items()},
-            bits_per_byte={n: measures.bits_per_byte(nll, tokens.bytes_per_token) for n, nll in mean.items()},
-            by_position=measures.perplexity_by_position(losses[tokens.longest], self._settings.window),
+            bits_per_byte={n: measures.bits_per_byte(nll, self._bytes_per_token) for n, nll in mean.items()},
+            by_position=measures.perplexity_by_position(losses[self._longest], self._first_bin),
             kl_to_original=kl,
             far_recovery=None,
             copy_perplexity={
-                gap: measures.copy_perplexity(model, tokens.held_out, gap, first_token=tokens.first_token)
-                for gap in self._settings.copy_gaps
+                gap: measures.copy_perplexity(model, self._held_out, gap, first_token=self._first_token)
+                for gap in self._copy_gaps
             },
             greedy_agreement=agreement,
         )
 
 
-def with_far_recovery(qualities: dict[str, Quality], context: int) -> dict[str, Quality]:
-    """The same with `far_recovery` filled in, which needs the figures of the original and of the window alone."""
+def with_far_recovery(qualities: Mapping[str, AnyQuality], context: int) -> dict[str, AnyQuality]:
+    """The same with `far_recovery` filled in, which needs the figures of the original (the first) and of the window.
+
+    Without a model of the name `WINDOW_ONLY` nobody has one.
+    """
     nll = {name: math.log(quality.perplexity[context]) for name, quality in qualities.items()}
+    if WINDOW_ONLY not in nll:
+        return dict(qualities)
+    original = next(iter(nll.values()))
     return {
-        name: dataclasses.replace(
-            quality, far_recovery=measures.far_recovery(nll[ORIGINAL], nll[WINDOW_ONLY], nll[name])
-        )
+        name: dataclasses.replace(quality, far_recovery=measures.far_recovery(original, nll[WINDOW_ONLY], nll[name]))
         for name, quality in qualities.items()
     }

@@ -72,7 +72,7 @@ def run_all(
     settings = CompareSettings(model=arguments.model, data=arguments.data, **settings_of(study))
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
-    measure = Measurer(original, tokens, settings)
+    measure = tokens.measurer(original)
     done = {name_of(result["run"]) for result in results}
     runs = [run for run in all_runs(study["runs"]) if name_of(run) not in done]
     for run in tqdm(runs, desc=arguments.study.stem, unit="run"):
