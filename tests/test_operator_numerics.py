@@ -317,3 +317,29 @@ def test_a_state_of_another_batch_is_refused():
 def test_a_layout_of_another_shape_is_refused(name):
     with pytest.raises(ConfigError, match=rf"`{name}` must have shape \(batch, tokens\)\. Got \(20,\)\."):
         TokenLayout(**{name: torch.ones(20)})
+
+
+# --- narrow types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("length", [1, 40, 200])
+def test_narrow_tensors_are_computed_with_in_float32_and_rounded_once(length, key_heads, window, dtype):
+    """Block by block without gradients, as a whole with them: the same numbers."""
+    narrow = random_inputs(length, key_heads=key_heads, dtype=dtype)
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
+    valid = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.9
+    gate = {"gate_weight": torch.full((key_heads, 8), 0.1), "gate_bias": torch.full((key_heads,), 3.0)}
+    for more in ({}, {"valid": valid}, gate, {"sink_logits": torch.linspace(-1, 1, 4)}):
+        options = {"window": window, "sink_tokens": min(window, 3), "alpha": 0.6, "output_final_state": True, **more}
+        want, state_of_wide = rfa_attention(**wide, **options)
+        output, state = rfa_attention(**narrow, **options)
+        leaves = {name: t.clone().requires_grad_() if t.dtype == dtype else t for name, t in narrow.items()}
+        with_gradients, _ = rfa_attention(**leaves, **options)
+        for got in (output, with_gradients):
+            assert got.dtype == dtype
+            assert torch.equal(got, want.to(dtype))
+        assert torch.equal(state.kv_state, state_of_wide.kv_state)
+        assert torch.equal(state.near_value, state_of_wide.near_value.to(dtype))

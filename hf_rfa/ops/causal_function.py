@@ -33,11 +33,14 @@ class WalkSettings:
 
 
 def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk."""
+    """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk.
+
+    The output is of value's type without gradients and wide with them, where one is added to the other.
+    """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     tensors += [getattr(settings.far, name) for name in KERNEL]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _CausalAttention.apply(settings, *tensors)
+        return _CausalAttention.apply(settings, *(None if t is None else t.to(inputs.wide) for t in tensors))
     walk = Walk(inputs, settings.far, settings.plan, settings.window, settings.scaling)
     with torch.no_grad():
         output, carry, peak, _ = _run(walk, settings.statistics, keep=False)
@@ -61,7 +64,7 @@ def _run(
     inputs, plan = walk.inputs, walk.plan
     batch, heads, groups, length, _ = inputs.query.shape
     spans = walk.spans()
-    output = inputs.query.new_empty(batch, heads, groups, length, inputs.value.shape[-1])
+    output = inputs.value.new_empty(batch, heads, groups, length, inputs.value.shape[-1])
     carry, peak = inputs.carry.flatten(0, 1), inputs.carry_peak.flatten(0, 1)
     kept = None
     if keep:

@@ -27,8 +27,8 @@ class WalkInputs:
     """Tensors of a walk, in the aligned order of `plan`; the last chunk may be cut short.
 
     query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
-    remembers; decay (B, Hk, n, C), log g summed from each chunk's first slot, or None; sink_logits (Hk, G) or None;
-    carry (B, Hk, F, M + 1), carry_peak (B, Hk), the state before the first slot.
+    remembers; all these in any types, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
+    None; sink_logits (Hk, G) or None; carry (B, Hk, F, M + 1), carry_peak (B, Hk), the state before the first slot.
     """
 
     query: torch.Tensor
@@ -40,6 +40,11 @@ class WalkInputs:
     sink_logits: torch.Tensor | None
     carry: torch.Tensor
     carry_peak: torch.Tensor
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What is computed in: float32 or float64."""
+        return self.carry.dtype
 
 
 @dataclass
@@ -97,9 +102,9 @@ class Walk:
             decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
             decay = decay if span.start else F.pad(decay, (0, 0, 1, 0))
         return Block(
-            query=self.queries(inputs.query, span),
-            key=self._chunks(inputs.key, span),
-            value=self._chunks(inputs.value, span),
+            query=self.queries(inputs.query, span).to(inputs.wide),
+            key=self._chunks(inputs.key, span).to(inputs.wide),
+            value=self._chunks(inputs.value, span).to(inputs.wide),
             sink_key=self.sink_rows[0][:, span],
             sink_value=self.sink_rows[1][:, span],
             mask=self._mask(span, groups) if self.window else None,
@@ -159,9 +164,9 @@ class Walk:
         """Where a block's rows (A, n, G * C, M) are written, to be handed to `put`: into whole itself, if they can."""
         batch, heads, groups, length, dim = whole.shape
         count = span.stop - span.start
-        if groups == 1 and span.stop * self.chunk <= length:
+        if groups == 1 and span.stop * self.chunk <= length and whole.dtype == self.inputs.wide:
             return self.queries(whole, span)
-        return self.scratch("rows", whole, batch * heads, count, groups * self.chunk, dim)
+        return self.scratch("rows", self.inputs.carry, batch * heads, count, groups * self.chunk, dim)
 
     def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
         """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
@@ -226,11 +231,11 @@ class Walk:
         """The sinks (A, n, s, D) that each chunk of the call sees, of keys or values x (B, Hk, T, D)."""
         sinks, chunks = of_state.shape[2], self.plan.valid.shape[1]
         if not sinks:
-            return x.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
+            return self.inputs.carry.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
         index, from_state = self._sink_index(sinks)
         found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
         rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
-        return rows.flatten(0, 1)
+        return rows.flatten(0, 1).to(self.inputs.wide)
 
     def _mask(self, span: slice, groups: int) -> torch.Tensor:
         """0 where the queries of a chunk see its near keys, else -inf; (1 or A, 1 or n, R, W)."""
@@ -251,7 +256,7 @@ class Walk:
         visible = torch.cat(
             [sink, before.unsqueeze(2).expand(-1, -1, chunk, -1), torch.zeros_like(sink), own], dim=-1
         )  # fmt: skip
-        mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.query.dtype).repeat(1, 1, groups, 1)
+        mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.wide).repeat(1, 1, groups, 1)
         return mask.repeat_interleave(self.inputs.key.shape[1], 0) if len(mask) > 1 else mask
 
 

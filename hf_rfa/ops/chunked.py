@@ -23,7 +23,7 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 def chunked_causal(
     call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """Causal RFA of a call in float32 or float64.
+    """Causal RFA of a call, q, k and v in their own type, the far kernel in float32 or float64.
 
     Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
     """
@@ -83,8 +83,9 @@ def align(call: OperatorCall, output_final_state: bool) -> Aligned:
         query = take(query.flatten(1, 2), plan.source).unflatten(1, (heads, groups))
     wide = accumulation_dtype(key.dtype)
     decay, peak = None, state.log_max.to(wide)
-    log_gate = call.far.log_gate(key)
-    if log_gate is not None:
+    if call.far.gate_weight is not None:
+        log_gate = call.far.log_gate(key.to(wide))
+        assert log_gate is not None
         log_gate = F.pad(log_gate, (0, plan.valid[0].numel() - key.shape[2])).unflatten(2, plan.valid.shape[1:])
         log_gate = log_gate.masked_fill(~plan.valid.unsqueeze(1), 0.0)
         decay = log_gate.cumsum(-1)
@@ -99,7 +100,7 @@ def align(call: OperatorCall, output_final_state: bool) -> Aligned:
 
 
 def _wide(call: OperatorCall) -> torch.Tensor | None:
-    return None if call.sink_logits is None else call.sink_logits.to(call.query.dtype)
+    return None if call.sink_logits is None else call.sink_logits.to(accumulation_dtype(call.query.dtype))
 
 
 def final_state(aligned: Aligned, carry: torch.Tensor, peak: torch.Tensor, window: int) -> RFAState:

@@ -1,7 +1,5 @@
 """The linear heads of a call, by the form that `dispatch` picks."""
 
-import dataclasses
-
 import torch
 
 from hf_rfa.ops.bidirectional import chunked_bidirectional
@@ -18,7 +16,7 @@ def linear_heads(
 ) -> tuple[torch.Tensor, RFAState | None]:
     """Output (B, Hk, G, N, M), and the state after the last token, if wanted.
 
-    The output is float32 at least, or of value's type where the Triton kernels wrote it.
+    The output is float32 at least, or of value's type where it was written block by block.
     """
     form = form_of_call(call)
     if form == "triton":
@@ -26,14 +24,13 @@ def linear_heads(
         from hf_rfa.ops.triton.causal import triton_causal
 
         return triton_causal(call.replace(far=call.far.to(torch.float32)), output_final_state, statistics)
-    wide = call.to(accumulation_dtype(call.query.dtype))
+    wide = accumulation_dtype(call.query.dtype)
+    if form == "chunked":
+        return chunked_causal(call.replace(far=call.far.to(wide)), output_final_state, statistics)
+    call = call.to(wide).replace(state=call.state or call.empty_state())  # whose near keys stay in their own type
+    assert call.state is not None
     if form == "recurrent":
-        heads = RecurrentHeads(wide, call.state or call.empty_state())
-        output = heads.step(wide.query, wide.key, wide.value, call.layout.valid, statistics)
+        heads = RecurrentHeads(call, call.state)
+        output = heads.step(call.query, call.key, call.value, call.layout.valid, statistics)
         return output, heads.state() if output_final_state else None
-    run = chunked_causal if form == "chunked" else chunked_bidirectional
-    output, final = run(wide, output_final_state, statistics)
-    if final is not None:  # the near keys are kept as they came: half the bytes for bfloat16
-        like = {"near_key": call.key, "sink_key": call.key, "near_value": call.value, "sink_value": call.value}
-        final = dataclasses.replace(final, **{name: getattr(final, name).to(t.dtype) for name, t in like.items()})
-    return output, final
+    return chunked_bidirectional(call, output_final_state, statistics)
