@@ -27,7 +27,8 @@ operations:
 | near keys: scores, values                  | 2 (2C + s)(D + M)   | scores once more, and twice for all gradients  |
 
 Exponentials, maxima and the masked half of the own chunk's scores are not counted as work that must be done. Bytes are
-those of q, k, v and the output, in the backward pass also of all gradients, each moved once.
+those of q, k, v and the output, in the backward pass also of all gradients, each moved once. The floor of memory is
+what a pass must hold at its end beside its inputs: the output, and the gradients of q, k and v.
 """
 
 import shlex

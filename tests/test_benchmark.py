@@ -153,6 +153,7 @@ def test_memory_is_measured_in_a_process_of_its_own(benchmark, tmp_path):
     (row,) = run(benchmark, tmp_path, "--memory", *options)
     assert row["peak_bytes"]["softmax"] is None
     output = 8 * 4096 * 64 * 4  # bytes
+    assert row["floor_bytes"] == output
     assert output <= row["peak_bytes"]["RFA"] < 10 * output
 
 

@@ -23,3 +23,12 @@ def floor_seconds(which: str, setting: Setting, length: int, machine: dict[str, 
         numbers *= 3  # once more, and all gradients
     moved = numbers * DTYPES[s.dtype].itemsize
     return s.heads * length * max(operations / machine["matmul_flops"], moved / machine["copy_bytes"])
+
+
+def floor_bytes(which: str, setting: Setting, length: int) -> int:
+    """Bytes that a pass must hold at its end, beside its inputs: the output, and the gradients of q, k and v."""
+    s = setting
+    numbers = s.heads * s.head_dim
+    if which != "forward":
+        numbers += (s.heads + 2 * s.key_heads) * s.head_dim
+    return numbers * length * DTYPES[s.dtype].itemsize

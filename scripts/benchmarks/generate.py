@@ -50,32 +50,41 @@ class Steps:
 
 
 class StepRecorder:
-    """Notes the time at every step of `generate`: a logits processor, and hooks around the model's forward."""
+    """Notes the time of the first and the last of some steps: a logits processor, and hooks around the forward."""
 
-    def __init__(self, meter: Meter, cache: Any) -> None:
-        self._meter, self._cache = meter, cache
+    def __init__(self, meter: Meter, cache: Any, steps: int) -> None:
+        self._meter, self._cache, self._steps = meter, cache, steps
         self._times: list[float] = []
+        self._sizes: list[tuple[int, int]] = []  # bytes of the cache, bytes held
         self._forward: list[float] = []
-        self._begun = 0.0
-        self._before = self._after = (0, 0)  # bytes of the cache, bytes held
+        self._calls = 0
+        self._entered = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._times.append(self._meter.now())
-        sizes = (hf_rfa.cache_bytes(self._cache), held_bytes(self._meter.device))
-        self._before, self._after = (sizes if len(self._times) == 1 else self._before), sizes
+        # To look at the sizes takes time, too: before the first step and after the last one.
+        if self._calls == 0:
+            self._look()
+            self._times.append(self._meter.now())
+        elif self._calls == self._steps:
+            self._times.append(self._meter.now())
+            self._look()
+        self._calls += 1
         return scores
 
+    def _look(self) -> None:
+        self._sizes.append((hf_rfa.cache_bytes(self._cache), held_bytes(self._meter.device)))
+
     def enter(self, *_: object) -> None:
-        self._begun = self._meter.now()
+        self._entered = self._meter.now()
 
     def leave(self, *_: object) -> None:
-        self._forward.append(self._meter.now() - self._begun)
+        self._forward.append(self._meter.now() - self._entered)
 
-    def steps(self) -> Steps:
-        """Of the steps after the first, whose forward stands in for the prefill."""
-        count = len(self._times) - 1
-        growth = [(after - before) / count for before, after in zip(self._before, self._after, strict=True)]
-        return Steps((self._times[-1] - self._times[0]) / count, statistics.mean(self._forward[1:]), *growth)
+    def result(self) -> Steps:
+        """Per step, of those after the first forward, which stands in for the prefill."""
+        begun, ended = self._times
+        cache, held = ((after - before) / self._steps for before, after in zip(*self._sizes, strict=True))
+        return Steps((ended - begun) / self._steps, statistics.mean(self._forward[1:]), cache, held)
 
 
 def held_bytes(device: str) -> int:
@@ -167,7 +176,7 @@ def _softmax_job(
 
 def timed_generate(meter: Meter, model: LlamaForCausalLM, cache: Any, prompt: Tensor, steps: int) -> Steps:
     """`generate` after a filled cache: the last token of `prompt` (B, N) is the one that the cache has not seen."""
-    recorder = StepRecorder(meter, cache)
+    recorder = StepRecorder(meter, cache, steps)
     hooks = [model.register_forward_pre_hook(recorder.enter), model.register_forward_hook(recorder.leave)]
     try:
         model.generate(
@@ -176,7 +185,7 @@ def timed_generate(meter: Meter, model: LlamaForCausalLM, cache: Any, prompt: Te
     finally:
         for hook in hooks:
             hook.remove()
-    return recorder.steps()
+    return recorder.result()
 
 
 def _turns(jobs: dict[tuple[str, int], Callable[[], Steps]], repeats: int) -> dict[tuple[str, int], list[Steps]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.device import gpu_peak_bytes
+from benchmarks.floor import floor_bytes
 from benchmarks.methods import pass_call
 from benchmarks.setting import Setting
 from benchmarks.table import MIB, Panel, Result, Table
@@ -32,7 +33,7 @@ CONTESTANTS = {"rfa": "RFA", "softmax": "softmax"}
 def memory(setting: Setting, *, passes: Sequence[str], lengths: Sequence[int], longest_softmax: int) -> Result:
     """One row for each pass and length, with the growth per doubling of N (2 is linear, 4 quadratic)."""
     titles = [column for title in CONTESTANTS.values() for column in (f"{title} (MiB)", "growth")]
-    table = Table("pass", "N", *titles, "RFA / softmax", "goal", text=1)
+    table = Table("pass", "N", *titles, "RFA / softmax", "goal", "floor (MiB)", text=1)
     rows: list[dict[str, Any]] = []
     before: dict[tuple[str, str], tuple[int, int]] = {}
     for which in passes:
@@ -50,9 +51,10 @@ def memory(setting: Setting, *, passes: Sequence[str], lengths: Sequence[int], l
                 )
                 if peak is not None:
                     before[name, which] = (length, peak)
-            rows.append({"pass": which, "length": length, "peak_bytes": peaks})
+            least = floor_bytes(which, setting, length)
+            rows.append({"pass": which, "length": length, "peak_bytes": peaks, "floor_bytes": least})
             ratio = f"{peaks['RFA'] / peaks['softmax']:.2f}" if peaks["RFA"] and peaks["softmax"] else ""
-            table.add(which, length, *cells, ratio, _goal(setting, which, length))
+            table.add(which, length, *cells, ratio, _goal(setting, which, length), f"{least / MIB:,.1f}")
     panels = [Panel(which, "N (tokens)", "MiB above the inputs", _series(rows, which)) for which in passes]
     return Result(rows, table.lines, panels)
 
@@ -67,6 +69,7 @@ def _series(rows: Sequence[dict[str, Any]], which: str) -> dict[str, list[tuple[
         ]
         for title in CONTESTANTS.values()
     }
+    series["floor"] = [(row["length"], row["floor_bytes"] / MIB) for row in rows if row["pass"] == which]
     return {title: points for title, points in series.items() if points}
 
 

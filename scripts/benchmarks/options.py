@@ -19,7 +19,7 @@ MODES: dict[str, dict[str, Any]] = {
         "repeats": 5, "clock": "wall", "backends": ("chunked",), "beside": (),
     },
     "memory": {
-        "lengths": (4096, 16384, 32768, 65536, 131072, 262144), "passes": PASSES, "longest_softmax": 65536,
+        "lengths": (4096, 16384, 32768, 65536, 131072, 262144), "passes": PASSES, "longest_softmax": 32768,
     },
     "peers": {"lengths": (1024, 4096, 16384), "repeats": 3, "clock": "wall", "memory_limit": 8.0},
     "decode": _DECODING,
