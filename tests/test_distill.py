@@ -233,6 +233,8 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
         ({"steps": 0}, "`steps`"),
         ({"omega": "fixed"}, "'learned' or 'random'"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
+        ({"cluster_scale": 0.0}, "`cluster_scale` must be positive"),
+        ({"cluster_scale": 0.5}, "for the clustered map, which no head"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm`"),
         ({"weight_loss": -1.0}, "`weight_loss`"),
         ({"sampled_queries": 0}, "`sampled_queries`"),
@@ -267,3 +269,27 @@ def test_no_gradient_crosses_a_layer(tiny_llama):
     assert all(tensor.grad is not None for tensor in layer.tensors.values())
     assert all(p.grad is None for p in model.parameters())
     assert output.isfinite().all()
+
+
+def test_clusters_begin_as_soft_as_asked_for(tiny_llama):
+    config = dataclasses.replace(CONFIG, feature_map="clustered")
+    model = hf_rfa.convert(sharpened(tiny_llama), config, calibrate=next(batches()))
+    _, _, adapter = next(iter(named_adapters(model)))
+    x = torch.randn(50, adapter.omega.shape[-1], generator=torch.Generator().manual_seed(0))
+
+    def start(scale):
+        loss = TransferLoss(1.0, 8, 0.0, 0)
+        tensors = LayerTransfer(adapter, loss, learn_omega=True, cluster_scale=scale).tensors
+        return {name: tensor[0].detach() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def entropy_and_logits(omega, key_transform, query_transform, **others):
+        shares = (x @ key_transform.T @ omega.T - omega.square().sum(-1) / 2).softmax(-1)
+        return float(torch.special.entr(shares).sum(-1).mean()), x @ query_transform.T @ omega.T
+
+    fitted = {name: getattr(adapter, name)[0] for name in ("omega", "key_transform", "query_transform")}
+    sharp, expected = entropy_and_logits(**fitted)
+    soft, logits = entropy_and_logits(**start(0.5))
+    torch.testing.assert_close(logits, expected)
+    assert soft > 1.5 * sharp
+    torch.testing.assert_close(start(1.0)["omega"], adapter.omega[0].detach())

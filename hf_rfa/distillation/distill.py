@@ -51,6 +51,7 @@ def distill(
     weight_loss: float = 0.0,
     sampled_queries: int = 64,
     window_dropout: float = 0.0,
+    cluster_scale: float = 1.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
     output: str | Path | None = None,
@@ -79,6 +80,9 @@ def distill(
             up. Heads with the trigonometric map are left out of it: their estimates may be negative.
         sampled_queries: On so many places of each sequence.
         window_dropout: Share of the steps in which the far part has to answer for the near keys too.
+        cluster_scale: Clustered heads begin with all distances between keys times it, and the logits of queries as
+            they are. Calibration gives clusters borders so sharp that hardly a key has a second cluster whose gradient
+            could move it: with 0.5, heads that look things up learn more in as many steps.
         max_grad_norm: The gradient of each layer is clipped to it.
         seed: Of the sampled places and the window dropout.
         output, save_every, resume: Folder of the checkpoint `distill.pt`, how often it is written, and whether to go
@@ -106,7 +110,7 @@ def distill(
         (3, [0, 1])
     """
     loss = TransferLoss(weight_loss, sampled_queries, window_dropout, seed)
-    _check_arguments(steps, omega, learning_rate, max_grad_norm, output, save_every, resume)
+    _check_arguments(steps, omega, learning_rate, cluster_scale, max_grad_norm, output, save_every, resume)
     config = conversion_config(model)
     learned = config.omega == "learned"
     if learned and omega == "random":
@@ -114,7 +118,7 @@ def distill(
     base = base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     layers = {
-        adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned")
+        adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned", cluster_scale=cluster_scale)
         for adapter in adapters
         if adapter.converted and len(adapter.softmax_heads) < adapter.key_heads
     }
@@ -124,6 +128,11 @@ def distill(
         raise ConfigError(
             "`weight_loss` needs heads whose estimated weights are positive. Got the trigonometric map everywhere. "
             "Set weight_loss=0 or convert with another `feature_map`."
+        )
+    if cluster_scale != 1 and not any("clustered" in adapter.feature_maps for adapter in adapters):
+        raise ConfigError(
+            f"`cluster_scale` is for the clustered map, which no head of this model has. Got {cluster_scale}. Leave "
+            "it out, or convert with `feature_map='clustered'`."
         )
     optimizers = {number: torch.optim.Adam(layer.tensors.values(), lr=0.0) for number, layer in layers.items()}
     path = None if output is None else Path(output) / CHECKPOINT
@@ -243,14 +252,16 @@ def _load(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[i
 
 
 def _check_arguments(
-    steps: int, omega: str, learning_rate: float, max_grad_norm: float, output: Any, save_every: int, resume: bool
-) -> None:
+    steps: int, omega: str, learning_rate: float, cluster_scale: float, max_grad_norm: float, output: Any,
+    save_every: int, resume: bool,
+) -> None:  # fmt: skip
     if steps < 1 or save_every < 1:
         raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
     if omega not in ("learned", "random"):
         raise ConfigError(f"`omega` must be 'learned' or 'random'. Got {omega!r}. Choose one of them.")
-    for name, value in (("learning_rate", learning_rate), ("max_grad_norm", max_grad_norm)):
+    positive = {"learning_rate": learning_rate, "cluster_scale": cluster_scale, "max_grad_norm": max_grad_norm}
+    for name, value in positive.items():
         if not 0 < value < math.inf:
-            raise ConfigError(f"`{name}` must be positive and finite. Got {value}. Set, for example, 1e-2.")
+            raise ConfigError(f"`{name}` must be positive and finite. Got {value}. Leave it out for its default.")
     if resume and output is None:
         raise ConfigError("`resume=True` needs the folder of the run. Set `output`.")

@@ -45,7 +45,9 @@ class LayerTransfer:
         loss: Of the last forward.
     """
 
-    def __init__(self, adapter: RFAAdapter, loss: TransferLoss, *, learn_omega: bool) -> None:
+    def __init__(
+        self, adapter: RFAAdapter, loss: TransferLoss, *, learn_omega: bool, cluster_scale: float = 1.0
+    ) -> None:  # fmt: skip
         self.adapter, self.settings, self.learn_omega = adapter, loss, learn_omega
         self.named = [*GEOMETRY, *(GATE if adapter.config.gate else ())]  # trained as they are
         start = {name: getattr(adapter, name) for name in self.named}
@@ -53,6 +55,8 @@ class LayerTransfer:
         start["log_gamma"] = adapter.gamma.clamp_min(LEAST_GAMMA).log()
         if learn_omega:
             start["omega"] = adapter.omega
+            if cluster_scale != 1:
+                start |= _scaled_clusters(adapter, cluster_scale)
         self.tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
         self.loss, self.step = float("nan"), 0
 
@@ -132,6 +136,17 @@ class LayerTransfer:
         kernel |= {name: tensors[name] for name in self.named}
         kernel |= {"alpha": tensors["log_alpha"].exp(), "gamma": tensors["log_gamma"].exp()}
         return kernel | {"query_radius": adapter.query_radius, "key_radius": adapter.key_radius}
+
+
+def _scaled_clusters(adapter: RFAAdapter, cluster_scale: float) -> dict[str, torch.Tensor]:
+    """Distances of keys to centroids times `cluster_scale` in clustered heads; logits of queries as they were."""
+    clustered = torch.tensor([name == "clustered" for name in adapter.feature_maps], device=adapter.omega.device)
+    scale = torch.where(clustered, cluster_scale, 1.0).view(-1, 1, 1)
+    return {
+        "omega": adapter.omega * scale,
+        "key_transform": adapter.key_transform * scale,
+        "query_transform": adapter.query_transform / scale,
+    }
 
 
 def _relative_error(module: nn.Module, output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
