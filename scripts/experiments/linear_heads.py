@@ -31,7 +31,6 @@ CALIBRATION = (2, 2048)  # rows, tokens
 SHORT, SHORT_ROWS = 640, 2
 LONG, LONG_EVERY = 1536, 4
 TIMED_STEPS = 8
-CLUSTER_SCALE = 0.5  # see `distill`
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ def main() -> None:
     stage("calibrated", lambda: hf_rfa.convert(model, config, calibrate=text))
     stage("transferred", lambda: hf_rfa.distill(
         model, training_batches(token_lists, SHORT, SHORT_ROWS, 1, 1.0), steps=options.transfer_steps, weight_loss=1.0,
-        sampled_queries=128, cluster_scale=CLUSTER_SCALE, seed=options.seed,
+        sampled_queries=128, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
     common = {"feature_learning_rate": options.feature_learning_rate, "kl_weight": 1.0, "teacher": original,
               "fused_loss": True, "mixed_precision": "bf16", "learning_rate": options.learning_rate}  # fmt: skip
@@ -100,10 +99,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--budget", type=float, default=2400, help="CPU seconds of all stages, without measuring")
     parser.add_argument("--transfer_steps", type=int, default=150)
+    parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--feature_learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.cluster_scale is None:
+        options.cluster_scale = 0.5 if options.feature_map == "clustered" else 1.0
+    return options
 
 
 def mixture(token_lists: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
