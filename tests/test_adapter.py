@@ -142,7 +142,7 @@ def test_two_processes_see_the_same_draw():
         )
         for seed in (1, 2)
     ]
-    hashes = [process.communicate(timeout=120)[0].strip() for process in running]
+    hashes = [process.communicate(timeout=400)[0].strip() for process in running]
     model = converted()
     hf_rfa.resample(model, draw=3)
     here = hashlib.sha256(b"".join(omega.numpy().tobytes() for omega in omegas(model))).hexdigest()
