@@ -234,6 +234,9 @@ def _state_after(
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a Transformers cache holds, converted layers or not.
 
+    What a layer works out of the model's own tensors while it decodes (about the size of its omega, two or three times
+    that once it is calibrated) is no memory of the text and does not count.
+
     Example:
         >>> import torch, hf_rfa
         >>> from transformers import LlamaConfig, LlamaForCausalLM
