@@ -178,7 +178,8 @@ def make_batches(options: Options, tokens):
     if options.documents == "carried":
         lanes = options.batches_per_step or PartialState().num_processes // options.sequence_parallel
         return carried_batches(tokens, options.context, options.batch_size, options.seed, lanes)
-    return training_batches(tokens, options.context, options.batch_size, options.seed, options.repeat_probability)
+    shares = options.repeat_probability, options.loop_probability
+    return training_batches(tokens, options.context, options.batch_size, options.seed, *shares)
 
 
 def inputs_of(batch) -> dict[str, torch.Tensor]:

@@ -46,6 +46,7 @@ class Options:
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
     documents: str = field(default="packed", metadata={"help": f"One of {DOCUMENTS}; 'random' crosses their borders."})
     repeat_probability: float = field(default=0.0, metadata={"help": "Planted repeats, for 'random' documents."})
+    loop_probability: float = field(default=0.0, metadata={"help": "Texts in a loop, for 'random' documents."})
     context: int = field(default=2048, metadata={"help": "Tokens a sequence."})
     batch_size: int = field(default=1, metadata={"help": "Sequences a batch."})
     batches_per_step: int | None = field(default=None, metadata={"help": "Over all processes; else one a process."})
@@ -100,6 +101,12 @@ def read_options(arguments: list[str], description: str | None) -> Options:
             raise ConfigError(f"`{name}` must be of {list(allowed)}. Got {value!r}.")
     if options.streaming and options.documents == "random":
         raise ConfigError("A stream has no random positions. Got documents=random. Set documents=packed or carried.")
+    for name, share in (("repeat", options.repeat_probability), ("loop", options.loop_probability)):
+        if share and options.documents != "random":
+            raise ConfigError(
+                f"`{name}_probability` changes the texts of documents=random only. Got {share} and "
+                f"documents={options.documents}. Set documents=random, or leave it out."
+            )
     for name, value in (
         ("documents", options.documents == "carried" and options.documents),
         ("sequence_parallel", options.sequence_parallel > 1 and options.sequence_parallel),

@@ -361,6 +361,47 @@ def test_share_of_sequences_with_repeats():
     assert 0.45 < share < 0.55
 
 
+@pytest.mark.parametrize("context", [160, 640, 2048])
+def test_loops_repeat_a_span_of_text_until_the_context_is_full(context):
+    periods = []
+    for batch in itertools.islice(training_batches([torch.arange(50_000)], context, 8, 0, loop_probability=1.0), 40):
+        for row in batch:
+            period = len(row.unique())  # every token of the text is another number
+            assert torch.equal(row[period:], row[:-period])
+            assert (row[:period].diff() == 1).all()
+            periods.append(period)
+    assert min(periods) >= sequences.LOOP_SHORTEST
+    assert max(periods) <= sequences.LOOP_LONGEST * context
+    if context > 160:  # at 160 there is but one period
+        middle = (sequences.LOOP_SHORTEST + sequences.LOOP_LONGEST * context) / 2
+        spread = (sequences.LOOP_LONGEST * context - sequences.LOOP_SHORTEST) / 12**0.5
+        assert abs(sum(periods) / len(periods) - middle) < 4 * spread / len(periods) ** 0.5
+
+
+def test_loops_have_twice_the_repeated_tokens_of_planted_repeats():
+    def repeated(**probability):
+        batches = training_batches([torch.arange(50_000)], 640, 8, 0, **probability)
+        rows = torch.cat(list(itertools.islice(batches, 100)))
+        return 1 - sum(len(row.unique()) for row in rows) / rows.numel()
+
+    assert repeated(loop_probability=1.0) == pytest.approx(0.5, abs=0.03)
+    assert repeated(repeat_probability=1.0) == pytest.approx(0.25, abs=0.03)
+
+
+def test_share_of_loops_and_no_repeats_planted_in_them():
+    batches = training_batches([torch.arange(50_000)], 512, 16, 0, repeat_probability=1.0, loop_probability=0.5)
+    rows = [row for batch in itertools.islice(batches, 60) for row in batch]
+    periods = [len(row.unique()) for row in rows]
+    loops = [p for row, p in zip(rows, periods, strict=True) if torch.equal(row[p:], row[:-p])]
+    assert 0.45 < len(loops) / len(rows) < 0.55
+    assert max(periods) < 512  # the others have planted repeats
+
+
+def test_batches_without_loops_are_those_of_versions_that_had_none():
+    batch = next(training_batches([torch.arange(5000)], 256, 2, 7, repeat_probability=0.5))
+    assert batch[:, 0].tolist() == [4465, 2027]
+
+
 def test_context_longer_than_all_tokens():
     with pytest.raises(ValueError, match=r"hold 30 tokens together, fewer than one sequence of 64"):
         training_batches([torch.arange(20), torch.arange(10)], 64, 1, 0)
@@ -371,10 +412,16 @@ def test_no_documents_to_draw_from():
         training_batches([], 64, 1, 0)
 
 
+@pytest.mark.parametrize("name", ["repeat_probability", "loop_probability"])
 @pytest.mark.parametrize("probability", [-0.1, 1.5])
-def test_repeat_probability_out_of_range(probability):
-    with pytest.raises(ValueError, match=rf"`repeat_probability` must be in \[0, 1\]\. Got {probability}"):
-        training_batches([torch.arange(2000)], 512, 1, 0, repeat_probability=probability)
+def test_probability_out_of_range(name, probability):
+    with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\]\. Got {probability}"):
+        training_batches([torch.arange(2000)], 512, 1, 0, **{name: probability})
+
+
+def test_context_too_short_for_a_loop():
+    with pytest.raises(ValueError, match=r"A context of 159 tokens has no room for a loop .* at least 160"):
+        training_batches([torch.arange(2000)], 159, 1, 0, loop_probability=0.5)
 
 
 def test_context_too_short_for_a_repeat():

@@ -292,6 +292,11 @@ def main(monkeypatch):
         ({"stages": "sleep"}, ConfigError, "`stages` must be of"),
         ({"stages": "finetune"}, ConfigError, r"is not converted yet\. Got stages=\['finetune'\]"),
         ({"streaming": True, "documents": "random"}, ConfigError, "A stream has no random positions"),
+        (
+            {"documents": "packed", "loop_probability": 0.5},
+            ConfigError,
+            r"`loop_probability` changes the texts of documents=random only\. Got 0\.5 and documents=packed",
+        ),
         ({"baseline": True, "documents": "carried"}, ConfigError, r"no state to carry .*Got documents=carried"),
         ({"baseline": True, "train": "adapter"}, ConfigError, r"no adapter\. Got train=adapter"),
         ({"baseline": True, "sequence_parallel": 2}, ConfigError, r"Got sequence_parallel=2"),

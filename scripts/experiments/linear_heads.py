@@ -5,10 +5,10 @@
 
 Three stages, each timed by the processor's clock: `hf_rfa.convert` calibrates (with the clustered map: k-means of the
 keys), `hf_rfa.distill` transfers the attention with the loss on its weights, `finetune` trains all weights and the
-features with the next-token loss and the KL divergence to the original. Three in four batches are short texts with
-planted repeats, which only a head that looks things up predicts; the fourth is a long text as it is. The number of
-steps is what the rest of the budget pays for, by the time that the first few take. `measure.py` is described in
-`goals.py`. OUTPUT gets the model and `results.json`.
+features with the next-token loss and the KL divergence to the original. Three in four batches are short texts in a
+loop, which only a head that looks things up predicts; the fourth is a long text as it is. The number of steps is what
+the rest of the budget pays for, by the time that the first few take. `measure.py` is described in `goals.py`; none of
+the texts that it measures is trained on. OUTPUT gets the model and `results.json`.
 """
 
 import argparse
@@ -65,11 +65,12 @@ def main() -> None:
     text = torch.cat(token_lists)[tokens : tokens + rows * tokens].view(rows, tokens)
     stage("calibrated", lambda: hf_rfa.convert(model, config, calibrate=text))
     stage("transferred", lambda: hf_rfa.distill(
-        model, training_batches(token_lists, SHORT, SHORT_ROWS, 1, 1.0), steps=options.transfer_steps, weight_loss=1.0,
-        sampled_queries=128, cluster_scale=options.cluster_scale, seed=options.seed,
+        model, training_batches(token_lists, SHORT, SHORT_ROWS, 1, loop_probability=1.0),
+        steps=options.transfer_steps, weight_loss=float(options.feature_map != "trigonometric"), sampled_queries=128,
+        cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
     common = {"feature_learning_rate": options.feature_learning_rate, "kl_weight": 1.0, "teacher": original,
-              "fused_loss": True, "mixed_precision": "bf16", "learning_rate": options.learning_rate}  # fmt: skip
+              "fused_loss": False, "mixed_precision": "bf16", "learning_rate": options.learning_rate}  # fmt: skip
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
     finetune(trial, mixture(token_lists, 2), steps=TIMED_STEPS, progress=False, **common)
@@ -98,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layer_features", nargs="*", default=[], help="other numbers for some layers, as 3:512")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--budget", type=float, default=2400, help="CPU seconds of all stages, without measuring")
-    parser.add_argument("--transfer_steps", type=int, default=150)
+    parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--feature_learning_rate", type=float, default=3e-3)
@@ -110,8 +111,8 @@ def parse() -> argparse.Namespace:
 
 
 def mixture(token_lists: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-    """Short texts with planted repeats; every `LONG_EVERY`-th batch is one long text as it is."""
-    short = training_batches(token_lists, SHORT, SHORT_ROWS, seed, 1.0)
+    """Short texts in a loop; every `LONG_EVERY`-th batch is one long text as it is."""
+    short = training_batches(token_lists, SHORT, SHORT_ROWS, seed, loop_probability=1.0)
     long = training_batches(token_lists, LONG, 1, seed)
     for number in itertools.count(1):
         yield next(short if number % LONG_EVERY else long)
