@@ -28,7 +28,7 @@ def study(monkeypatch):
     import run
 
     yield run
-    for name in ("run", "table", "plots"):
+    for name in ("run", "recipe", "table", "plots"):
         sys.modules.pop(name, None)
 
 

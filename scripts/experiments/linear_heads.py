@@ -4,32 +4,26 @@
         [--num_features 64] [--layer_features 3:512] [--window 64] [--feature_map clustered] [--budget 2400]
 
 Three stages, each timed by the processor's clock: `hf_rfa.convert` calibrates (with the clustered map: k-means of the
-keys), `hf_rfa.distill` transfers the attention with the loss on its weights, `finetune` trains all weights and the
-features with the next-token loss and the KL divergence to the original. Three in four batches are short texts in a
-loop, which only a head that looks things up predicts; the fourth is a long text as it is. The number of steps is what
-the rest of the budget pays for, by the time that the first few take. `measure.py` is described in `goals.py`; none of
-the texts that it measures is trained on. OUTPUT gets the model and `results.json`.
+keys), then `recipe.py` transfers the attention, with the loss on its weights, and trains all weights and the features.
+The number of steps is what the rest of the budget pays for, by the time that the first few take. `measure.py` is
+described in `goals.py`; none of the texts that it measures is trained on. OUTPUT gets the model and `results.json`.
 """
 
 import argparse
-import itertools
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
 from goals import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
-from hf_rfa.data import load_documents, tokenize_documents, training_batches
-from hf_rfa.training import finetune
+from hf_rfa.data import load_documents, tokenize_documents
 
 CALIBRATION = (2, 2048)  # rows, tokens
-SHORT, SHORT_ROWS = 640, 2
-LONG, LONG_EVERY = 1536, 4
 TIMED_STEPS = 8
 
 
@@ -64,22 +58,19 @@ def main() -> None:
     rows, tokens = CALIBRATION
     text = torch.cat(token_lists)[tokens : tokens + rows * tokens].view(rows, tokens)
     stage("calibrated", lambda: hf_rfa.convert(model, config, calibrate=text))
-    stage("transferred", lambda: hf_rfa.distill(
-        model, training_batches(token_lists, SHORT, SHORT_ROWS, 1, loop_probability=1.0),
-        steps=options.transfer_steps, weight_loss=float(options.feature_map != "trigonometric"), sampled_queries=128,
-        cluster_scale=options.cluster_scale, seed=options.seed,
+    stage("transferred", lambda: recipe.transfer(
+        model, token_lists, options.transfer_steps, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
-    common = {"feature_learning_rate": options.feature_learning_rate, "kl_weight": 1.0, "teacher": original,
-              "fused_loss": False, "mixed_precision": "bf16", "learning_rate": options.learning_rate}  # fmt: skip
+    rates = {"learning_rate": options.learning_rate, "feature_learning_rate": options.feature_learning_rate}
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
-    finetune(trial, mixture(token_lists, 2), steps=TIMED_STEPS, progress=False, **common)
+    recipe.fine_tune(trial, original, token_lists, TIMED_STEPS, seed=2, progress=False, **rates)
     one = (time.process_time() - started) / TIMED_STEPS
     spent += one * TIMED_STEPS
     steps = max(1, int((options.budget - spent) / one))
     results["finetune_steps"] = steps
-    stage("finetuned", lambda: finetune(
-        model, mixture(token_lists, 3), steps=steps, output=options.output / "run", save_every=200, **common,
+    stage("finetuned", lambda: recipe.fine_tune(
+        model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **rates,
         evaluate=lambda m: {"copy 300": measure.copy_perplexity(m.eval(), held_out, 300)}, evaluate_every=200,
     ))  # fmt: skip
     results["cpu_seconds"] = spent
@@ -101,21 +92,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=2400, help="CPU seconds of all stages, without measuring")
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
-    parser.add_argument("--learning_rate", type=float, default=4e-4)
-    parser.add_argument("--feature_learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=recipe.LEARNING_RATE)
+    parser.add_argument("--feature_learning_rate", type=float, default=recipe.FEATURE_LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.cluster_scale is None:
-        options.cluster_scale = 0.5 if options.feature_map == "clustered" else 1.0
-    return options
-
-
-def mixture(token_lists: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-    """Short texts in a loop; every `LONG_EVERY`-th batch is one long text as it is."""
-    short = training_batches(token_lists, SHORT, SHORT_ROWS, seed, loop_probability=1.0)
-    long = training_batches(token_lists, LONG, 1, seed)
-    for number in itertools.count(1):
-        yield next(short if number % LONG_EVERY else long)
+    return parser.parse_args()
 
 
 def figures(measure: Any, original: Any, model: Any, ids: torch.Tensor) -> dict[str, float]:

@@ -12,8 +12,8 @@ Stages of a run, each from a fresh copy of the original:
 
     uncalibrated   the config's alpha and gamma on every head
     calibrated     hf_rfa.calibrate; no weight is trained
-    transferred    calibrated, then hf_rfa.distill for `transfer_steps`
-    finetuned      transferred, then all weights for `finetune_steps`, next-token loss on text with planted repeats
+    transferred    calibrated, then `transfer` of recipe.py for `transfer_steps`
+    finetuned      transferred, then `fine_tune` of recipe.py for `finetune_steps`
 """
 
 import argparse
@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
 import yaml
 from plots import write_plots
@@ -39,7 +40,6 @@ from hf_rfa.evaluation.compare import default_model
 from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
 from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
-from hf_rfa.training import finetune
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
 STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")
@@ -167,10 +167,10 @@ def make(
         timed("calibrate", lambda: hf_rfa.calibrate(model, tokens.calibration_batches()))
     if run["stage"] in STAGES[2:]:
         steps = study["transfer_steps"]
-        timed("transfer", lambda: hf_rfa.distill(model, tokens.training_batches(), steps=steps, progress=False))
+        timed("transfer", lambda: recipe.transfer(model, tokens.train, steps, progress=False))
     if run["stage"] == "finetuned":
         steps = study["finetune_steps"]
-        timed("finetune", lambda: finetune(model, tokens.training_batches(), steps=steps, progress=False))
+        timed("finetune", lambda: recipe.fine_tune(model, original, tokens.train, steps, progress=False))
     return model.eval(), seconds
 
 

@@ -1,0 +1,58 @@
+"""How the experiments train a converted model: attention transfer, then all weights.
+
+Three in four batches are short texts in a loop, which only heads that look things up predict; the fourth is a long
+text as it is, so that the model does not learn to repeat itself. The loss is that of the next token plus the
+divergence from the original.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import hf_rfa
+from hf_rfa.data import training_batches
+from hf_rfa.record import conversion_config
+from hf_rfa.training import Progress, finetune
+
+SHORT, SHORT_ROWS = 640, 2
+LONG, LONG_EVERY = 1536, 4
+CLUSTER_SCALE = 0.5
+LEARNING_RATE, FEATURE_LEARNING_RATE = 4e-4, 3e-3
+
+
+def transfer(
+    model: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *, cluster_scale: float | None = None,
+    seed: int = 0, progress: bool = True,
+) -> None:  # fmt: skip
+    """`hf_rfa.distill`, with the loss on attention weights where the map has weights that it can be taken of."""
+    feature_map = conversion_config(model).feature_map
+    if cluster_scale is None:
+        cluster_scale = CLUSTER_SCALE if feature_map == "clustered" else 1.0
+    hf_rfa.distill(
+        model, training_batches(token_lists, SHORT, SHORT_ROWS, seed + 1, loop_probability=1.0), steps=steps,
+        weight_loss=float(feature_map != "trigonometric"), sampled_queries=128, cluster_scale=cluster_scale, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def fine_tune(
+    model: PreTrainedModel, original: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *,
+    seed: int = 0, learning_rate: float = LEARNING_RATE, feature_learning_rate: float = FEATURE_LEARNING_RATE,
+    **options: Any,
+) -> Progress:  # fmt: skip
+    """`finetune` of all weights and the features; `options` are its others."""
+    return finetune(
+        model, _mixture(token_lists, seed), steps=steps, learning_rate=learning_rate,
+        feature_learning_rate=feature_learning_rate, kl_weight=1.0, teacher=original, fused_loss=False,
+        mixed_precision="bf16", **options,
+    )  # fmt: skip
+
+
+def _mixture(token_lists: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    short = training_batches(token_lists, SHORT, SHORT_ROWS, seed, loop_probability=1.0)
+    long = training_batches(token_lists, LONG, 1, seed)
+    for number in itertools.count(1):
+        yield next(short if number % LONG_EVERY else long)
