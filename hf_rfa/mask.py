@@ -54,7 +54,7 @@ class RFAMask:
 
     Attributes:
         causal: Whether a token sees only what comes before it.
-        valid: (B, T) bool over old and new tokens, False for padding; None if there is none.
+        padding: (B, T) over old and new tokens, 0 or False for padding; None if nobody said anything of it.
         document: (B, N) number of each new token's packed document; None for one a row.
         rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
             whatever a model combines its mask with. Such layers can only stay softmax.
@@ -62,11 +62,12 @@ class RFAMask:
     """
 
     causal: bool
-    valid: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
     document: torch.Tensor | None = None
     rows: MaskRows | None = None
     keys: int = 0
     _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
+    _valid: list[torch.Tensor | None] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int]:
@@ -78,15 +79,27 @@ class RFAMask:
         """1: nothing that Transformers takes for a 2-D or a 4-D mask."""
         return 1
 
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(B, T) bool over old and new tokens, False for padding; None if there is none.
+
+        Looked through when it is first asked for: a decoding step never does, where all that came before is a state.
+        """
+        if self.padding is None or torch.compiler.is_compiling():
+            return None if self.padding is None else self.padding.bool()
+        if not self._valid:
+            self._valid.append(_padded(self.padding))
+        return self._valid[0]
+
     def layout(self, length: int) -> TokenLayout:
         """Padding and packing of the last `length` tokens, one object for all layers."""
         if torch.compiler.is_compiling():  # a length looked up among others would be a constant of the graph
             return TokenLayout(None if self.valid is None else self.valid[:, -length:], self.document)
         if length not in self._layouts:
-            valid = None if self.valid is None else self.valid[:, -length:]
-            if valid is not None and bool(valid.all()):
-                valid = None  # the padding lies in the past, whose states know of it
-            self._layouts[length] = TokenLayout(valid, self.document)
+            # Where there is padding in the past alone, its states know of it.
+            self._layouts[length] = TokenLayout(
+                None if self.padding is None else _padded(self.padding[:, -length:]), self.document
+            )
         return self._layouts[length]
 
 
@@ -126,14 +139,10 @@ def rfa_mask(
             "device": device,
         }  # fmt: skip
         rows = MaskRows(arguments, sliding=bool(causal))
-    valid = padding
-    if valid is not None:
-        valid = valid[:, -max(kv_length, q_length) :].bool()
-        if not torch.compiler.is_compiling() and bool(valid.all()):
-            valid = None
-    if valid is None and document is None and rows is None and not causal:
-        return None
-    return RFAMask(bool(causal), valid, document, rows, kv_length)
+    if padding is not None:
+        padding = padding[:, -max(kv_length, q_length) :]
+    mask = RFAMask(bool(causal), padding, document, rows, kv_length)
+    return mask if causal or document is not None or rows is not None or mask.valid is not None else None
 
 
 def padding_of(mask: torch.Tensor) -> RFAMask | None:
@@ -146,7 +155,13 @@ def padding_of(mask: torch.Tensor) -> RFAMask | None:
     valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
     if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
         return None
-    return RFAMask(causal=False, valid=valid, keys=mask.shape[-1])
+    return RFAMask(causal=False, padding=valid, keys=mask.shape[-1])
+
+
+def _padded(padding: torch.Tensor) -> torch.Tensor | None:
+    """`padding` as bool; None if there is none in it."""
+    valid = padding.bool()
+    return None if bool(valid.all()) else valid
 
 
 def _probe(

@@ -15,6 +15,7 @@ from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.adapter import named_adapters
 from hf_rfa.cache import RFACacheLayer
 from hf_rfa.generation import adopt_cache
+from hf_rfa.mask import RFAMask
 
 NEW = 24  # tokens: three windows of 8
 
@@ -203,6 +204,18 @@ def test_a_left_padded_batch_of_other_families(family):
     tokens = generate(model, ids, attention_mask=mask)
     for row, padding in enumerate(LEFT_PADDING):
         assert torch.equal(tokens[row, 70:], generate(model, ids[row : row + 1, padding:])[0, 70 - padding :])
+
+
+@CONFIG
+def test_a_decoding_step_looks_at_its_own_column_of_the_padding_mask_only(config, monkeypatch):
+    model = converted("llama", config)
+    ids, mask = left_padded()
+    expected = generate(model, ids, attention_mask=mask)
+    asked, layout = [], RFAMask.layout
+    monkeypatch.setattr(RFAMask, "valid", property(lambda mask: pytest.fail("looked through the whole mask")))
+    monkeypatch.setattr(RFAMask, "layout", lambda mask, length: (asked.append(length), layout(mask, length))[1])
+    assert torch.equal(generate(model, ids, attention_mask=mask), expected)
+    assert set(asked) == {ids.shape[1], 1}
 
 
 def test_beams_of_a_left_padded_batch():
