@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import hf_rfa
+from hf_rfa.adapter import require_adapters
+
 pytest.importorskip("yaml")
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "experiments"
 
@@ -66,3 +69,48 @@ def test_a_study_is_a_table_and_goes_on_where_it_was(study, tmp_path, monkeypatc
 def test_a_group_with_a_missing_field_is_named(study):
     with pytest.raises(SystemExit, match="needs lists for"):
         list(study.all_runs([{"feature_map": ["hyperbolic"], "stage": ["calibrated"]}]))
+
+
+MEASURE = """
+import torch, torch.nn.functional as F
+
+def validation_ids(tokenizer):
+    return torch.arange(3000) % 500
+
+@torch.no_grad()
+def perplexity(model, ids, length=1024, n=4):
+    x = ids[None, :256]
+    return F.cross_entropy(model(x).logits[0, :-1], x[0, 1:]).exp().item()
+
+def copy_perplexity(model, ids, gap=300, n=6):
+    return perplexity(model, ids)
+
+def kl_divergence(original, model, ids, length=1024, n=4):
+    return perplexity(model, ids) - perplexity(original, ids)
+"""
+
+
+@pytest.mark.slow
+def test_every_head_linear_trained_within_a_budget(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import linear_heads
+
+    (tmp_path / "measure.py").write_text(MEASURE)
+    model = Path(__file__).parents[1] / "examples" / "stdlib-llama"
+    monkeypatch.setattr(sys, "argv", [
+        "linear_heads.py", "--model", str(model), "--data", "stdlib", "--measure", str(tmp_path / "measure.py"),
+        "--output", str(tmp_path / "out"), "--layer_features", "1:96", "--transfer_steps", "2", "--budget", "30",
+    ])  # fmt: skip
+    try:
+        linear_heads.main()
+    finally:
+        for name in ("linear_heads", "recipe", "goals"):
+            sys.modules.pop(name, None)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["finetune_steps"] >= 1
+    assert results["original"]["KL 1024"] == 0
+    stages = ("calibrated", "transferred", "finetuned")
+    assert len({results[stage]["perplexity 2048"] for stage in stages}) == len(stages)
+    assert results["cpu_seconds"] >= sum(results[stage]["cpu_seconds"] for stage in stages)
+    final = hf_rfa.from_pretrained(tmp_path / "out" / "final")
+    assert [adapter.omega.shape[1] for adapter in require_adapters(final)][:2] == [2 * 64, 2 * 96]
