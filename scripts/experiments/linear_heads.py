@@ -61,16 +61,17 @@ def main() -> None:
     stage("transferred", lambda: recipe.transfer(
         model, token_lists, options.transfer_steps, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
-    rates = {"learning_rate": options.learning_rate, "feature_learning_rate": options.feature_learning_rate}
+    chosen = ("loop_probability", "learning_rate", "feature_learning_rate")
+    given: dict[str, Any] = {name: getattr(options, name) for name in chosen}
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
-    recipe.fine_tune(trial, original, token_lists, TIMED_STEPS, seed=2, progress=False, **rates)
+    recipe.fine_tune(trial, original, token_lists, TIMED_STEPS, seed=2, progress=False, **given)
     one = (time.process_time() - started) / TIMED_STEPS
     spent += one * TIMED_STEPS
     steps = max(1, int((options.budget - spent) / one))
     results["finetune_steps"] = steps
     stage("finetuned", lambda: recipe.fine_tune(
-        model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **rates,
+        model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **given,
         evaluate=lambda m: {"copy 300": measure.copy_perplexity(m.eval(), held_out, 300)}, evaluate_every=200,
     ))  # fmt: skip
     results["cpu_seconds"] = spent
@@ -92,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=2400, help="CPU seconds of all stages, without measuring")
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
+    parser.add_argument("--loop_probability", type=float, default=recipe.LOOP_PROBABILITY, help="in fine-tuning")
     parser.add_argument("--learning_rate", type=float, default=recipe.LEARNING_RATE)
     parser.add_argument("--feature_learning_rate", type=float, default=recipe.FEATURE_LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
