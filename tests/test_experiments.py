@@ -108,6 +108,7 @@ def test_every_head_linear_trained_within_a_budget(tmp_path, monkeypatch):
             sys.modules.pop(name, None)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["finetune_steps"] >= 1
+    assert results["evaluations"][-1]["step"] == results["finetune_steps"]
     assert results["original"]["KL 1024"] == 0
     stages = ("calibrated", "transferred", "finetuned")
     assert len({results[stage]["perplexity 2048"] for stage in stages}) == len(stages)

@@ -44,16 +44,17 @@ def main() -> None:
     results["original"] = figures(measure, original, original, held_out)
     spent = 0.0
 
-    def stage(name: str, action: Any) -> None:
+    def stage(name: str, action: Any) -> Any:
         nonlocal spent
         started = time.process_time()
-        action()
+        made = action()
         seconds = time.process_time() - started
         spent += seconds
         results[name] = {"cpu_seconds": seconds, **figures(measure, original, model.eval(), held_out)}
         print(name, json.dumps(results[name]), flush=True)
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        return made
 
     rows, tokens = CALIBRATION
     text = torch.cat(token_lists)[tokens : tokens + rows * tokens].view(rows, tokens)
@@ -61,7 +62,7 @@ def main() -> None:
     stage("transferred", lambda: recipe.transfer(
         model, token_lists, options.transfer_steps, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
-    chosen = ("loop_probability", "learning_rate", "feature_learning_rate")
+    chosen = ("loop_probability", "kl_weight", "learning_rate", "feature_learning_rate")
     given: dict[str, Any] = {name: getattr(options, name) for name in chosen}
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
@@ -70,10 +71,11 @@ def main() -> None:
     spent += one * TIMED_STEPS
     steps = max(1, int((options.budget - spent) / one))
     results["finetune_steps"] = steps
-    stage("finetuned", lambda: recipe.fine_tune(
+    progress = stage("finetuned", lambda: recipe.fine_tune(
         model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **given,
         evaluate=lambda m: {"copy 300": measure.copy_perplexity(m.eval(), held_out, 300)}, evaluate_every=200,
     ))  # fmt: skip
+    results["evaluations"] = progress.evaluations
     results["cpu_seconds"] = spent
     results["cache_bytes"] = cache_bytes(model)
     save(model, options.output / "final")
@@ -94,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
     parser.add_argument("--loop_probability", type=float, default=recipe.LOOP_PROBABILITY, help="in fine-tuning")
+    parser.add_argument("--kl_weight", type=float, default=recipe.KL_WEIGHT, help="in fine-tuning")
     parser.add_argument("--learning_rate", type=float, default=recipe.LEARNING_RATE)
     parser.add_argument("--feature_learning_rate", type=float, default=recipe.FEATURE_LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)

@@ -44,12 +44,12 @@ def transfer(
 def fine_tune(
     model: PreTrainedModel, original: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *,
     seed: int = 0, loop_probability: float = LOOP_PROBABILITY, learning_rate: float = LEARNING_RATE,
-    feature_learning_rate: float = FEATURE_LEARNING_RATE, **options: Any,
+    feature_learning_rate: float = FEATURE_LEARNING_RATE, kl_weight: float = KL_WEIGHT, **options: Any,
 ) -> Progress:  # fmt: skip
     """`finetune` of all weights and the features; `options` are its others."""
     return finetune(
         model, _mixture(token_lists, seed, loop_probability), steps=steps, learning_rate=learning_rate,
-        feature_learning_rate=feature_learning_rate, kl_weight=KL_WEIGHT, teacher=original, fused_loss=False,
+        feature_learning_rate=feature_learning_rate, kl_weight=kl_weight, teacher=original, fused_loss=False,
         mixed_precision="bf16", **options,
     )  # fmt: skip
 
