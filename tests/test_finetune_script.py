@@ -272,6 +272,17 @@ def test_one_document_on_two_processes_trains_like_on_one(run):
     assert progress(run, "two")["losses"] == pytest.approx(progress(run, "one")["losses"], rel=1e-5)
 
 
+def test_random_documents_may_be_in_a_loop(run, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(SCRIPT)
+    options = script["Options"](
+        model="", output="", documents="random", context=200, batch_size=4, loop_probability=1.0
+    )  # fmt: skip
+    batch = next(script["make_batches"](options, [torch.arange(1000)]))
+    assert batch.shape == (4, 200)
+    assert all(len(row.unique()) <= 160 for row in batch)
+
+
 @pytest.fixture
 def main(monkeypatch):
     """`main` of the script in this process, with a calibration that must not be reached."""
