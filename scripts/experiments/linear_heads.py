@@ -62,7 +62,7 @@ def main() -> None:
     stage("transferred", lambda: recipe.transfer(
         model, token_lists, options.transfer_steps, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
-    chosen = ("loop_probability", "kl_weight", "learning_rate", "feature_learning_rate")
+    chosen = ("loop_probability", "long_tokens", "kl_weight", "learning_rate", "feature_learning_rate")
     given: dict[str, Any] = {name: getattr(options, name) for name in chosen}
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
@@ -96,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
     parser.add_argument("--loop_probability", type=float, default=recipe.LOOP_PROBABILITY, help="in fine-tuning")
+    parser.add_argument("--long_tokens", type=int, default=recipe.LONG, help="of every fourth text, in fine-tuning")
     parser.add_argument("--kl_weight", type=float, default=recipe.KL_WEIGHT, help="in fine-tuning")
     parser.add_argument("--learning_rate", type=float, default=recipe.LEARNING_RATE)
     parser.add_argument("--feature_learning_rate", type=float, default=recipe.FEATURE_LEARNING_RATE)

@@ -2,7 +2,8 @@
 
     python scripts/experiments/linear_heads_table.py FOLDER
 
-FOLDER holds a `results.json` of each run under the name that it is to have; it gets `table.md` and `copies.png`.
+FOLDER holds the `results.json` of each run under a name of its own (64-features.json: "64 features" in the table); it
+gets `table.md` and `copies.png`.
 """
 
 import json
@@ -24,7 +25,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     folder = Path(sys.argv[1])
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    runs = {path.stem.replace("-", " "): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not runs:
         raise SystemExit(f"{folder} has no .json file: copy the results.json of each run into it.")
     (folder / "table.md").write_text(table(runs))

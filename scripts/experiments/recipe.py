@@ -43,19 +43,21 @@ def transfer(
 
 def fine_tune(
     model: PreTrainedModel, original: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *,
-    seed: int = 0, loop_probability: float = LOOP_PROBABILITY, learning_rate: float = LEARNING_RATE,
+    seed: int = 0, loop_probability: float = LOOP_PROBABILITY, long_tokens: int = LONG, learning_rate: float = LEARNING_RATE,
     feature_learning_rate: float = FEATURE_LEARNING_RATE, kl_weight: float = KL_WEIGHT, **options: Any,
 ) -> Progress:  # fmt: skip
     """`finetune` of all weights and the features; `options` are its others."""
     return finetune(
-        model, _mixture(token_lists, seed, loop_probability), steps=steps, learning_rate=learning_rate,
+        model, _mixture(token_lists, seed, loop_probability, long_tokens), steps=steps, learning_rate=learning_rate,
         feature_learning_rate=feature_learning_rate, kl_weight=kl_weight, teacher=original, fused_loss=False,
         mixed_precision="bf16", **options,
     )  # fmt: skip
 
 
-def _mixture(token_lists: Sequence[torch.Tensor], seed: int, loop_probability: float) -> Iterator[torch.Tensor]:
+def _mixture(
+    token_lists: Sequence[torch.Tensor], seed: int, loop_probability: float, long_tokens: int
+) -> Iterator[torch.Tensor]:
     short = training_batches(token_lists, SHORT, SHORT_ROWS, seed, loop_probability=loop_probability)
-    long = training_batches(token_lists, LONG, 1, seed)
+    long = training_batches(token_lists, long_tokens, 1, seed)
     for number in itertools.count(1):
         yield next(short if number % LONG_EVERY else long)
