@@ -44,8 +44,8 @@ def transfer(
 def fine_tune(
     model: PreTrainedModel, original: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *,
     seed: int = 0, loop_probability: float = LOOP_PROBABILITY, long_tokens: int = LONG,
-    learning_rate: float = LEARNING_RATE, feature_learning_rate: float = FEATURE_LEARNING_RATE, kl_weight: float = KL_WEIGHT,
-    **options: Any,
+    learning_rate: float = LEARNING_RATE, feature_learning_rate: float = FEATURE_LEARNING_RATE,
+    kl_weight: float = KL_WEIGHT, **options: Any,
 ) -> Progress:  # fmt: skip
     """`finetune` of all weights and the features; `options` are its others."""
     return finetune(
