@@ -146,8 +146,9 @@ def settle(options: Options, output: Path) -> None:
             raise ConfigError(
                 f"{str(output)!r} holds a run already. Go on with it by resume=true, or choose another `output`."
             )
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = {name: before.get(name) for name in settings if name not in MAY_CHANGE}
+        # An option that the run's version did not have yet was at its default.
+        before = dataclasses.asdict(Options(model="", output="")) | json.loads(path.read_text(encoding="utf-8"))
+        other = {name: before[name] for name in settings if name not in MAY_CHANGE}
         other = {name: value for name, value in other.items() if value != settings[name]}
         if other:
             raise ConfigError(

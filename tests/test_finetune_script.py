@@ -366,6 +366,19 @@ def test_another_run_in_the_same_folder_is_not_overwritten(run, main):
         main(run, resume=True, num_features=16)
 
 
+def test_a_run_of_a_version_with_fewer_options_is_resumed(run, main):
+    (run / "bad").mkdir()
+    with pytest.raises(AssertionError, match="work was done"):
+        main(run)
+    settings = json.loads((run / "bad" / "settings.json").read_text())
+    del settings["loop_probability"]
+    (run / "bad" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"other settings: \{.*'loop_probability': 0\.0\}"):
+        main(run, resume=True, documents="random", loop_probability=0.5)
+    with pytest.raises(AssertionError, match="work was done"):
+        main(run, resume=True)
+
+
 def test_an_unknown_key_of_the_yaml_file_is_named(run, main):
     (run / "run.yaml").write_text("modle: x\n")
     with pytest.raises(ConfigError, match=r"unknown keys: \['modle'\]"):
