@@ -71,6 +71,22 @@ def test_a_group_with_a_missing_field_is_named(study):
         list(study.all_runs([{"feature_map": ["hyperbolic"], "stage": ["calibrated"]}]))
 
 
+def test_the_table_of_the_runs_with_every_head_linear_is_that_of_their_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import linear_heads_table
+
+    results = SCRIPTS / "results" / "linear-heads"
+    for path in results.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(sys, "argv", ["linear_heads_table.py", str(tmp_path)])
+    try:
+        linear_heads_table.main()
+    finally:
+        sys.modules.pop("linear_heads_table")
+    assert (tmp_path / "table.md").read_text() == (results / "table.md").read_text()
+    assert (tmp_path / "copies.png").stat().st_size > 1000
+
+
 MEASURE = """
 import torch, torch.nn.functional as F
 

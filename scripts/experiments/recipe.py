@@ -1,8 +1,8 @@
 """How the experiments train a converted model: attention transfer, then all weights.
 
 Three in four batches are short, most of their texts in a loop, which only heads that look things up predict; the
-fourth is a long text as it is. With loops alone copying comes back twice as fast, but the model learns to expect them
-and is a seventh worse on other text. The loss is that of the next token plus `KL_WEIGHT` times the divergence from the
+fourth is a long text as it is. With loops alone copying comes back faster, but the model learns to expect them and is
+a seventh worse on other text. The loss is that of the next token plus `KL_WEIGHT` times the divergence from the
 original.
 """
 
