@@ -50,8 +50,8 @@ def fine_tune(
     """`finetune` of all weights and the features; `options` are its others."""
     return finetune(
         model, _mixture(token_lists, seed, loop_probability, long_tokens), steps=steps, learning_rate=learning_rate,
-        feature_learning_rate=feature_learning_rate, kl_weight=kl_weight, teacher=original, fused_loss=False,
-        mixed_precision="bf16", **options,
+        feature_learning_rate=feature_learning_rate, kl_weight=kl_weight, teacher=original if kl_weight else None,
+        fused_loss=False, mixed_precision="bf16", **options,
     )  # fmt: skip
 
 
