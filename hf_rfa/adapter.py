@@ -1,5 +1,6 @@
 """`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,6 @@ class RFAAdapter(nn.Module):
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
         statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
-        calls: How often the attention function ran for this layer; `convert` checks it.
         cross, masked: Whether the layer is cross-attention, or has a mask of its own: softmax with the cache it had.
     """
 
@@ -82,12 +82,9 @@ class RFAAdapter(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim))
             self.gate_bias = nn.Parameter(ones * OPEN_GATE)
         self.statistics = FarStatistics()
-        self.calls = 0
-        self.calls_in_forward = 0
         self.attends_twice = False  # in one forward of its module; `convert` finds out
-        self.cache_layer: Any = None  # what the attention module was called with, see `attention.stash_cache`
         self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
-        self.observer: Any = None  # set by `calibrate`: sees q, k, v while the layer answers with exact softmax
+        self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.calls`
         self._python: dict[str, Any] = {}
         self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
@@ -107,6 +104,30 @@ class RFAAdapter(nn.Module):
         if self.config.gate and self.converted:
             names += GATE
         return {"feature_map": self.feature_maps, **{name: getattr(self, name) for name in names}}
+
+    def kernel_of(self, draw: int | None) -> dict[str, Any]:
+        """`kernel` with omega as of draw number `draw`: a layer that runs again may have been redrawn since."""
+        if draw is None or draw == self.draw_number or not self.converted:
+            return self.kernel
+        return {**self.kernel, "omega": self.drawn(draw)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two adapters whose states mean the same: of all tensors, the window and the sinks.
+
+        A cache remembers it, also in another process. Worked out again only after a change.
+        """
+        versions = tuple(p._version for p in self.parameters(recurse=False) if not p.is_inference())
+        known = self._python.get("fingerprint")
+        if known is not None and (known[0] == versions or torch.compiler.is_compiling()):
+            return known[1]
+        digest = hashlib.blake2b(digest_size=12)
+        digest.update(repr((self.config.window, self.config.sink_tokens, self.converted, self.layer)).encode())
+        for name, tensor in self.state_dict().items():
+            if name != "draw":  # what was drawn counts, not how often
+                digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._python["fingerprint"] = versions, digest.hexdigest()
+        return digest.hexdigest()
 
     @property
     def feature_maps(self) -> tuple[str, ...]:

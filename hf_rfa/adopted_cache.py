@@ -1,5 +1,6 @@
 """The layers of a plain Transformers cache that are replaced by those of a converted model."""
 
+import functools
 from typing import Any
 
 import torch
@@ -61,14 +62,46 @@ class RFAHybridCacheLayer(LinearAttentionLayer, RFACacheLayer):  # type: ignore[
         RFACacheLayer.offload(self)
 
 
-def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
+def remember_recording() -> None:
+    """Let a cache remember that it was asked to record its past before it had a converted layer.
+
+    Transformers asks the layers that are there then: none yet in a fresh `DynamicCache`, or plain ones, which keep
+    everything. Nothing else of the method changes, and a cache of a model that is not converted never reads it.
+    """
+    plain = Cache.activate_past_recording
+    if getattr(plain, "remembers", False):
+        return
+
+    @functools.wraps(plain)
+    def activate_past_recording(self: Any) -> None:
+        self.records_past = True
+        plain(self)
+
+    activate_past_recording.remembers = True  # type: ignore[attr-defined]
+    Cache.activate_past_recording = activate_past_recording  # type: ignore[method-assign]
+
+
+def has_place(cache: Cache, index: int) -> bool:
+    """Whether there is a layer of that number in the cache, or will be."""
+    return index < len(cache.layers) or cache.layer_class_to_replicate is not None
+
+
+def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFACacheLayer:
     """The `RFACacheLayer` number `index` of `cache`, put there in place of a dynamic layer.
 
     Keys and values that the dynamic layer holds already (a learned prefix of PEFT; what the model saw as softmax
-    before it was converted) become the layer's state.
+    before it was converted) become the layer's state. A module that `shares` the keys of an earlier one has no layer
+    in a cache of Transformers; here it has a state of its own, beside that of the layer before it.
     """
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    if shares:
+        return _beside_earlier(cache, index)
+    if index >= len(cache.layers):
+        raise UnsupportedModelError(
+            f"Layer {index} got a cache with {len(cache.layers)} layers. Pass a cache made for this model: "
+            "`DynamicCache(config=model.config)`."
+        )
     layer = cache.layers[index]
     if isinstance(layer, RFACacheLayer):
         return layer
@@ -82,7 +115,7 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
             "The RFA cache is not offloaded: it has constant size. Got an offloaded cache. Pass a `DynamicCache()`."
         )
     new = RFAHybridCacheLayer(layer) if isinstance(layer, LinearAttentionLayer) else RFACacheLayer()
-    new.record_past = getattr(layer, "record_past", False)
+    new.record_past = getattr(layer, "record_past", False) or getattr(cache, "records_past", False)
     new.seen = cache.get_seq_length(index)
     if new.seen:
         assert isinstance(layer, DynamicLayer)
@@ -91,3 +124,19 @@ def adopt_cache_layer(cache: Cache, index: int) -> RFACacheLayer:
         new.given = layer.keys, layer.values
     cache.layers[index] = new
     return new
+
+
+def _beside_earlier(cache: Cache, index: int) -> RFACacheLayer:
+    """The state of a module that attends to the keys of an earlier one, kept by the last converted layer before it."""
+    earlier = [layer for layer in cache.layers[:index] if isinstance(layer, RFACacheLayer)]
+    if not earlier:
+        raise UnsupportedModelError(
+            f"Layer {index} attends to the keys of an earlier layer, but no layer before it has random features. "
+            "Convert both, or neither: RFAConfig(layers=...)."
+        )
+    if earlier[-1].given is not None:
+        raise UnsupportedModelError(
+            f"Layer {index} attends to the keys of an earlier layer, and the cache was filled before the model was "
+            "converted. Start with an empty cache."
+        )
+    return earlier[-1].companion(index)

@@ -1,10 +1,10 @@
 """The attention function that Transformers calls for `attn_implementation="rfa"`."""
 
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -12,6 +12,15 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.adopted_cache import adopt_cache_layer
 from hf_rfa.cache import RFACacheLayer
+from hf_rfa.calls import (
+    ForwardCall,
+    Interception,
+    begin_layer,
+    current_forward,
+    current_interception,
+    in_backward_pass,
+    layer_call,
+)
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.mask import MaskRows, RFAMask, padding_of, rfa_mask
 from hf_rfa.ops.exact import cross_attention, exact_attention, masked_attention
@@ -22,23 +31,6 @@ from hf_rfa.refusals import check_inputs
 
 #: The name of the implementation in Transformers.
 IMPLEMENTATION = "rfa"
-
-
-class Recorder(Protocol):
-    """Sees every call of the attention function during `convert`'s dry run, in which all heads are exact."""
-
-    def call(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, extras: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """Note one call, which is computed inside the returned context."""
-
-
-recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-def current_recorder() -> Recorder | None:
-    """The recorder of a dry run, if one is on. Tracers do not read context variables, and a dry run is not traced."""
-    return None if torch.compiler.is_compiling() else recorder.get()
 
 
 def register() -> None:
@@ -61,24 +53,35 @@ def rfa_attention_forward(
     """Attention of a converted module: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, M) -> (B, N, H, M)."""
     if isinstance(attention_mask, torch.Tensor) and not getattr(module, "is_causal", False):
         attention_mask = padding_of(attention_mask) or attention_mask
-    watch = current_recorder()
+    call = _forward_call(attention_mask)
+    interception = current_interception() if call is None else call.interception
+    watch = interception.recorder
     with nullcontext() if watch is None else watch.call(module, query, key, attention_mask, kwargs):
-        output = _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
-    return output.transpose(1, 2).contiguous(), None
+        output = _attend(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs, interception,
+            None if call is None else call.draw,
+        )  # fmt: skip
+    return output[:, :, -query.shape[2] :].transpose(1, 2).contiguous(), None
+
+
+def _forward_call(mask: Any) -> ForwardCall | None:
+    """The forward that a layer belongs to: the one whose mask it got, else the one that this thread is in."""
+    return (mask.call if isinstance(mask, RFAMask) else None) or current_forward()
 
 
 def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
     scaling: float | None, dropout: float, is_causal: bool | None, kwargs: dict[str, Any],
+    interception: Interception, draw: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Output (B, H, N, M) of a module: converted, kept as softmax, or not yet converted in the dry run."""
     adapter = module._modules.get(ADAPTER_NAME)
-    if not isinstance(adapter, RFAAdapter) and current_recorder() is None:
+    watched = interception.recorder is not None and interception.recorder.exact
+    if not isinstance(adapter, RFAAdapter) and not watched:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no random features: attn_implementation='rfa' alone does not convert a "
             "model. Load it without that argument and call `hf_rfa.convert(model)`, or `hf_rfa.from_pretrained` for "
-            "a saved one. (A model built from the same config object as a converted one shares its setting: build it "
-            "from a copy of the config.)"
+            "a saved one."
         )
     check_inputs(module, attention_mask, kwargs)
     mask = attention_mask if isinstance(attention_mask, RFAMask) else None
@@ -89,9 +92,12 @@ def _attend(
                 f"The adapter of {type(module).__name__} was offloaded (offload_buffers=True), but nothing brings it "
                 "back: offload without buffers. Adapters take a few kB a layer."
             )
-        if not torch.compiler.is_compiling():  # a graph must not depend on how often it ran
-            adapter.calls += 1
-        adapter.calls_in_forward += 1
+        if draw is None and adapter.config.resample == "forward" and _runs_again(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} runs again in the backward pass, and does not know with which draw of omega "
+                'its forward was (the model hands its layers no mask that could tell). With resample="forward" this '
+                "model cannot be checkpointed: use RFAConfig(resample=k) with `hf_rfa.ResampleCallback`."
+            )
     sliding = kwargs.get("sliding_window")
     rows = mask_of_its_own(mask, kwargs)
     # A tracer cannot ask whether a mask is nothing but a window; the dry run did.
@@ -115,6 +121,9 @@ def _attend(
             layout=_layout(mask, kwargs, query.shape[2], query.device), past_valid=past,
             sliding_window=sliding, sink_logits=kwargs.get("s_aux"),
         )  # fmt: skip
+    if key.shape[2] > query.shape[2] and shares_keys(module):
+        # Such layers may be asked for the last tokens alone: `rfa_attention_forward` leaves the others out again.
+        query = F.pad(query, (0, 0, key.shape[2] - query.shape[2], 0))
     if key.shape[2] != query.shape[2] or (isinstance(adapter, RFAAdapter) and adapter.cross):
         return _cross(module, query, key, value, mask, scaling, dropout)
     causal = mask.causal if mask is not None else _is_causal(module, is_causal)
@@ -126,14 +135,15 @@ def _attend(
     layout = _layout(mask, kwargs, query.shape[2], query.device)
     sinks = kwargs.get("s_aux")
     options: dict[str, Any] = {"scaling": scaling, "causal": causal, "sink_logits": sinks}
-    if not isinstance(adapter, RFAAdapter) or adapter.observer is not None:
+    observer = interception.observers.get(adapter) if isinstance(adapter, RFAAdapter) else None
+    if not isinstance(adapter, RFAAdapter) or observer is not None:
         options |= exact_options(key)
         output = _operator(query, key, value, layout=layout, sliding_window=sliding, **options)
-        if isinstance(adapter, RFAAdapter):
-            adapter.observer(adapter, module, query, key, value, layout, options, output)
+        if observer is not None:
+            observer(adapter, module, query, key, value, layout, options, output)
         return output
     options |= {
-        **adapter.kernel,
+        **adapter.kernel_of(draw),
         "window": adapter.config.window,
         "sink_tokens": adapter.config.sink_tokens,
         "softmax_heads": adapter.softmax_heads,
@@ -141,10 +151,15 @@ def _attend(
         "backend": adapter.backend,
     }
     counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
-    cache_layer, adapter.cache_layer = adapter.cache_layer, None
-    if cache_layer is not None and adapter.attends_twice and adapter.calls_in_forward == 1:
-        adapter.cache_layer = cache_layer.with_twin()
-    shard = adapter.__dict__.get("sequence_shard")  # put there by `hf_rfa.training.sequence_parallel`
+    turn = layer_call(adapter)
+    turn.turns += 1
+    cache_layer = turn.cache_layer
+    if cache_layer is not None and adapter.attends_twice:
+        if turn.turns == 1:
+            adapter.traced_call = turn if torch.compiler.is_compiling() else None
+        else:
+            cache_layer = cache_layer.companion("twin")
+    shard = interception.shards.get(adapter)
     if shard is not None:
         return shard(query, key, value, layout, options, counts, cache_layer)
     if cache_layer is None:
@@ -189,15 +204,15 @@ def _cached(
     adapter: RFAAdapter, cache_layer: RFACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     layout: TokenLayout, options: dict[str, Any], counts: Any,
 ) -> torch.Tensor:  # fmt: skip
-    cache_layer.check_draw(adapter.draw_number)
+    cache_layer.check(adapter.fingerprint, adapter.draw_number)
     if _in_place(cache_layer, key, layout, options):
-        return cache_layer.decode(query, key, value, layout, options, adapter.draw_number, counts)
+        return cache_layer.decode(query, key, value, layout, options, counts)
     state: RFAState | None = cache_layer.state
     output, state = rfa_attention(
         query, key, value, layout=layout, statistics=counts, initial_state=state, output_final_state=True, **options
     )
     assert isinstance(state, RFAState)
-    cache_layer.advance(state, adapter.draw_number, key, value, layout, options)
+    cache_layer.advance(state, key, value, layout, options)
     return output
 
 
@@ -214,11 +229,15 @@ def _in_place(cache_layer: RFACacheLayer, key: torch.Tensor, layout: TokenLayout
     )
 
 
+def _runs_again(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and in_backward_pass()
+
+
 def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention module: remember the cache, which the function is not handed."""
+    """Forward pre-hook of a converted attention module: note the cache, which the function is not handed."""
     adapter = module._modules[ADAPTER_NAME]
     assert isinstance(adapter, RFAAdapter)
-    adapter.cache_layer, adapter.calls_in_forward = None, 0
+    interception = current_interception()
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -226,9 +245,10 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         cache is None
         or adapter.cross
         or adapter.masked
-        or current_recorder() is not None
-        or adapter.observer is not None
+        or interception.recorder is not None
+        or adapter in interception.observers
     ):
+        begin_layer(adapter, None)
         return
     # A module that several layers share is told which one it is; one that runs in a loop, which turn it is.
     index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
@@ -237,7 +257,14 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model "
             "with use_cache=False."
         )
-    adapter.cache_layer = adopt_cache_layer(cache, index + kwargs.get("cycle_offset", 0))
+    layer = adopt_cache_layer(cache, index + kwargs.get("cycle_offset", 0), shares=shares_keys(module))
+    layer.expected = True
+    begin_layer(adapter, layer)
+
+
+def shares_keys(module: nn.Module) -> bool:
+    """Whether a module attends to the keys and values of an earlier one (Gemma 3n, Gemma 4)."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

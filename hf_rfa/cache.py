@@ -29,8 +29,12 @@ class RFACacheLayer(CacheLayerMixin):
     """Cache layer of a converted attention module, used by plain `model.generate`.
 
     `update` hands the new keys and values through; the attention function reads `state` and calls `advance`. `given`
-    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them. `twin` is
-    the layer of the second call, for modules that attend twice in a forward.
+    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them.
+    `companions` are layers that have no place of their own in the cache: that of a module's second call, where it
+    attends twice in a forward; those of modules that attend to the keys of an earlier one.
+
+    A cache belongs to one conversion: `filled_by` is the fingerprint of the adapter whose state it holds, and
+    `expected` says that the converted module, whose pre-hook sets it, is the one that brings new keys.
     """
 
     is_croppable = True
@@ -41,10 +45,12 @@ class RFACacheLayer(CacheLayerMixin):
         self._state: RFAState | None = None
         self._decoder: Decoder | None = None  # has the state in place of `_state` while single tokens come
         self.seen = 0  # token slots, padding included
-        self.draw: int | None = None
+        self.filled_by: str | None = None
+        self.draw: int | None = None  # for the error's text
+        self.expected = False
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.twin: RFACacheLayer | None = None
+        self.companions: dict[Any, RFACacheLayer] = {}
         self._steps: list[_Step] = []
 
     @property
@@ -56,12 +62,12 @@ class RFACacheLayer(CacheLayerMixin):
     def state(self, state: RFAState | None) -> None:
         self._state, self._decoder = state, None
 
-    def with_twin(self) -> "RFACacheLayer":
-        """The layer of the module's second call in a forward."""
-        if self.twin is None:
-            self.twin = RFACacheLayer()
-            self.twin.record_past = self.record_past
-        return self.twin
+    def companion(self, name: Any) -> "RFACacheLayer":
+        """The layer of that name beside this one."""
+        if name not in self.companions:
+            self.companions[name] = RFACacheLayer()
+            self.companions[name].record_past = self.record_past
+        return self.companions[name]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -74,15 +80,35 @@ class RFACacheLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.expected:
+            raise StaleStateError(
+                "This cache belongs to a converted model: it holds a state of constant size and no keys. Got it in a "
+                "layer with softmax attention (the model was reverted, or is another one). Start with a new cache."
+            )
+        self.expected = False
         return key_states, value_states
 
-    def check_draw(self, draw: int) -> None:
-        """Raise `StaleStateError` if the cache was filled with another draw of omega."""
-        if self.draw is not None and self.seen and draw != self.draw:
+    def check(self, fingerprint: str, draw: int) -> None:
+        """Raise `StaleStateError` if the cache was filled by another conversion, or by another draw of this one."""
+        if self.filled_by is None or not self.seen:
+            self.filled_by, self.draw = fingerprint, draw
+        elif fingerprint != self.filled_by and self.draw != draw:
             raise StaleStateError(
                 f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
                 "sequence after `hf_rfa.resample`."
             )
+        elif fingerprint != self.filled_by:
+            raise StaleStateError(
+                "This cache was filled by another conversion, or before this one was changed (another seed, alpha, "
+                "map, window or exact heads): its state means nothing to this model. Start a new sequence with a new "
+                "cache."
+            )
+
+    def hand_on(self) -> None:
+        """Let whichever conversion comes next continue the state: for training, which changes it step by step."""
+        self.filled_by = self.draw = None
+        for companion in self.companions.values():
+            companion.hand_on()
 
     def absorb(
         self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, options: dict[str, Any]
@@ -103,7 +129,6 @@ class RFACacheLayer(CacheLayerMixin):
     def advance(
         self,
         state: RFAState,
-        draw: int,
         key: torch.Tensor,
         value: torch.Tensor,
         layout: TokenLayout,
@@ -112,7 +137,7 @@ class RFACacheLayer(CacheLayerMixin):
         """Store the state after new tokens; `options` are the operator's arguments, for taking steps back."""
         if self.record_past:
             self._steps.append(_Step(self.state, key, value, layout, options))
-        self.state, self.draw = state, draw
+        self.state = state
         self.seen += key.shape[2]
 
     def decode(
@@ -122,11 +147,10 @@ class RFACacheLayer(CacheLayerMixin):
         value: torch.Tensor,
         layout: TokenLayout,
         options: dict[str, Any],
-        draw: int,
         statistics: FarStatistics | None,
     ) -> torch.Tensor:
         """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
-        self.seen, self.draw = self.seen + 1, draw
+        self.seen += 1
         with torch.autocast(query.device.type, enabled=False):
             if self._decoder is None or not self._decoder.continues(query, key, value, options):
                 self._decoder = Decoder(query, key, value, self.state, options)
@@ -143,14 +167,23 @@ class RFACacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.draw, self.given, self.twin = None, 0, None, None, None
+        self.state, self.seen, self.given = None, 0, None
+        self.filled_by = self.draw = None
+        self.companions.clear()
         self._steps.clear()
 
     def activate_past_recording(self) -> None:
         """Remember each forward until the next `crop`, which can then take tokens back."""
         self.record_past = True
-        if self.twin is not None:
-            self.twin.activate_past_recording()
+        for companion in self.companions.values():
+            companion.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Forget the past states; from here on no token can be taken back."""
+        self.record_past = False
+        self._steps.clear()
+        for companion in self.companions.values():
+            companion.stop_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative number); 0 confirms all of them."""
@@ -180,8 +213,8 @@ class RFACacheLayer(CacheLayerMixin):
             if kept:
                 self.state = _replay(step, kept)
         self._steps.clear()
-        if self.twin is not None:
-            self.twin.crop(tokens_to_remove)
+        for companion in self.companions.values():
+            companion.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
@@ -210,8 +243,8 @@ class RFACacheLayer(CacheLayerMixin):
             key, value = self.given
             self.given = key[rows.to(key.device)], value[rows.to(value.device)]
         self._steps.clear()
-        if self.twin is not None:
-            self.twin._select(rows)
+        for companion in self.companions.values():
+            companion._select(rows)
 
 
 def _replay(step: _Step, kept: int) -> RFAState:
@@ -250,7 +283,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _bytes(value: Any) -> int:
-    """Of a tensor, a state, a decoder, a twin, or several of them."""
+    """Of a tensor, a state, a decoder, a companion, or several of them."""
     if isinstance(value, torch.Tensor | RFAState):
         return value.nbytes
     if isinstance(value, Decoder):  # without what it works out from the model's own tensors

@@ -10,20 +10,21 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
+from hf_rfa.adopted_cache import remember_recording
 from hf_rfa.attention import stash_cache
 from hf_rfa.config import RFAConfig
 from hf_rfa.devices import execution_device
-from hf_rfa.dry_run import AttentionCalls, DryRun, quiet_eval, watch
+from hf_rfa.dry_run import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.example_inputs import describe, guess_inputs
-from hf_rfa.generation import CachePreparer
-from hf_rfa.implementation import IMPLEMENTATION, implementations, keep_unreached, restore, switch
+from hf_rfa.forward import ModelForward
+from hf_rfa.generation import CachePreparer, Generate
+from hf_rfa.implementation import IMPLEMENTATION, OwnConfigs, implementations, keep_unreached, restore, switch
 from hf_rfa.mask import RFAMask
-from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
+from hf_rfa.packing import keeps_documents_apart
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
-from hf_rfa.refusals import refuse_attention_weights
-from hf_rfa.resample import resample_before_forward
+from hf_rfa.standins import Replicate
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def swap_attention(
     if example_inputs is not None:
         scope["example_inputs"] = describe(example_inputs)
     _refuse_sparse(base)
+    remember_recording()
+    configs = OwnConfigs(model, base)
     before = implementations(base)
     try:
         switch(base, before, parts)
@@ -69,8 +72,9 @@ def swap_attention(
     except BaseException:
         _detach(base)
         restore(before)
+        configs.undo()
         raise
-    base.register_forward_pre_hook(refuse_packing_beside_a_cache if packs else refuse_packing, with_kwargs=True)
+    getattr(base, RECORD).packs = packs
     if left:
         logger.warning(
             "The dry run did not reach %s: left with the attention that it had. To convert it, pass `example_inputs` "
@@ -79,11 +83,12 @@ def swap_attention(
         )
     store_config(base, config)
     # On the instance: the class stays untouched.
-    base.__dict__["save_pretrained"] = ModelSaver(base, getattr(base, RECORD))
+    ModelSaver.install(base, getattr(base, RECORD))
     for module in base.modules():
         if isinstance(module, GenerationMixin):
-            module.__dict__["_prepare_cache_for_generation"] = CachePreparer(module)
-    base.register_forward_pre_hook(resample_before_forward)
+            CachePreparer.install(module)
+            Generate.install(module)
+    _stand_in_for_forwards(base)
     _warn_about_dropout(base)
     return model
 
@@ -195,15 +200,21 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
         )  # fmt: skip
         call.module.add_module(ADAPTER_NAME, adapter.to(execution_device(call.module)))
         call.module.register_forward_pre_hook(stash_cache, with_kwargs=True)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
     if not any(adapter.converted for _, _, adapter in named_adapters(model)):
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} was left to convert: all have a sliding window or a mask of "
             "their own (their cost is linear already), are cross-attention or are excluded by `layers`."
         )
     _apply_heads(model, config)
+
+
+def _stand_in_for_forwards(base: PreTrainedModel) -> None:
+    """Every Transformers model that holds a converted layer may be the one that is called."""
+    adapted = {id(module) for _, module, _ in named_adapters(base)}
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel) and any(id(part) in adapted for part in module.modules()):
+            ModelForward.install(module, base)
+            Replicate.install(module)
 
 
 def _apply_heads(model: nn.Module, config: RFAConfig) -> None:
@@ -224,23 +235,22 @@ def _apply_heads(model: nn.Module, config: RFAConfig) -> None:
 def _verify(model: PreTrainedModel, run: DryRun, inputs: Mapping[str, Any]) -> None:
     """Run the converted model: every adapter must be called as often as the module it hangs in was."""
     adapters = {id(module): (name, adapter) for name, module, adapter in named_adapters(model)}
-    for _, adapter in adapters.values():
-        adapter.calls = 0
-    with quiet_eval(model):
-        model(**inputs)
+    counted = count_calls(model, inputs)
     for key, call in run.calls.items():
         name, adapter = adapters[key]
-        if adapter.calls != call.count:
+        calls = counted.total.get(key, 0)
+        if calls != call.count:
             raise UnsupportedModelError(
-                f"The converted {name} ran its random features {adapter.calls} times instead of {call.count}: the "
+                f"The converted {name} ran its random features {calls} times instead of {call.count}: the "
                 "model does not use its attention modules as expected."
             )
-        if adapter.calls_in_forward > 2:
+        turns = counted.in_a_forward[key]
+        if turns > 2:
             raise UnsupportedModelError(
-                f"{name} attends {adapter.calls_in_forward} times in one forward, which is not supported beyond two. "
+                f"{name} attends {turns} times in one forward, which is not supported beyond two. "
                 "Keep softmax for this model."
             )
-        adapter.attends_twice = adapter.calls_in_forward == 2
+        adapter.attends_twice = turns == 2
 
 
 def _detach(model: PreTrainedModel) -> None:
@@ -248,12 +258,9 @@ def _detach(model: PreTrainedModel) -> None:
     for _, module, _ in list(named_adapters(model)):
         del module._modules[ADAPTER_NAME]
         _remove_hook(module, stash_cache)
-    for hook in (resample_before_forward, refuse_packing, refuse_packing_beside_a_cache):
-        _remove_hook(model, hook)
     for module in model.modules():
-        _remove_hook(module, refuse_attention_weights)
-        module.__dict__.pop("_prepare_cache_for_generation", None)
-    model.__dict__.pop("save_pretrained", None)
+        for stand_in in (ModelForward, CachePreparer, Generate, ModelSaver, Replicate):
+            stand_in.remove(module)
     model.__dict__.pop(RECORD, None)
     if hasattr(model.config, CONFIG_FIELD):
         delattr(model.config, CONFIG_FIELD)

@@ -15,7 +15,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own, recorder
+from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
+from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own
+from hf_rfa.calls import Interception, intercept, layer_call
 
 
 @dataclass
@@ -36,6 +38,7 @@ class AttentionCalls:
 class DryRun:
     """Every attention module in the order of its first call, and softmax seen outside of the interface."""
 
+    exact = True
     calls: dict[int, AttentionCalls] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
     foreign: list[tuple[int, int]] = field(default_factory=list)
@@ -104,13 +107,38 @@ class _SoftmaxWatch(TorchFunctionMode):
 def watch(model: nn.Module, inputs: Mapping[str, Any]) -> DryRun:
     """Run the model once on `inputs`, all heads exact, and note every attention call."""
     run = DryRun()
-    token = recorder.set(run)
-    try:
-        with _SoftmaxWatch(run), quiet_eval(model), _parts_left_out(model, run):
-            model(**inputs)
-    finally:
-        recorder.reset(token)
+    with intercept(Interception(recorder=run)), _SoftmaxWatch(run), quiet_eval(model), _parts_left_out(model, run):
+        model(**inputs)
     return run
+
+
+@dataclass
+class CallCount:
+    """How often each converted module attends while it is watched, and how often at most in one forward of its own."""
+
+    exact = False
+    total: dict[int, int] = field(default_factory=dict)
+    in_a_forward: dict[int, int] = field(default_factory=dict)
+
+    @contextmanager
+    def call(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, extras: dict[str, Any]
+    ) -> Iterator[None]:
+        """Note one call of the attention function."""
+        yield
+        adapter = module._modules[ADAPTER_NAME]
+        assert isinstance(adapter, RFAAdapter)
+        name, turns = id(module), layer_call(adapter).turns
+        self.total[name] = self.total.get(name, 0) + 1
+        self.in_a_forward[name] = max(turns, self.in_a_forward.get(name, 0))
+
+
+def count_calls(model: nn.Module, inputs: Mapping[str, Any]) -> CallCount:
+    """Run the converted model once on `inputs` and count its calls."""
+    count = CallCount()
+    with intercept(Interception(recorder=count)), quiet_eval(model):
+        model(**inputs)
+    return count
 
 
 @contextmanager

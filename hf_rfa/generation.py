@@ -1,35 +1,73 @@
 """The constant-size cache in plain `model.generate`."""
 
+import weakref
+from contextvars import ContextVar
 from typing import Any
 
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import named_adapters
-from hf_rfa.adopted_cache import adopt_cache_layer
+from hf_rfa.adopted_cache import adopt_cache_layer, has_place
+from hf_rfa.attention import shares_keys
+from hf_rfa.cache import RFACacheLayer
 from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.packing import CACHE_NAMES
+from hf_rfa.standins import StandIn
+
+#: The caches of the `generate` that this thread is in.
+_caches: ContextVar[list[Any] | None] = ContextVar("caches", default=None)
 
 
-class CachePreparer:
-    """Stands in for a model's `_prepare_cache_for_generation`; an object, not a closure, so that the model pickles.
+class CachePreparer(StandIn):
+    """Stands in for a model's `_prepare_cache_for_generation`.
 
     The model's own method makes the cache; the layers of converted attention modules are then replaced in it, before
     assisted decoding asks them to record their past.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    __slots__ = ()
+    method = "_prepare_cache_for_generation"
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         refuse_cache_implementation(generation_config.cache_implementation)
-        original = type(self.model)._prepare_cache_for_generation
-        result = original(self.model, generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, Cache):
-            adopt_cache(self.model, cache)
+        result = self.original(generation_config, model_kwargs, *args, **kwargs)
+        cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
+        if cache is not None:
+            adopt_cache(self.module, cache)
+            prepared = _caches.get()
             if generation_config.is_assistant:  # asked of the layers that were just replaced
                 cache.activate_past_recording()
+            elif prepared is not None:
+                prepared.append(weakref.ref(cache))
         return result
+
+
+class Generate(StandIn):
+    """Stands in for a model's `generate`, for what has to be put right after it.
+
+    Assisted decoding makes the cache record its past, which a state of constant size does by keeping every state:
+    that ends with the call. A model that drafts with its first layers alone (`assistant_early_exit`) sets its config
+    to that number of layers, where an error would leave it.
+    """
+
+    __slots__ = ()
+    method = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.module.config.get_text_config(decoder=True)
+        layers = getattr(config, "num_hidden_layers", None)
+        prepared: list[Any] = []
+        token = _caches.set(prepared)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            _caches.reset(token)
+            for cache in (reference() for reference in prepared):
+                if cache is not None:
+                    stop_recording(cache)
+            if layers is not None and config.num_hidden_layers != layers:
+                config.num_hidden_layers = layers
 
 
 def adopt_cache(model: GenerationMixin, cache: Cache) -> None:
@@ -39,8 +77,19 @@ def adopt_cache(model: GenerationMixin, cache: Cache) -> None:
         index = getattr(module, "layer_idx", None)
         if adapter.cross or adapter.masked or not getattr(module, "is_causal", True):
             continue
-        if index is not None and index >= 0:  # modules that several layers share are told which one they are
-            adopt_cache_layer(own, index)
+        # Modules that several layers share are told which one they are; a model that drafts with its first layers
+        # makes a cache of these alone.
+        if index is not None and index >= 0 and has_place(own, index):
+            adopt_cache_layer(own, index, shares=shares_keys(module)).check(adapter.fingerprint, adapter.draw_number)
+
+
+def stop_recording(cache: Cache) -> None:
+    """Forget the past states of a cache; from here on its tokens cannot be taken back."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own.records_past = False  # type: ignore[attr-defined]
+    for layer in own.layers:
+        if isinstance(layer, RFACacheLayer):
+            layer.stop_recording()
 
 
 def refuse_cache_implementation(name: str | None) -> None:

@@ -1,16 +1,43 @@
 """Which attention runs where: the `_attn_implementation` of every config object in a model, switched part by part."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_rfa.attention import IMPLEMENTATION
 from hf_rfa.errors import ConfigError
 
 #: Config objects, outer ones first, with the implementation that each has: setting an outer one sets the inner ones.
 Implementations = list[tuple[Any, str]]
+
+
+class OwnConfigs:
+    """Config objects of its own for a model: `AutoModel.from_config` gives the caller's one to every model it makes.
+
+    All modules of the model (and of what wraps it) that hold one of its config objects get the copy, so that they
+    still share one another's. `undo` puts the originals back, where a conversion fails.
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:
+        copies: dict[int, Any] = {}
+        for config, _ in implementations(base):  # outer ones first: copying one copies those inside it
+            copy.deepcopy(config, copies)
+        self._replaced = [
+            (module, name, value)
+            for module in {id(m): m for m in (*model.modules(), *base.modules())}.values()
+            for name, value in vars(module).items()
+            if isinstance(value, PreTrainedConfig) and id(value) in copies
+        ]
+        for module, name, value in self._replaced:
+            module.__dict__[name] = copies[id(value)]
+
+    def undo(self) -> None:
+        """Put the originals back."""
+        for module, name, value in self._replaced:
+            module.__dict__[name] = value
 
 
 def implementations(model: PreTrainedModel) -> Implementations:

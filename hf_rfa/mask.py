@@ -1,5 +1,6 @@
 """The mask function registered as "rfa": padding and packing in O(N), no N x N mask."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from hf_rfa.calls import ForwardCall, travelling_call
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.ops.exact import QUERY_BLOCK, MaskBlock
 from hf_rfa.ops.layout import TokenLayout
@@ -37,6 +39,12 @@ class MaskRows:
                 start += QUERY_BLOCK
         return self._blocks
 
+    def last(self, queries: int) -> "MaskRows":
+        """Its last rows."""
+        length = self.arguments["q_length"]
+        offset = self.arguments["q_offset"] + length - queries
+        return MaskRows({**self.arguments, "q_offset": offset, "q_length": queries}, self.sliding)
+
     def _block(self, start: int, stop: int, keys: int) -> MaskBlock:
         arguments = {**self.arguments, "q_offset": self.arguments["q_offset"] + start, "q_length": stop - start}
         visible = sdpa_mask(**arguments, allow_is_causal_skip=False)
@@ -59,6 +67,7 @@ class RFAMask:
         rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
             whatever a model combines its mask with. Such layers can only stay softmax.
         keys: Number of old and new tokens.
+        call: The forward that it was made in, where layers that run again in the backward pass must know of it.
     """
 
     causal: bool
@@ -66,6 +75,7 @@ class RFAMask:
     document: torch.Tensor | None = None
     rows: MaskRows | None = None
     keys: int = 0
+    call: ForwardCall | None = field(default=None, repr=False, compare=False)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
     _valid: list[torch.Tensor | None] = field(default_factory=list, repr=False, compare=False)
 
@@ -78,6 +88,17 @@ class RFAMask:
     def ndim(self) -> int:
         """1: nothing that Transformers takes for a 2-D or a 4-D mask."""
         return 1
+
+    def __getitem__(self, index: Any) -> "RFAMask":
+        """mask[:, :, -n:, :], the rows of the last n queries, as Gemma 4 asks for where no others are needed."""
+        whole, last = slice(None), index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        if not isinstance(last, slice) or index[:2] != (whole, whole) or index[3] != whole or last.start is None:
+            raise UnsupportedModelError(
+                f"A model takes its attention mask apart (mask[{index}]), which random features cannot follow. Keep "
+                "softmax attention for this model."
+            )
+        rows = None if self.rows is None else self.rows.last(-last.start)
+        return dataclasses.replace(self, rows=rows, _layouts={}, _valid=[])
 
     @property
     def valid(self) -> torch.Tensor | None:
@@ -117,6 +138,7 @@ def rfa_mask(
     **kwargs: Any,
 ) -> RFAMask | None:
     """Called by Transformers' `create_causal_mask` and its relatives. None: nothing to say, each sees all."""
+    call = travelling_call()
     if isinstance(attention_mask, RFAMask):
         return attention_mask  # made by an outer model, like the 4-D masks that Transformers hands through
     padding = attention_mask
@@ -141,8 +163,9 @@ def rfa_mask(
         rows = MaskRows(arguments, sliding=bool(causal))
     if padding is not None:
         padding = padding[:, -max(kv_length, q_length) :]
-    mask = RFAMask(bool(causal), padding, document, rows, kv_length)
-    return mask if causal or document is not None or rows is not None or mask.valid is not None else None
+    mask = RFAMask(bool(causal), padding, document, rows, kv_length, call)
+    said = causal or document is not None or rows is not None or call is not None
+    return mask if said or mask.valid is not None else None
 
 
 def padding_of(mask: torch.Tensor) -> RFAMask | None:
@@ -155,7 +178,7 @@ def padding_of(mask: torch.Tensor) -> RFAMask | None:
     valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
     if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
         return None
-    return RFAMask(causal=False, padding=valid, keys=mask.shape[-1])
+    return RFAMask(causal=False, padding=valid, keys=mask.shape[-1], call=travelling_call())
 
 
 def _padded(padding: torch.Tensor) -> torch.Tensor | None:

@@ -18,6 +18,8 @@ from hf_rfa.example_inputs import accepts
 #: Largest change of a document's outputs, relative to the largest, that another one before it may make: rounding.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_ROUNDING = 3e-2
+#: How Transformers calls the cache among a model's arguments: since 5.24, until 5.23, and of recurrent models.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
@@ -45,8 +47,8 @@ def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> 
     return bool(change <= _ROUNDING.get(one.dtype, _COARSE_ROUNDING))
 
 
-def refuse_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of models that do not keep packed documents apart."""
+def refuse_packing(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """For models that do not keep packed documents apart."""
     if is_packed(kwargs):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep packed documents apart: it does not tell all of its layers where "
@@ -54,17 +56,17 @@ def refuse_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def refuse_packing_beside_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of all others: beside a cache Transformers does not look for documents."""
+def refuse_packing_beside_a_cache(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """For all others: beside a cache Transformers does not look for documents."""
     if not is_packed(kwargs):
         return
     asked = kwargs.get("use_cache")
-    if kwargs.get("past_key_values") is not None or (
+    if any(kwargs.get(name) is not None for name in CACHE_NAMES) or (
         asked if asked is not None else getattr(model.config.get_text_config(), "use_cache", False)
     ):
         raise UnsupportedModelError(
             "Packed documents (`position_ids` that begin anew) are not kept apart beside a cache. Got use_cache=True, "
-            "which is the model's default. Pass use_cache=False."
+            "which is the model's default, or a cache. Pass use_cache=False and no cache."
         )
 
 

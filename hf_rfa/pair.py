@@ -22,6 +22,7 @@ from hf_rfa.adapter import ADAPTER_NAME, named_adapters
 from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.config import FORMAT_VERSION, RFAConfig
 from hf_rfa.errors import CheckpointError
+from hf_rfa.standins import StandIn
 
 CONFIG_FILE, WEIGHTS_FILE = "rfa_config.json", "rfa_model.safetensors"
 #: Where the conversion is noted in the model's own config, which its `save_pretrained` writes.
@@ -43,26 +44,26 @@ class SavedPair:
     scope: dict[str, Any]
 
 
-class ModelSaver:
-    """Stands in for a converted model's `save_pretrained`: the class's own, then the pair of files beside it.
+class ModelSaver(StandIn):
+    """Stands in for a converted model's `save_pretrained`: the class's own, then the pair of files beside it."""
 
-    An object and not a closure, so that the model pickles and copies.
-    """
+    __slots__ = ("record",)
+    method = "save_pretrained"
 
     def __init__(self, model: PreTrainedModel, record: Any) -> None:
-        self.model, self.record = model, record  # the record has the `config` and the `report` as they will be then
+        super().__init__(model)
+        self.record = record  # has the `config` and the `report` as they will be then
 
     def __call__(
         self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        original = type(self.model).save_pretrained
         upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
-        original(self.model, save_directory, is_main_process=is_main_process, **kwargs)
+        self.original(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        write_pair(self.model, self.record.config, Path(save_directory), self.record.report, self.record.scope)
+        write_pair(self.module, self.record.config, Path(save_directory), self.record.report, self.record.scope)
         if push_to_hub:  # only now: the class's own upload would leave the pair behind
-            self.model.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
+            self.module.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
 
 def write_pair(

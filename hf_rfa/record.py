@@ -23,12 +23,14 @@ class Conversion:
     Attributes:
         implementations: The config objects of the model and the implementation that each had.
         scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
+        packs: Whether the model keeps packed documents apart.
     """
 
     config: RFAConfig
     implementations: Implementations
     scope: dict[str, Any]
     report: CalibrationReport | None = None
+    packs: bool = True
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """What a call of a converted model may ask for that random features cannot express."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
         raise UnsupportedModelError(_NO_WEIGHTS)
 
 
-def refuse_attention_weights(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of converted models: some swallow the argument, and would answer with empty tuples."""
+def refuse_attention_weights(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Some models swallow the argument, and would answer with empty tuples."""
     asked = kwargs.get("output_attentions")
     if asked if asked is not None else getattr(model.config, "output_attentions", False):
         raise UnsupportedModelError(_NO_WEIGHTS)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_rfa.adapter import named_adapters, require_adapters
+from hf_rfa.adapter import require_adapters
 from hf_rfa.errors import ConfigError
 
 
@@ -33,18 +32,6 @@ def resample(model: nn.Module, draw: int | None = None) -> int:
     for adapter in adapters:
         adapter.redraw(number)
     return number
-
-
-def resample_before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a converted model: `RFAConfig(resample="forward")` redraws before each training forward.
-
-    On the whole model and not in a layer: activation checkpointing runs layers twice and must see one draw.
-    """
-    if not (model.training and torch.is_grad_enabled()):
-        return
-    adapter = next((adapter for _, _, adapter in named_adapters(model)), None)
-    if adapter is not None and adapter.config.resample == "forward":
-        resample(model)
 
 
 class ResampleCallback(TrainerCallback):

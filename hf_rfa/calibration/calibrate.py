@@ -23,6 +23,7 @@ from hf_rfa.calibration.candidates import CandidateSource
 from hf_rfa.calibration.divergence import Divergence, ignore, measure
 from hf_rfa.calibration.fitting import LayerFit
 from hf_rfa.calibration.report import CalibrationReport, HeadCalibration
+from hf_rfa.calls import Interception, intercept
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import set_softmax_heads
 from hf_rfa.devices import execution_device
@@ -118,18 +119,13 @@ def _observe(
     observers: Mapping[int, Any],
 ) -> None:
     """Run the batches through the model, every head exact, with an observer at each converted layer."""
-    for adapter in adapters:
-        adapter.observer = observers[adapter.layer] if adapter.converted else ignore
-    try:
-        with quiet_eval(base):
-            for batch in batches:
-                inputs, planted = _inputs(base, batch, plant_repeats)
-                for observer in observers.values():
-                    observer.planted = planted
-                base(**inputs)
-    finally:
-        for adapter in adapters:
-            adapter.observer = None
+    each = {adapter: observers[adapter.layer] if adapter.converted else ignore for adapter in adapters}
+    with intercept(Interception(observers=each)), quiet_eval(base):
+        for batch in batches:
+            inputs, planted = _inputs(base, batch, plant_repeats)
+            for observer in observers.values():
+                observer.planted = planted
+            base(**inputs)
 
 
 def _inputs(base: Any, batch: Batch, plant_repeats: bool) -> tuple[dict[str, Any], int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_rfa.adapter import RFAAdapter
 from hf_rfa.calibration.report import NATS, RELATIVE
+from hf_rfa.calls import Interception, intercept
 
 
 @dataclass
@@ -74,13 +75,9 @@ def measure(
 @contextmanager
 def only(adapters: Sequence[RFAAdapter], layers: Sequence[int]) -> Iterator[None]:
     """Every layer exact but these."""
-    for adapter in adapters:
-        adapter.observer = None if adapter.converted and adapter.layer in layers else ignore
-    try:
+    exact = {a: ignore for a in adapters if not (a.converted and a.layer in layers)}
+    with intercept(Interception(observers=exact)):
         yield
-    finally:
-        for adapter in adapters:
-            adapter.observer = None
 
 
 def ignore(*args: Any) -> None:

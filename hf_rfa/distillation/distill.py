@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration.calibrate import Batch
 from hf_rfa.calibration.divergence import ignore
+from hf_rfa.calls import Interception, intercept
 from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import CheckpointError, ConfigError
@@ -174,14 +175,9 @@ def _forward(
         inputs.setdefault("use_cache", False)
     for layer in layers.values():
         layer.begin(step)
-    for adapter in adapters:
-        adapter.observer = layers.get(adapter.layer, ignore)
-    try:
-        with quiet_eval(base):
-            base(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
-    finally:
-        for adapter in adapters:
-            adapter.observer = None
+    observers = {adapter: layers.get(adapter.layer, ignore) for adapter in adapters}
+    with intercept(Interception(observers=observers)), quiet_eval(base):
+        base(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
 
 
 def _check_finite(layers: Mapping[int, LayerTransfer], step: int) -> None:

@@ -38,7 +38,7 @@ class TransferLoss:
 
 
 class LayerTransfer:
-    """Observer of one layer (see `RFAAdapter.observer`) that takes the gradient of its loss in each forward.
+    """Observer of one layer (see `hf_rfa.calls.Interception`) that takes the gradient of its loss in each forward.
 
     Attributes:
         tensors: What is trained, by name; alpha and gamma as logarithms.

@@ -34,6 +34,7 @@ class Carry:
             self.cache = DynamicCache()
         for layer in self.cache.layers:
             if isinstance(layer, RFACacheLayer) and layer.state is not None:
+                layer.hand_on()  # an optimiser step in between may have moved what the features have learned
                 layer.state = without_rows(layer.state.detach(), batch.fresh)
         return self.cache
 
@@ -46,7 +47,7 @@ class Carry:
             assert layer.state is not None
             tensors = {field.name: getattr(layer.state, field.name) for field in dataclasses.fields(RFAState)}
             tensors = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-            saved.append({"state": tensors, "seen": layer.seen, "draw": layer.draw})
+            saved.append({"state": tensors, "seen": layer.seen})
         return saved
 
     def load_state_dict(self, saved: list[dict[str, Any]], device: torch.device) -> None:
@@ -55,7 +56,7 @@ class Carry:
         for entry in saved:
             layer = RFACacheLayer()
             layer.state = RFAState(**entry["state"]).to(device)
-            layer.seen, layer.draw = entry["seen"], entry["draw"]
+            layer.seen = entry["seen"]
             layer.lazy_initialization(layer.state.near_key, layer.state.near_value)
             assert self.cache is not None
             self.cache.layers.append(layer)

@@ -28,6 +28,7 @@ from torch.distributed._functional_collectives import all_gather_single
 from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.adapter import RFAAdapter, require_adapters
+from hf_rfa.calls import Interception, intercept
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.feature_maps import FarKernel
@@ -62,13 +63,8 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
         raise ConfigError(
             "Sequence parallelism needs an exact window. Got window=0. Convert with RFAConfig(window=64)."
         )
-    for adapter in adapters:
-        adapter.__dict__["sequence_shard"] = Shard(adapter, group)
-    try:
+    with intercept(Interception(shards={adapter: Shard(adapter, group) for adapter in adapters})):
         yield
-    finally:
-        for adapter in adapters:
-            del adapter.__dict__["sequence_shard"]
 
 
 def shard_batch(batch: Tensor | Batch, rank: int, processes: int) -> Batch:
