@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from families import CACHE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -203,7 +204,7 @@ def test_prefill_answers_with_the_greedy_next_token(tiny_llama):
 def test_models_without_logits_to_keep_can_be_measured():
     class Plain(LlamaForCausalLM):
         def forward(self, input_ids=None, past_key_values=None, use_cache=None):
-            return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+            return super().forward(input_ids, **{CACHE: past_key_values}, use_cache=use_cache)
 
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
 
 # Float32 copies of the logits are made for so many positions at a time: 256 of a vocabulary of 128k are 128 MiB.
@@ -222,8 +223,8 @@ def greedy_continuations(
     with evaluation_mode(model):
         # Not `generate`: it would stop at an end-of-text token, or rank another one first.
         for _ in range(new):
-            output = model(input_ids=unseen, past_key_values=cache, use_cache=True)
-            unseen, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=unseen, **{cache_argument(model): cache}, use_cache=True)
+            unseen, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
             sequences = torch.cat([sequences, unseen], 1)
     return sequences
 
