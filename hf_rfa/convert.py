@@ -20,10 +20,11 @@ from hf_rfa.generation import CachePreparer
 from hf_rfa.implementation import IMPLEMENTATION, implementations, keep_unreached, restore, switch
 from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart, refuse_packing, refuse_packing_beside_a_cache
-from hf_rfa.pair import CONFIG_FIELD, ModelSaver
+from hf_rfa.pair import CONFIG_FIELD
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
 from hf_rfa.refusals import refuse_attention_weights
 from hf_rfa.resample import resample_before_forward
+from hf_rfa.saver import ModelSaver
 
 logger = logging.getLogger(__name__)
 
