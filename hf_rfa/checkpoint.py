@@ -104,10 +104,12 @@ def from_pretrained(
     pair, source = read_pair(Source.of(folder_or_id, kwargs))
     loaded = load_base(pair, source, model_class, kwargs)
     model: Any = _converted(loaded.model, pair, source)
-    if source.find(PEFT_CONFIG) is not None and not getattr(model, "_hf_peft_config_loaded", False):
+    lora = source.find(PEFT_CONFIG)
+    if lora is not None and not getattr(model, "_hf_peft_config_loaded", False):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source.name, **source.options)
+        # From the folder that all its files were found in: PEFT's own look-ups do not follow every option.
+        model = PeftModel.from_pretrained(model, str(lora.parent))
     return (model, loaded.info) if output_loading_info else model
 
 
@@ -120,7 +122,8 @@ def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
     """A causal LM, with its conversion where there is one; `kwargs` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: the conversion is damaged, or the config names one whose files are not there.
+        CheckpointError: the model cannot be found, the conversion is damaged, or the config names one whose files are
+            not there.
 
     Example:
         >>> from hf_rfa.evaluation.compare import default_model
@@ -130,7 +133,10 @@ def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
     if holds_conversion(folder_or_id, **kwargs):
         return from_pretrained(folder_or_id, **kwargs)
     place = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
-    config = transformers.AutoConfig.from_pretrained(folder_or_id, **place)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder_or_id, **place)
+    except OSError as error:
+        raise CheckpointError(f"{Source.of(folder_or_id, kwargs)} cannot be loaded: {error}") from error
     if hasattr(config, CONFIG_FIELD):
         raise CheckpointError(
             f"{Source.of(folder_or_id, kwargs)} was converted, but {CONFIG_FILE} is not there: it would run softmax "

@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from hf_rfa.errors import CheckpointError
 from hf_rfa.saved_files import MODEL_CONFIG, read_json
@@ -56,11 +57,16 @@ def _imported(architecture: str, module: str) -> Any:
 
 
 def _registered() -> Iterator[type[PreTrainedModel]]:
-    """All classes that somebody has registered with an Auto class."""
+    """All classes that somebody has registered with an Auto class.
+
+    Not those that Transformers has registered itself when it loaded remote code: another repository can have a class
+    of the same name, and whether to trust it is asked for each one.
+    """
     for name, mapping in vars(modeling_auto).items():
         if re.fullmatch(r"MODEL_.*MAPPING", name):
-            for classes in mapping._extra_content.values():
-                yield from classes if isinstance(classes, (tuple, list)) else [classes]
+            for entry in mapping._extra_content.values():
+                classes = entry if isinstance(entry, (tuple, list)) else [entry]
+                yield from (cls for cls in classes if cls.__module__.split(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def _remote_reference(architecture: str, weights: Source) -> str | None:
