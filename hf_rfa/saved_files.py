@@ -41,7 +41,7 @@ def naming(folder: Path) -> Iterator[None]:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have the file written under a temporary name, then renamed: a crash leaves the old one, never half of a new."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # all processes may save the same at once
     try:
         write(partial)
         os.replace(partial, path)

@@ -1,12 +1,14 @@
 """`ModelSaver`: what stands in for a converted model's own `save_pretrained`."""
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_rfa.base_model import describe_base
+from hf_rfa.adapter import ADAPTER_NAME
+from hf_rfa.base_model import describe_base, not_in_base, saved_nowhere
 from hf_rfa.pair import write_pair
 from hf_rfa.peft_files import teach_peft
 from hf_rfa.saved_files import forget_pair, remove_lora
@@ -48,6 +50,7 @@ class ModelSaver:
         upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
         if is_main_process:
             forget_pair(folder)
+        gathered = _of_adapters(kwargs.get("state_dict"))  # now: Transformers empties the dictionary as it saves
         original(model, save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
@@ -55,6 +58,11 @@ class ModelSaver:
         if not only_lora:
             remove_lora(folder)
         base = describe_base(model, folder) if only_lora else None
-        write_pair(model, self.record, folder, base=base, state_dict=kwargs.get("state_dict"))
+        weights = None if base is None else saved_nowhere(model, folder, not_in_base(model, base, folder))
+        write_pair(model, self.record, folder, base=base, weights=weights, state_dict=gathered)
         if push_to_hub:  # only now: the class's own upload would leave the pair behind
             model.push_to_hub(upload.pop("repo_id", folder.name), **upload)
+
+
+def _of_adapters(state_dict: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: tensor for name, tensor in (state_dict or {}).items() if f".{ADAPTER_NAME}." in name}

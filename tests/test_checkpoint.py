@@ -209,6 +209,26 @@ def test_keyword_arguments_reach_the_models_own_loading(tmp_path):
     assert_same_model(loaded, model)
 
 
+def test_the_loading_info_is_that_of_transformers(tmp_path):
+    model = saved(tmp_path)
+    loaded, info = hf_rfa.from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_model(loaded, model)
+    build("llama").save_pretrained(tmp_path / "plain")
+    _, want = LlamaForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert info.keys() == want.keys()
+    assert not any(info.values())
+
+
+@PEFT_ASKS
+def test_the_loading_info_beside_a_lora(tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    model = lora(alter(hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)))
+    hf_rfa.save_pretrained(model, tmp_path / "both")
+    loaded, info = hf_rfa.from_pretrained(tmp_path / "both", output_loading_info=True)
+    assert_same_model(loaded, model, {"input_ids": token_ids(), "use_cache": False})
+    assert not any(info.values())
+
+
 def test_loading_leaves_the_class_as_it_was(tmp_path):
     saved(tmp_path)
     before = dict(vars(LlamaForCausalLM))

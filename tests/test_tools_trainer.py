@@ -103,7 +103,8 @@ def with_lora(folder, name="default", more=()):
 
 
 @PEFT_ASKS
-@pytest.mark.parametrize(("name", "more"), [("default", []), ("named", []), ("default", ["second"])], ids=str)
+# Of "default" beside a named one, Transformers 5.17 resumes the named one alone.
+@pytest.mark.parametrize(("name", "more"), [("default", []), ("named", []), ("named", ["second"])], ids=str)
 def test_a_lora_resumes_with_its_draw_and_saves_it(name, more, tmp_path):
     """Omega, what calibration found and learned tensors: all of the conversion is as it was at the checkpoint."""
     build("llama").save_pretrained(tmp_path / "base")
@@ -134,14 +135,19 @@ def test_a_lora_resumes_with_its_draw_and_saves_it(name, more, tmp_path):
 @PEFT_ASKS
 def test_the_best_checkpoint_of_a_lora_comes_back_with_its_draw(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    options = {"learning_rate": 50.0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
-    args = arguments(tmp_path / "run", save_steps=1, load_best_model_at_end=True, max_steps=3, **options)
-    data = {"train_dataset": Texts(), "eval_dataset": Texts(3)}
-    run = Trainer(model=with_lora(tmp_path / "base"), args=args, callbacks=[hf_rfa.ResampleCallback()], **data)
+    scores = iter([1, 3, 2])
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "metric_for_best_model": "score"}
+    run = Trainer(
+        model=with_lora(tmp_path / "base"),
+        args=arguments(tmp_path / "run", save_steps=1, load_best_model_at_end=True, max_steps=3, **options),
+        train_dataset=Texts(),
+        eval_dataset=Texts(3),
+        compute_metrics=lambda _: {"score": next(scores)},
+        callbacks=[hf_rfa.ResampleCallback()],
+    )
     run.train()
-    best = int(run.state.best_model_checkpoint.rsplit("-", 1)[1])
-    assert best < 3
-    assert {adapter.draw_number for adapter in require_adapters(run.model)} == {best}
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert {adapter.draw_number for adapter in require_adapters(run.model)} == {2}
 
 
 def test_an_encoder_decoder_is_judged_by_what_it_generates(tmp_path):
