@@ -16,6 +16,8 @@ from hf_rfa.pair import CONFIG_FIELD
 RECORD = "_rfa_conversion"
 #: The same of every Transformers model that is the converted one or lies in it.
 INSIDE = "_rfa_conversion_around"
+#: The attribute of a converted model's class that holds the class that it was before.
+ORIGINAL = "_rfa_original_class"
 
 
 @dataclass
@@ -48,6 +50,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
                 "`from_pretrained`."
             )
     return model
+
+
+def original_class(model: nn.Module) -> Any:
+    """The class of a model as it is without its conversion."""
+    return getattr(type(model), ORIGINAL, type(model))
 
 
 def is_converted(model: nn.Module) -> bool:
