@@ -98,7 +98,7 @@ def test_the_model_class_may_be_another_one_of_the_same_weights(tmp_path):
     class Traced(LlamaForCausalLM):
         pass
 
-    assert type(hf_rfa.from_pretrained(tmp_path, model_class=Traced)) is Traced
+    assert isinstance(hf_rfa.from_pretrained(tmp_path, model_class=Traced), Traced)
 
 
 CODE = """
