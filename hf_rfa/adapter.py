@@ -63,23 +63,26 @@ class RFAAdapter(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
-        ones = torch.ones(key_heads)
-        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim))
+        # Explicit, so that a default dtype or device of the caller's has no say.
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        ones, eye = torch.ones(key_heads, **like), torch.eye(head_dim, **like)
+        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim, **like))
         self.register_buffer("alpha", ones * config.alpha)
         self.register_buffer("gamma", ones * config.gamma)
-        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
-        self.register_buffer("query_center", torch.zeros(key_heads, head_dim))
-        self.register_buffer("key_center", torch.zeros(key_heads, head_dim))
-        self.register_buffer("query_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
-        self.register_buffer("key_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
+        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2, **like), head_dim))
+        self.register_buffer("query_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("key_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("query_transform", eye.repeat(key_heads, 1, 1))
+        self.register_buffer("key_transform", eye.repeat(key_heads, 1, 1))
         self.register_buffer("query_radius", ones * 0)
         self.register_buffer("key_radius", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
-        self.register_buffer("map_codes", torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8))
-        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted))
-        self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
+        code = MAP_CODES.index(name)
+        self.register_buffer("map_codes", torch.full((key_heads,), code, dtype=torch.uint8, device="cpu"))
+        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
         if config.gate and converted:
-            self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim))
+            self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim, **like))
             self.gate_bias = nn.Parameter(ones * OPEN_GATE)
         self.statistics = FarStatistics()
         self.attends_twice = False  # in one forward of its module; `convert` finds out
