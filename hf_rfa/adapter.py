@@ -89,6 +89,7 @@ class RFAAdapter(nn.Module):
         self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
         self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.calls`
         self._python: dict[str, Any] = {}
+        self._resting: set[str] = set()  # Parameters that are not trained only because every key head is exact
         self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
             self.learn()
@@ -166,6 +167,7 @@ class RFAAdapter(nn.Module):
                 tensor = getattr(self, name)
                 del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(tensor))
+        self._train_what_acts()
 
     @property
     def softmax_heads(self) -> tuple[int, ...]:
@@ -191,7 +193,23 @@ class RFAAdapter(nn.Module):
         mask = torch.zeros_like(self.softmax_mask)
         mask[list(heads)] = True
         self.softmax_mask.copy_(mask)
-        self._python.clear()
+        self._python["softmax_heads"] = tuple(sorted(set(heads)))  # known, so that a graph need not be broken to ask
+        self._train_what_acts()
+
+    def _train_what_acts(self) -> None:
+        """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.
+
+        Those that were trained until then are trained again once a head is linear.
+        """
+        if len(self.softmax_heads) == self.key_heads:
+            trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
+            self._resting |= trained
+            for name in trained:
+                getattr(self, name).requires_grad_(False)
+        else:
+            for name in self._resting:
+                getattr(self, name).requires_grad_(True)
+            self._resting = set()
 
     def drawn(self, draw: int) -> torch.Tensor:
         """omega of draw number `draw`, for all key heads."""
@@ -230,6 +248,7 @@ class RFAAdapter(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._python.clear()
+        self._train_what_acts()
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
