@@ -16,7 +16,7 @@ from hf_rfa.config import RFAConfig
 from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
-from hf_rfa.example_inputs import describe, guess_inputs
+from hf_rfa.example_inputs import describe, guess_inputs, refuse_meta
 from hf_rfa.forward import ModelForward
 from hf_rfa.generation import CachePreparer, Generate
 from hf_rfa.implementation import IMPLEMENTATION, OwnConfigs, implementations, keep_unreached, restore, switch
@@ -57,6 +57,7 @@ def swap_attention(
     scope: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
     if example_inputs is not None:
         scope["example_inputs"] = describe(example_inputs)
+    refuse_meta(base)
     _refuse_sparse(base)
     remember_recording()
     configs = OwnConfigs(model, base)

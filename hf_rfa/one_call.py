@@ -71,12 +71,12 @@ def convert(
     """
     config = RFAConfig() if config is None else config
     batches: Any = None
-    # All that can be said of the arguments is said before anything is changed.
-    if calibrate is True and isinstance(config, RFAConfig):
-        check_can_write(base_model(model), config.window)
-    elif not isinstance(calibrate, bool):
-        batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
     with plain_torch():
+        # All that can be said of the arguments is said before anything is changed.
+        if calibrate is True and isinstance(config, RFAConfig):
+            check_can_write(base_model(model), config.window)
+        elif not isinstance(calibrate, bool):
+            batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
         swap_attention(model, config, example_inputs=example_inputs, parts=parts)
         if calibrate is False:
             return model
