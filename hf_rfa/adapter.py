@@ -193,8 +193,9 @@ class RFAAdapter(nn.Module):
         mask = torch.zeros_like(self.softmax_mask)
         mask[list(heads)] = True
         self.softmax_mask.copy_(mask)
-        self._python["softmax_heads"] = tuple(sorted(set(heads)))  # known, so that a graph need not be broken to ask
+        self._python.clear()
         self._train_what_acts()
+        _ = self.kernel, self.draw_number  # read now: a graph cannot ask tensors
 
     def _train_what_acts(self) -> None:
         """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.

@@ -23,7 +23,7 @@ from hf_rfa.implementation import IMPLEMENTATION, OwnConfigs, implementations, k
 from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart
 from hf_rfa.pair import CONFIG_FIELD, ModelSaver
-from hf_rfa.quiet import plain_torch, quiet_eval
+from hf_rfa.quiet import plain_torch
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
 from hf_rfa.standins import Replicate
 
