@@ -158,7 +158,7 @@ class RFAAdapter(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 getattr(self, name).copy_(tensor)
-        self._python.clear()
+        self._read()
 
     def learn(self) -> None:
         """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
@@ -193,9 +193,14 @@ class RFAAdapter(nn.Module):
         mask = torch.zeros_like(self.softmax_mask)
         mask[list(heads)] = True
         self.softmax_mask.copy_(mask)
+        self._read()
+
+    def _read(self) -> None:
+        """Read what Python knows of the tensors anew, and now: a graph cannot ask for it."""
         self._python.clear()
-        self._train_what_acts()
-        _ = self.kernel, self.draw_number  # read now: a graph cannot ask tensors
+        if not self.omega.is_meta:
+            _ = self.kernel, self.draw_number
+            self._train_what_acts()
 
     def _train_what_acts(self) -> None:
         """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.
@@ -223,7 +228,8 @@ class RFAAdapter(nn.Module):
         """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
         self.omega = self.drawn(draw)
         self.draw.fill_(draw)
-        self._python.clear()
+        self._python.pop("fingerprint", None)
+        self._python["draw"] = draw
 
     def extra_repr(self) -> str:
         heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
@@ -248,8 +254,7 @@ class RFAAdapter(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._python.clear()
-        self._train_what_acts()
+        self._read()
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
