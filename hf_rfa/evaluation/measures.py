@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_rfa.cache_names import cache_of, with_cache
 from hf_rfa.errors import ConfigError
 from hf_rfa.quiet import evaluation_mode
 
@@ -207,8 +208,8 @@ def greedy_continuations(
     with evaluation_mode(model):
         # Not `generate`: it would stop at an end-of-text token, or rank another one first.
         for _ in range(new):
-            output = model(input_ids=unseen, past_key_values=cache, use_cache=True)
-            unseen, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=unseen, **with_cache(model, cache))
+            unseen, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
             sequences = torch.cat([sequences, unseen], 1)
     return sequences
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hf_rfa.cache import cache_bytes
+from hf_rfa.cache_names import cache_of, with_cache
 from hf_rfa.errors import ConfigError
 from hf_rfa.quiet import evaluation_mode
 
@@ -31,13 +32,13 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Cache, Tensor]:
     # Logits of all positions would take more memory than the attention; nearly every causal LM can leave them out.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     output = model(input_ids=ids[None].to(model.device), use_cache=True, **last_only)
-    return output.past_key_values, output.logits[:, -1:].argmax(-1)
+    return cache_of(output), output.logits[:, -1:].argmax(-1)
 
 
 def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> Tensor:
     """Greedy decoding of `steps` tokens after `token` (1, 1); returns the last one (1, 1)."""
     for _ in range(steps):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
     return token
 
 

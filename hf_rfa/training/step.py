@@ -140,5 +140,5 @@ class Step:
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids.to(device)
         if batch.fresh is not None:
-            inputs |= {"use_cache": True, "past_key_values": self.carries[lane].start(batch)}
+            inputs["carried"] = self.carries[lane].start(batch)
         return self.model(input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), **inputs)
