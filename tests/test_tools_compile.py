@@ -140,7 +140,7 @@ WAYS = ["model.compile()", "torch.compile(model)", "layers compiled", "an inner 
 
 
 def compiled_first(way, **options):
-    """What is called of a tiny Llama that was compiled and has run, so that its graph is one of softmax; its answer."""
+    """What is called of a tiny Llama that was compiled and has run, so that its graph is of softmax; its answer."""
     torch._dynamo.reset()
     model = build("llama")
     called = model

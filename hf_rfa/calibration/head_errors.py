@@ -17,8 +17,8 @@ from hf_rfa.ops.combine import Part, smallest_denominator
 #: A layer whose answer to a sum is further than this share from the sum of its answers is not linear; rounding its
 #: inputs to 4 bits makes a tenth.
 NONLINEAR = 0.25
-#: Of weights below this share of the bias nothing is to be seen in 16 bit until they are scaled.
-LEAST_WEIGHT = 2.0**-12
+#: Weights below this share of the bias are scaled by no more than its inverse, the largest power of two in float16.
+LEAST_WEIGHT = 2.0**-15
 
 
 def squared_errors(
@@ -99,10 +99,13 @@ def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torc
         out = linear.forward((rows * scale)[None])[0].to(device, torch.float32)
         return (out[:-1] - out[-1]) / scale, out[-1]
 
-    columns, bias = run(1.0)
-    largest, offset = columns[:-1].abs().max().item(), bias.abs().max().item()
-    if largest < offset:
-        columns, _ = run(2.0 ** math.ceil(math.log2(offset / max(largest, offset * LEAST_WEIGHT))))
+    scale, wanted = 0.0, 1.0
+    while scale < wanted:  # what is seen of small weights at first is rounding
+        scale = wanted
+        columns, bias = run(scale)
+        largest, offset = columns[:-1].abs().max().item(), bias.abs().max().item()
+        if largest < offset:
+            wanted = 2.0 ** math.ceil(math.log2(offset / max(largest, offset * LEAST_WEIGHT)))
     weight, answer = columns[:-1].T, columns[-1]
     expected = weight @ probe.float()
     return weight if (answer - expected).norm() <= NONLINEAR * expected.norm() else None
