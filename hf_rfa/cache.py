@@ -272,11 +272,12 @@ def cache_bytes(cache: Cache) -> int:
 
     Example:
         >>> import torch, hf_rfa
+        >>> from hf_rfa.cache_names import cache_of
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
         >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False).eval()
         >>> short, long = (model(torch.ones(1, n, dtype=torch.long), use_cache=True) for n in (200, 1000))
-        >>> hf_rfa.cache_bytes(short.past_key_values) == hf_rfa.cache_bytes(long.past_key_values)
+        >>> hf_rfa.cache_bytes(cache_of(short)) == hf_rfa.cache_bytes(cache_of(long))
         True
     """
     return sum(_bytes(value) for layer in cache.layers for value in vars(layer).values())

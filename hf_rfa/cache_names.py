@@ -1,21 +1,20 @@
-"""How a model calls the cache that it takes and gives: Transformers renamed it in 5.24."""
+"""How models call their cache: `cache` since Transformers 5.24, `past_key_values` until 5.23, some `cache_params`."""
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-from hf_rfa.example_inputs import accepts
-from hf_rfa.packing import CACHE_NAMES
+#: As an argument of a model's forward, and as a field of its output.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
-def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """Arguments with which `model` goes on from `cache` (None: begins) and keeps one, for `model(**inputs, ...)`."""
-    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's forward takes anything
-    base = model if unwrap is None else unwrap()
-    name = next((name for name in CACHE_NAMES if accepts(base, name)), "past_key_values")
-    return {name: cache, "use_cache": True}
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of the model's forward."""
+    arguments = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in arguments), CACHE_NAMES[1])
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what a model gave back."""
-    return next(output[name] for name in CACHE_NAMES if name in output)
+    """The cache in what a model answered; None if it was called without one."""
+    return next((output[name] for name in CACHE_NAMES if name in output), None)

@@ -94,13 +94,13 @@ class ForwardCall:
     """One forward of a whole model.
 
     Attributes:
-        model: id of the converted model that was called, so that a model inside another one begins its own.
+        record: id of the conversion of the model that was called, so that a model inside another begins its own.
         draw: The draw of omega that all layers use, also when they run again in the backward pass; None where it is
             whatever draw the adapters have.
         interception: What answers in place of the random features.
     """
 
-    model: int
+    record: int
     draw: int | None
     interception: Interception
 

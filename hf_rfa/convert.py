@@ -7,25 +7,23 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
 from hf_rfa.adopted_cache import remember_recording
 from hf_rfa.attention import stash_cache
 from hf_rfa.config import RFAConfig
+from hf_rfa.converted_class import enter, leave
 from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.example_inputs import describe, guess_inputs, refuse_meta
-from hf_rfa.forward import ModelForward
-from hf_rfa.generation import CachePreparer, Generate
 from hf_rfa.implementation import IMPLEMENTATION, OwnConfigs, implementations, keep_unreached, restore, switch
 from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart
-from hf_rfa.pair import CONFIG_FIELD, ModelSaver
+from hf_rfa.pair import CONFIG_FIELD
 from hf_rfa.quiet import plain_torch
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
-from hf_rfa.standins import Replicate
+from hf_rfa.refusals import refuse_attention_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +57,9 @@ def swap_attention(
         scope["example_inputs"] = describe(example_inputs)
     refuse_meta(base)
     _refuse_sparse(base)
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            refuse_attention_weights(module, {})
     remember_recording()
     configs = OwnConfigs(model, base)
     before = implementations(base)
@@ -85,13 +86,7 @@ def swap_attention(
             ", ".join(left),
         )
     store_config(base, config)
-    # On the instance: the class stays untouched.
-    ModelSaver.install(base, getattr(base, RECORD))
-    for module in base.modules():
-        if isinstance(module, GenerationMixin):
-            CachePreparer.install(module)
-            Generate.install(module)
-    _stand_in_for_forwards(base)
+    enter(base, {id(module) for _, module, _ in named_adapters(base)})
     _warn_about_dropout(base)
     return model
 
@@ -211,15 +206,6 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
     _apply_heads(model, config)
 
 
-def _stand_in_for_forwards(base: PreTrainedModel) -> None:
-    """Every Transformers model that holds a converted layer may be the one that is called."""
-    adapted = {id(module) for _, module, _ in named_adapters(base)}
-    for module in base.modules():
-        if isinstance(module, PreTrainedModel) and any(id(part) in adapted for part in module.modules()):
-            ModelForward.install(module, base)
-            Replicate.install(module)
-
-
 def _apply_heads(model: nn.Module, config: RFAConfig) -> None:
     """Set the exact heads that the config lists; 'auto' and a fraction wait for `calibrate`."""
     if not isinstance(config.softmax_heads, tuple):
@@ -261,9 +247,7 @@ def _detach(model: PreTrainedModel) -> None:
     for _, module, _ in list(named_adapters(model)):
         del module._modules[ADAPTER_NAME]
         _remove_hook(module, stash_cache)
-    for module in model.modules():
-        for stand_in in (ModelForward, CachePreparer, Generate, ModelSaver, Replicate):
-            stand_in.remove(module)
+    leave(model)
     model.__dict__.pop(RECORD, None)
     if hasattr(model.config, CONFIG_FIELD):
         delattr(model.config, CONFIG_FIELD)

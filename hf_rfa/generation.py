@@ -1,6 +1,7 @@
 """The constant-size cache in plain `model.generate`."""
 
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,63 +12,61 @@ from hf_rfa.adapter import named_adapters
 from hf_rfa.adopted_cache import adopt_cache_layer, has_place
 from hf_rfa.attention import shares_keys
 from hf_rfa.cache import RFACacheLayer
+from hf_rfa.cache_names import CACHE_NAMES
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.packing import CACHE_NAMES
-from hf_rfa.standins import StandIn
+from hf_rfa.record import INSIDE
 
 #: The caches of the `generate` that this thread is in.
 _caches: ContextVar[list[Any] | None] = ContextVar("caches", default=None)
 
 
-class CachePreparer(StandIn):
-    """Stands in for a model's `_prepare_cache_for_generation`.
+def prepare_cache(
+    model: Any,
+    own: Callable[..., Any],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`_prepare_cache_for_generation` of a converted model: its own, then the converted modules get their layers.
 
-    The model's own method makes the cache; the layers of converted attention modules are then replaced in it, before
-    assisted decoding asks them to record their past.
+    Before assisted decoding asks these to record their past.
     """
-
-    __slots__ = ()
-    method = "_prepare_cache_for_generation"
-
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        refuse_cache_implementation(generation_config.cache_implementation)
-        result = self.original(generation_config, model_kwargs, *args, **kwargs)
-        cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
-        if cache is not None:
-            adopt_cache(self.module, cache)
-            prepared = _caches.get()
-            if generation_config.is_assistant:  # asked of the layers that were just replaced
-                cache.activate_past_recording()
-            elif prepared is not None:
-                prepared.append(weakref.ref(cache))
-        return result
+    if INSIDE not in model.__dict__:
+        return own(generation_config, model_kwargs, *args, **kwargs)
+    refuse_cache_implementation(generation_config.cache_implementation)
+    result = own(generation_config, model_kwargs, *args, **kwargs)
+    cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
+    if cache is not None:
+        adopt_cache(model, cache)
+        prepared = _caches.get()
+        if generation_config.is_assistant:  # asked of the layers that were just replaced
+            cache.activate_past_recording()
+        elif prepared is not None:
+            prepared.append(weakref.ref(cache))
+    return result
 
 
-class Generate(StandIn):
-    """Stands in for a model's `generate`, for what has to be put right after it.
+def generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a converted model: its own, and what has to be put right after it.
 
     Assisted decoding makes the cache record its past, which a state of constant size does by keeping every state:
     that ends with the call. A model that drafts with its first layers alone (`assistant_early_exit`) sets its config
     to that number of layers, where an error would leave it.
     """
-
-    __slots__ = ()
-    method = "generate"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        config = self.module.config.get_text_config(decoder=True)
-        layers = getattr(config, "num_hidden_layers", None)
-        prepared: list[Any] = []
-        token = _caches.set(prepared)
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            _caches.reset(token)
-            for cache in (reference() for reference in prepared):
-                if cache is not None:
-                    stop_recording(cache)
-            if layers is not None and config.num_hidden_layers != layers:
-                config.num_hidden_layers = layers
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", None)
+    prepared: list[Any] = []
+    token = _caches.set(prepared)
+    try:
+        return own(*args, **kwargs)
+    finally:
+        _caches.reset(token)
+        for cache in (reference() for reference in prepared):
+            if cache is not None:
+                stop_recording(cache)
+        if layers is not None and config.num_hidden_layers != layers:
+            config.num_hidden_layers = layers
 
 
 def adopt_cache(model: GenerationMixin, cache: Cache) -> None:

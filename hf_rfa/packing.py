@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_rfa.cache_names import CACHE_NAMES
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.example_inputs import accepts
 from hf_rfa.quiet import quiet_eval
@@ -18,8 +19,6 @@ from hf_rfa.quiet import quiet_eval
 #: Largest change of a document's outputs, relative to the largest, that another one before it may make: rounding.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_ROUNDING = 3e-2
-#: How Transformers calls the cache among a model's arguments: since 5.24, until 5.23, and of recurrent models.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:

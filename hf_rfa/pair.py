@@ -22,13 +22,10 @@ from hf_rfa.adapter import ADAPTER_NAME, named_adapters
 from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.config import FORMAT_VERSION, RFAConfig
 from hf_rfa.errors import CheckpointError
-from hf_rfa.standins import StandIn
 
 CONFIG_FILE, WEIGHTS_FILE = "rfa_config.json", "rfa_model.safetensors"
 #: Where the conversion is noted in the model's own config, which its `save_pretrained` writes.
 CONFIG_FIELD = "rfa_config"
-#: Arguments of a model's `save_pretrained` that concern the upload.
-_UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass(frozen=True)
@@ -42,28 +39,6 @@ class SavedPair:
     tensors: dict[str, torch.Tensor]
     report: CalibrationReport | None
     scope: dict[str, Any]
-
-
-class ModelSaver(StandIn):
-    """Stands in for a converted model's `save_pretrained`: the class's own, then the pair of files beside it."""
-
-    __slots__ = ("record",)
-    method = "save_pretrained"
-
-    def __init__(self, model: PreTrainedModel, record: Any) -> None:
-        super().__init__(model)
-        self.record = record  # has the `config` and the `report` as they will be then
-
-    def __call__(
-        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
-        self.original(save_directory, is_main_process=is_main_process, **kwargs)
-        if not is_main_process:
-            return
-        write_pair(self.module, self.record.config, Path(save_directory), self.record.report, self.record.scope)
-        if push_to_hub:  # only now: the class's own upload would leave the pair behind
-            self.module.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
 
 def write_pair(

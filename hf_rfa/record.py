@@ -14,6 +14,8 @@ from hf_rfa.pair import CONFIG_FIELD
 
 #: The attribute of the model that holds it.
 RECORD = "_rfa_conversion"
+#: The same of every Transformers model that is the converted one or lies in it.
+INSIDE = "_rfa_conversion_around"
 
 
 @dataclass

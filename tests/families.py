@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_rfa import RFAConfig
 
+#: The name of the cache among the arguments of the models of Transformers.
+CACHE = "cache" if hasattr(T.modeling_outputs.BaseModelOutputWithPast, "cache") else "past_key_values"
 VOCABULARY = 99
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -87,8 +89,8 @@ REFUSED: dict[str, tuple[Builder, str]] = {
         lambda: T.BloomForCausalLM(T.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **_TOKENS)),
         "attention of its own",
     ),
-    "gptj": (
-        lambda: T.GPTJForCausalLM(T.GPTJConfig(**_GPT2, rotary_dim=4)),
+    "mpt": (
+        lambda: T.MptForCausalLM(T.MptConfig(d_model=32, n_heads=4, n_layers=2, **_TOKENS)),
         "attention of its own",
     ),
     "t5": (
@@ -125,13 +127,13 @@ def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> torch.Tensor:
     return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs_for(model: PreTrainedModel, batch: int = 2, length: int = 70) -> dict[str, Any]:
+def inputs_for(model: PreTrainedModel, batch: int = 2, length: int = 70, seed: int = 0) -> dict[str, Any]:
     """A batch of two texts (or images of 65 patches), longer than two windows of `SHORT`."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator, dtype=model.dtype)}
-    inputs: dict[str, Any] = {"input_ids": token_ids(batch, length)}
+    inputs: dict[str, Any] = {"input_ids": token_ids(batch, length, seed)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = token_ids(batch, length - 10, seed=1)
     if model.can_generate():
@@ -148,6 +150,15 @@ def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The modules that hold an adapter, in the model's order."""
     return [module for module in model.modules() if "rfa" in module._modules]
+
+
+def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool) -> None:
+    """Turn activation checkpointing on, under whichever name this Transformers has for it."""
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT itself does

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import PEFT_ASKS, SHORT, attention_modules, build, inputs_for, lora, outputs_of, token_ids
+from families import CACHE, PEFT_ASKS, SHORT, attention_modules, build, inputs_for, lora, outputs_of, token_ids
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 import hf_rfa
 from hf_rfa import ConfigError, ResampleCallback
+from hf_rfa.cache_names import cache_of
 
 
 def adapters(model):
@@ -382,9 +383,9 @@ def test_far_statistics_are_counted_in_cached_forwards_too():
     whole = hf_rfa.far_statistics(model)
     twin = converted(feature_map="trigonometric", alpha=1.0, num_features=4)
     with torch.no_grad():
-        cache = twin(token_ids()[:, :31], use_cache=True).past_key_values
+        cache = cache_of(twin(token_ids()[:, :31], use_cache=True))
         for token in range(31, 70):
-            twin(token_ids()[:, token : token + 1], past_key_values=cache)
+            twin(token_ids()[:, token : token + 1], **{CACHE: cache})
     assert hf_rfa.far_statistics(twin) == pytest.approx(whole, abs=0.02)
 
 

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from families import SHORT, build, outputs_of, token_ids
+from families import CACHE, SHORT, build, outputs_of, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
 from hf_rfa import UnsupportedModelError
+from hf_rfa.cache_names import cache_of
 
 # Grouped queries; learned positions; sliding layers; sinks and experts; values of another dim; a recurrent hybrid.
 FAMILIES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba"]
@@ -74,10 +75,8 @@ def test_generation_in_two_goes_is_generation_in_one(family):
     options = {"return_dict_in_generate": True, "output_logits": True}
     whole = generate(model, input_ids=ids, **options)
     first = generate(model, input_ids=ids, max_new_tokens=5, **options)
-    assert first.past_key_values.get_seq_length() == 74  # the last token has not been seen
-    second = generate(
-        model, input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=NEW - 5, **options
-    )
+    assert cache_of(first).get_seq_length() == 74  # the last token has not been seen
+    second = generate(model, input_ids=first.sequences, **{CACHE: cache_of(first)}, max_new_tokens=NEW - 5, **options)
     assert torch.equal(second.sequences, whole.sequences)
     assert_close(torch.stack(first.logits + second.logits), torch.stack(whole.logits), atol=1e-4, rtol=0)
 
@@ -86,9 +85,9 @@ def test_generation_in_two_goes_is_generation_in_one(family):
 def test_several_tokens_on_a_cache_are_the_same_tokens_one_by_one(family):
     model, ids = converted(family), token_ids()
     with torch.no_grad():
-        caches = [model(ids[:, :40], use_cache=True).past_key_values for _ in range(2)]
-        at_once = model(ids[:, 40:], past_key_values=caches[0]).logits
-        singly = [model(ids[:, i : i + 1], past_key_values=caches[1]).logits for i in range(40, 70)]
+        caches = [cache_of(model(ids[:, :40], use_cache=True)) for _ in range(2)]
+        at_once = model(ids[:, 40:], **{CACHE: caches[0]}).logits
+        singly = [model(ids[:, i : i + 1], **{CACHE: caches[1]}).logits for i in range(40, 70)]
     assert_close(at_once, torch.cat(singly, dim=1), atol=2e-5, rtol=0)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 70
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import CACHE
 
 import hf_rfa
+from hf_rfa.cache_names import cache_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LLAMA = {"heads": 4, "key_heads": 1, "head_dim": 16, "num_features": 8, "window": 16}
@@ -139,10 +141,10 @@ def test_the_context_that_is_filled_in_is_the_one_of_the_prompt(benchmark):
     cache = prefill_contexts(model, prompt, (40, 100))[100]
     assert cache.get_seq_length() == 100
     timed_generate(Meter("cpu"), model, cache, prompt, steps=3)
-    whole = model(prompt[:, :100], use_cache=True).past_key_values
+    whole = cache_of(model(prompt[:, :100], use_cache=True))
     tokens = model.generate(prompt, max_new_tokens=4, do_sample=False)
     with torch.no_grad():
-        model(tokens[:, 100:104], past_key_values=whole)
+        model(tokens[:, 100:104], **{CACHE: whole})
     assert cache.get_seq_length() == 104
     for layer, expected in zip(cache.layers, whole.layers, strict=True):
         torch.testing.assert_close(layer.state.kv_state, expected.state.kv_state)

@@ -9,6 +9,7 @@ import torch
 
 import hf_rfa
 from hf_rfa.adapter import named_adapters
+from hf_rfa.calls import Interception, intercept
 from hf_rfa.distillation.distill import distill
 from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
@@ -263,9 +264,8 @@ def test_no_gradient_crosses_a_layer(tiny_llama):
     model = converted(tiny_llama)
     adapter = next(named_adapters(model))[2]
     layer = LayerTransfer(adapter, TransferLoss(0.0, 8, 0.0, 0), learn_omega=True)
-    adapter.observer = layer
-    output = model(next(batches())).logits
-    adapter.observer = None
+    with intercept(Interception(observers={adapter: layer})):
+        output = model(next(batches())).logits
     assert all(tensor.grad is not None for tensor in layer.tensors.values())
     assert all(p.grad is None for p in model.parameters())
     assert output.isfinite().all()

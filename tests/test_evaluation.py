@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from families import CACHE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_rfa import evaluation
-from hf_rfa.cache_names import with_cache
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import measures
 from hf_rfa.evaluation.speed import measure_speed, prefill
@@ -203,8 +203,8 @@ def test_prefill_answers_with_the_greedy_next_token(tiny_llama):
 
 def test_models_without_logits_to_keep_can_be_measured():
     class Plain(LlamaForCausalLM):
-        def forward(self, input_ids=None, cache=None, use_cache=None):
-            return super().forward(input_ids, **with_cache(LlamaForCausalLM(config), cache))
+        def forward(self, input_ids=None, past_key_values=None, use_cache=None):
+            return super().forward(input_ids, **{CACHE: past_key_values}, use_cache=use_cache)
 
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

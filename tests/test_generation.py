@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from families import CAUSAL, SHORT, attention_modules, build, outputs_of, token_ids
+from families import CACHE, CAUSAL, SHORT, attention_modules, build, outputs_of, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
@@ -14,6 +14,7 @@ import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.adapter import named_adapters
 from hf_rfa.cache import RFACacheLayer
+from hf_rfa.cache_names import cache_of
 from hf_rfa.generation import adopt_cache
 from hf_rfa.mask import RFAMask
 
@@ -71,9 +72,9 @@ def in_pieces(model, ids, lengths, cache=None, mask=None):
             seen = mask[:, : start + length]
             options = {"attention_mask": seen, "position_ids": positions(seen)[:, start:]}
         with torch.no_grad():
-            output = model(ids[:, start : start + length], past_key_values=cache, use_cache=True, **options)
+            output = model(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, **options)
         logits.append(output.logits)
-        cache, start = output.past_key_values, start + length
+        cache, start = cache_of(output), start + length
     return torch.cat(logits, dim=1), cache
 
 
@@ -131,7 +132,7 @@ def test_greedy_from_prompts_shorter_than_two_windows(config, length):
 def test_bfloat16_generates_from_a_cache_of_its_own_dtype(config):
     model = converted("llama", config).bfloat16()
     out = generate(model, token_ids(), return_dict_in_generate=True)
-    state = rfa_layers(out.past_key_values)[0].state
+    state = rfa_layers(cache_of(out))[0].state
     assert state.kv_state.dtype == torch.float32
     assert state.near_key.dtype == torch.bfloat16
     assert out.sequences.shape == (2, 70 + NEW)
@@ -231,9 +232,9 @@ def test_beams_of_a_left_padded_batch():
 def test_a_conversation_of_three_turns(family, config):
     model, ids, cache = converted(family, config), token_ids(1), None
     for turn in range(3):
-        out = generate(model, ids, 11, past_key_values=cache, return_dict_in_generate=True)
+        out = generate(model, ids, 11, **{CACHE: cache}, return_dict_in_generate=True)
         assert torch.equal(out.sequences, continue_greedily(model, ids, 11)), f"turn {turn}"
-        cache = out.past_key_values
+        cache = cache_of(out)
         ids = torch.cat([out.sequences, token_ids(1, 13, seed=10 + turn)], dim=1)
 
 
@@ -243,7 +244,7 @@ def test_a_conversation_continues_a_left_padded_batch():
     out = generate(model, ids, 11, attention_mask=mask, return_dict_in_generate=True)
     ids = torch.cat([out.sequences, token_ids(3, 13, seed=10)], dim=1)
     mask = torch.cat([mask, mask.new_ones(3, 24)], dim=1)
-    again = generate(model, ids, 11, attention_mask=mask, past_key_values=out.past_key_values)
+    again = generate(model, ids, 11, attention_mask=mask, **{CACHE: cache_of(out)})
     assert torch.equal(again, continue_greedily(model, ids, 11, mask))
 
 
@@ -394,7 +395,7 @@ def test_the_caches_of_two_models_do_not_mix():
     _, cache = in_pieces(model, ids, [40])
     assert_close(outputs_of(model, {"input_ids": ids, "use_cache": False}), whole, atol=0, rtol=0)
     with torch.no_grad():
-        rest = model(ids[:, 40:], past_key_values=cache).logits
+        rest = model(ids[:, 40:], **{CACHE: cache}).logits
     assert_close(rest, whole[:, 40:], atol=2e-5, rtol=0)
 
 
@@ -407,7 +408,7 @@ def test_a_forward_that_fails_leaves_no_cache_behind():
 
     hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model(ids, past_key_values=DynamicCache(), use_cache=True)
+        model(ids, **{CACHE: DynamicCache()}, use_cache=True)
     hook.remove()
     assert torch.equal(outputs_of(model, {"input_ids": ids, "use_cache": False}), whole)
 
@@ -416,7 +417,7 @@ def test_gradients_flow_through_a_cache():
     """Truncated backpropagation is the user's choice (`state.detach()`), not an accident."""
     model, ids = converted("llama"), token_ids()
     first = model(ids[:, :40], use_cache=True)
-    model(ids[:, 40:], past_key_values=first.past_key_values).logits.sum().backward()
+    model(ids[:, 40:], **{CACHE: cache_of(first)}).logits.sum().backward()
     in_two = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     model(ids, use_cache=False).logits[:, 40:].sum().backward()
@@ -440,15 +441,15 @@ def test_a_static_cache_object_is_refused(family):
     model, ids = converted(family), token_ids(1)
     cache = StaticCache(config=model.config, max_cache_len=128)
     with pytest.raises(UnsupportedModelError, match="Static"):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     with pytest.raises(UnsupportedModelError, match="Static"):
-        generate(model, ids, past_key_values=cache)
+        generate(model, ids, **{CACHE: cache})
 
 
 def test_an_offloaded_cache_object_is_refused():
     model, ids = converted("llama"), token_ids(1)
     with pytest.raises(UnsupportedModelError, match="offload"):
-        model(ids, past_key_values=DynamicCache(config=model.config, offloading=True))
+        model(ids, **{CACHE: DynamicCache(config=model.config, offloading=True)})
 
 
 # --- caches that hold keys and values already ------------------------------------------------------------------------
@@ -465,7 +466,7 @@ def test_a_cache_that_was_filled_as_softmax_goes_on_as_a_state(family):
     def rest(cache, start, stop):
         options = {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
         with torch.no_grad():
-            return model(ids[:, start:stop], past_key_values=cache, **options).logits
+            return model(ids[:, start:stop], **{CACHE: cache}, **options).logits
 
     hf_rfa.convert(model, dataclasses.replace(SHORT, window=70), calibrate=False)
     assert_close(torch.cat([rest(caches[0], 40, 50), rest(caches[0], 50, 70)], dim=1), want, atol=2e-5, rtol=0)
@@ -477,17 +478,17 @@ def test_a_cache_that_was_filled_as_softmax_goes_on_as_a_state(family):
 def test_a_cache_of_compressed_keys_is_refused():
     model, ids = build("deepseek_v3"), token_ids()
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     hf_rfa.convert(model, SHORT, calibrate=False)
     with pytest.raises(UnsupportedModelError, match="not as the keys"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
 
 
 def test_a_cache_that_was_filled_as_softmax_follows_its_rows():
     model, ids, rows = build("llama"), token_ids(), torch.tensor([3, 0, 0, 1])
     want = outputs_of(model, {"input_ids": ids, "use_cache": False})[:, 40:]
     with torch.no_grad():
-        cache = model(ids[:, :40], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :40], use_cache=True))
     before = hf_rfa.cache_bytes(cache)
     hf_rfa.convert(model, dataclasses.replace(SHORT, window=70), calibrate=False)
     adopt_cache(model, cache)
@@ -495,7 +496,7 @@ def test_a_cache_that_was_filled_as_softmax_follows_its_rows():
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(rows)
     with torch.no_grad():
-        logits = model(ids[rows // 2, 40:], past_key_values=cache).logits
+        logits = model(ids[rows // 2, 40:], **{CACHE: cache}).logits
     assert_close(logits, want[rows // 2], atol=2e-5, rtol=0)
 
 
@@ -514,8 +515,8 @@ def bytes_after(model, *lengths, piece=500):
     for length in lengths:
         while seen < length:
             with torch.no_grad():
-                out = model.model(token_ids(1, piece, seed=seen), past_key_values=cache, use_cache=True)
-            cache, seen = out.past_key_values, seen + piece
+                out = model.model(token_ids(1, piece, seed=seen), **{CACHE: cache}, use_cache=True)
+            cache, seen = cache_of(out), seen + piece
         assert cache.get_seq_length() == length
         result.append(hf_rfa.cache_bytes(cache))
     return result
@@ -548,7 +549,7 @@ def test_exact_heads_pay_for_their_own_keys_and_values_only():
 def test_bytes_of_an_unconverted_model():
     model = build("llama")
     with torch.no_grad():
-        cache = model(token_ids(2, 50), use_cache=True).past_key_values
+        cache = cache_of(model(token_ids(2, 50), use_cache=True))
     assert hf_rfa.cache_bytes(cache) == 2 * 2 * (2 * 2 * 50 * 8) * 4
 
 
@@ -572,7 +573,7 @@ def test_another_draw_in_the_middle_of_a_sequence_is_an_error(family, change):
     _, cache = in_pieces(model, ids, [40])
     change(model)
     with pytest.raises(StaleStateError, match="draw 0"), torch.no_grad():
-        model(ids[:, 40:], past_key_values=cache)
+        model(ids[:, 40:], **{CACHE: cache})
     cache.reset()
     logits, _ = in_pieces(model, ids, [40, 30], cache)
     assert_close(logits, outputs_of(model, {"input_ids": ids, "use_cache": False}), atol=2e-5, rtol=0)
@@ -583,7 +584,7 @@ def test_generate_refuses_the_cache_of_another_draw_too():
     out = generate(model, ids, return_dict_in_generate=True)
     hf_rfa.resample(model)
     with pytest.raises(StaleStateError, match="new sequence"):
-        generate(model, out.sequences, past_key_values=out.past_key_values)
+        generate(model, out.sequences, **{CACHE: cache_of(out)})
 
 
 def test_the_same_draw_again_is_no_error():
@@ -593,7 +594,7 @@ def test_the_same_draw_again_is_no_error():
     hf_rfa.resample(model)
     hf_rfa.resample(model, draw=0)
     with torch.no_grad():
-        rest = model(ids[:, 40:], past_key_values=cache).logits
+        rest = model(ids[:, 40:], **{CACHE: cache}).logits
     assert_close(rest, whole[:, 40:], atol=2e-5, rtol=0)
 
 
@@ -620,7 +621,7 @@ def test_a_change_of_the_kernel_between_two_tokens_is_followed(config, change):
         for _, _, adapter in named_adapters(model):
             change(adapter)
         with torch.set_grad_enabled(not without_gradients):
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(35, 50)]
+            steps = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(35, 50)]
         logits.append(torch.cat(steps, dim=1).detach())
     assert_close(*logits, atol=1e-5, rtol=0)
     whole = outputs_of(converted("llama", config), {"input_ids": ids, "use_cache": False})
@@ -637,7 +638,7 @@ def prefilled(config, ids, lengths=(33,), family="llama", mask=None):
 
 def rest_of(model, cache, ids, seen):
     with torch.no_grad():
-        return model(ids[:, seen:], past_key_values=cache).logits
+        return model(ids[:, seen:], **{CACHE: cache}).logits
 
 
 def expected_rest(model, ids, seen):
@@ -678,7 +679,7 @@ def test_rows_of_different_lengths_keep_their_own_counts():
     new = token_ids(3, 9, seed=5)
     grown = torch.cat([mask[order], mask.new_ones(3, 9)], dim=1)
     with torch.no_grad():
-        logits = model(new, past_key_values=cache, attention_mask=grown, position_ids=positions(grown)[:, 33:]).logits
+        logits = model(new, **{CACHE: cache}, attention_mask=grown, position_ids=positions(grown)[:, 33:]).logits
     for row in range(3):
         bare = torch.cat([ids[order][row][mask[order][row].bool()], new[row]])[None]
         assert_close(logits[row], expected_rest(model, bare, bare.shape[1] - 9)[0], atol=2e-5, rtol=0)
@@ -731,12 +732,10 @@ def test_crop_of_padded_rows():
     _, cache = in_pieces(model, ids, [15], mask=mask[:, :15])
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids[:, 15:], past_key_values=cache, attention_mask=mask, position_ids=positions(mask)[:, 15:])
+        model(ids[:, 15:], **{CACHE: cache}, attention_mask=mask, position_ids=positions(mask)[:, 15:])
     cache.crop(-7)
     with torch.no_grad():
-        again = model(
-            ids[:, 26:], past_key_values=cache, attention_mask=mask, position_ids=positions(mask)[:, 26:]
-        ).logits
+        again = model(ids[:, 26:], **{CACHE: cache}, attention_mask=mask, position_ids=positions(mask)[:, 26:]).logits
     for row, padding in enumerate(LEFT_PADDING):
         bare = expected_rest(model, ids[row : row + 1, padding:], 26 - padding if padding < 26 else 0)
         assert_close(again[row], bare[0], atol=2e-5, rtol=0)
@@ -881,13 +880,13 @@ def test_generate_after_revert_is_softmax_with_a_plain_cache():
     hf_rfa.revert(model)
     out = generate(model, ids, return_dict_in_generate=True)
     assert torch.equal(out.sequences, before)
-    assert not rfa_layers(out.past_key_values)
+    assert not rfa_layers(cache_of(out))
 
 
 def test_the_cache_of_generate_is_ours_in_every_converted_layer():
     for family in ("llama", "gpt2", "gemma3"):
         model = converted(family)
         out = generate(model, token_ids(), 2, return_dict_in_generate=True)
-        assert len(rfa_layers(out.past_key_values)) == len(attention_modules(model))
+        assert len(rfa_layers(cache_of(out))) == len(attention_modules(model))
     out = generate(converted("jamba"), token_ids(), 2, return_dict_in_generate=True)
-    assert [isinstance(layer, RFACacheLayer) for layer in out.past_key_values.layers] == [False, True]
+    assert [isinstance(layer, RFACacheLayer) for layer in cache_of(out).layers] == [False, True]

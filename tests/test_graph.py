@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import CACHE
 from operator_inputs import assert_near, random_inputs, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -131,10 +132,10 @@ def test_a_compiled_model_decodes_without_recompiling(model):
     whole = model(input_ids=ids, use_cache=False).logits
     counter = CompileCounterWithBackend("aot_eager")
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :20], past_key_values=cache)
+    model(input_ids=ids[:, :20], **{CACHE: cache})
     function = compiled(model, counter)
     for number in range(20, N):
-        logits = function(input_ids=ids[:, number : number + 1], past_key_values=cache).logits
+        logits = function(input_ids=ids[:, number : number + 1], **{CACHE: cache}).logits
         assert_near(logits, whole[:, number : number + 1], 1e-5)
         if number == 22:
             settled = counter.frame_count

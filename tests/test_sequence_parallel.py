@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CACHE
 from processes import launch
 
 import hf_rfa
@@ -66,7 +67,7 @@ def losses_of(model, batches, lanes=1) -> list[torch.Tensor]:
     for number, batch in enumerate(batches):
         cache = carries[number % lanes].start(batch)
         logits = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, past_key_values=cache, use_cache=True
+            input_ids=batch.input_ids, position_ids=batch.position_ids, **{CACHE: cache}, use_cache=True
         ).logits
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
         found.append(nll.view_as(batch.targets))
@@ -105,9 +106,7 @@ def test_no_gradient_reaches_an_earlier_piece_and_memory_stays(tiny_llama):
         cache = carry.start(batch)
         for layer in cache.layers:
             assert layer.state is None or not any(t.requires_grad for t in layer.state._tensors().values())
-        model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, past_key_values=cache
-        ).logits.sum().backward()
+        model(input_ids=batch.input_ids, position_ids=batch.position_ids, **{CACHE: cache}).logits.sum().backward()
         sizes.append(hf_rfa.cache_bytes(cache))
         assert number == 0 or sizes[-1] == sizes[0]
 

@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
-from families import SHORT, build, inputs_for, outputs_of, token_ids
+from families import CACHE, SHORT, build, inputs_for, outputs_of, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
+from hf_rfa.cache_names import cache_of
 
 
 def through_torch_save(thing):
@@ -28,10 +29,10 @@ COPY = pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 def test_a_cache_in_the_middle_of_a_text(family, make):
     model, ids = hf_rfa.convert(build(family), SHORT, calibrate=False), token_ids()
     with torch.no_grad():
-        cache = model(ids[:, :40], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :40], use_cache=True))
         twin = make(cache)
-        other = model(ids[:, 50:51], past_key_values=make(cache)).logits  # a third one goes its own way
-        rest = [model(ids[:, 40:41], past_key_values=one).logits for one in (cache, twin)]
+        other = model(ids[:, 50:51], **{CACHE: make(cache)}).logits  # a third one goes its own way
+        rest = [model(ids[:, 40:41], **{CACHE: one}).logits for one in (cache, twin)]
     want = outputs_of(model, {"input_ids": ids, "use_cache": False})[:, 40:41]
     for logits in rest:
         assert_close(logits, want, atol=2e-5, rtol=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_rfa.adapter import require_adapters
-from hf_rfa.cache_names import with_cache
+from hf_rfa.cache_names import cache_argument
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import next_token_nll, window_logits
 from hf_rfa.quiet import evaluation_mode
@@ -63,7 +63,7 @@ def streaming_nll(model: PreTrainedModel, document: Tensor, chunk: int = 512) ->
         for start in range(0, len(document) - 1, chunk):
             piece = document[start : min(start + chunk, len(document) - 1)]
             where = f"the chunk at token {start}"
-            logits = window_logits(model, piece, where, **with_cache(model, cache))
+            logits = window_logits(model, piece, where, **{cache_argument(model): cache}, use_cache=True)
             losses.append(next_token_nll(logits, document[start + 1 : start + 1 + len(piece)]))
     return torch.cat(losses)
 

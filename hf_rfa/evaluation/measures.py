@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_rfa.cache_names import cache_of, with_cache
+from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
 from hf_rfa.quiet import evaluation_mode
 
@@ -208,7 +208,7 @@ def greedy_continuations(
     with evaluation_mode(model):
         # Not `generate`: it would stop at an end-of-text token, or rank another one first.
         for _ in range(new):
-            output = model(input_ids=unseen, **with_cache(model, cache))
+            output = model(input_ids=unseen, **{cache_argument(model): cache}, use_cache=True)
             unseen, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
             sequences = torch.cat([sequences, unseen], 1)
     return sequences

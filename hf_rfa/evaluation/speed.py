@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hf_rfa.cache import cache_bytes
-from hf_rfa.cache_names import cache_of, with_cache
+from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
 from hf_rfa.quiet import evaluation_mode
 
@@ -38,7 +38,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Cache, Tensor]:
 def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> Tensor:
     """Greedy decoding of `steps` tokens after `token` (1, 1); returns the last one (1, 1)."""
     for _ in range(steps):
-        token = model(input_ids=token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, **{cache_argument(model): cache}, use_cache=True).logits[:, -1:].argmax(-1)
     return token
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hf_rfa.cache_names import with_cache
 from hf_rfa.data.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
 from hf_rfa.quiet import evaluation_mode
@@ -43,13 +42,8 @@ class LossModule(nn.Module):
         self.config = model.config
         self._checked = False
 
-    def forward(self, input_ids: Tensor, targets: Tensor, carried: Any = None, **inputs: Any) -> Tensor:
-        """Loss () in nats, summed over the targets that are not `IGNORED`; input_ids, targets (batch, seq).
-
-        `carried` is the cache that the model goes on from, see `hf_rfa.training.carry`.
-        """
-        if carried is not None:
-            inputs |= with_cache(self.model, carried)
+    def forward(self, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """Loss () in nats, summed over the targets that are not `IGNORED`; input_ids, targets (batch, seq)."""
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
             return self._loss(input_ids, targets.flatten(), inputs)
 

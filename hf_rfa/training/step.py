@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from hf_rfa.cache_names import cache_argument
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError
 from hf_rfa.training.carry import Carry
@@ -140,5 +141,6 @@ class Step:
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids.to(device)
         if batch.fresh is not None:
-            inputs["carried"] = self.carries[lane].start(batch)
+            name = cache_argument(self.accelerator.unwrap_model(self.model).model)
+            inputs |= {"use_cache": True, name: self.carries[lane].start(batch)}
         return self.model(input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), **inputs)

@@ -34,6 +34,7 @@ from benchmarks.device import Meter
 from benchmarks.memory import resident
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Result, Table
+from hf_rfa.cache_names import cache_argument, cache_of
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 2, 512, 1536, 8192
 PREFILL_CHUNK = 4096  # tokens
@@ -147,8 +148,9 @@ def prefill_contexts(model: LlamaForCausalLM, ids: Tensor, contexts: Sequence[in
     for context in sorted(contexts):
         while done < context:
             stop = min(done + PREFILL_CHUNK, context)
-            output = model(input_ids=ids[:, done:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, done = output.past_key_values, stop
+            past = {cache_argument(model): cache}
+            output = model(input_ids=ids[:, done:stop], **past, use_cache=True, logits_to_keep=1)
+            cache, done = cache_of(output), stop
         caches[context] = copy.deepcopy(cache)
     return caches
 
@@ -180,8 +182,9 @@ def timed_generate(meter: Meter, model: LlamaForCausalLM, cache: Any, prompt: Te
     hooks = [model.register_forward_pre_hook(recorder.enter), model.register_forward_hook(recorder.leave)]
     try:
         model.generate(
-            prompt, past_key_values=cache, max_new_tokens=steps + 1, do_sample=False, logits_processor=[recorder]
-        )
+            prompt, **{cache_argument(model): cache}, max_new_tokens=steps + 1, do_sample=False,
+            logits_processor=[recorder],
+        )  # fmt: skip
     finally:
         for hook in hooks:
             hook.remove()

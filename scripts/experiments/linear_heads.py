@@ -21,6 +21,7 @@ from goals import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
+from hf_rfa.cache_names import cache_of
 from hf_rfa.data import load_documents, tokenize_documents
 
 CALIBRATION = (2, 2048)  # rows, tokens
@@ -118,7 +119,7 @@ def figures(measure: Any, original: Any, model: Any, ids: torch.Tensor) -> dict[
 def cache_bytes(model: Any) -> int:
     """Bytes of the cache, the same after any number of tokens."""
     with torch.no_grad():
-        return hf_rfa.cache_bytes(model(torch.ones(1, 512, dtype=torch.int64), use_cache=True).past_key_values)
+        return hf_rfa.cache_bytes(cache_of(model(torch.ones(1, 512, dtype=torch.int64), use_cache=True)))
 
 
 def save(model: Any, folder: Path) -> Path:

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
 from hf_rfa.adapter import require_adapters
+from hf_rfa.cache_names import cache_of
 from hf_rfa.evaluation.compare import default_model
 from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
@@ -179,7 +180,7 @@ def bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
     sizes = []
     for length in (512, 1024):
         with torch.no_grad():
-            cache = model(torch.ones(1, length, dtype=torch.int64), use_cache=True).past_key_values
+            cache = cache_of(model(torch.ones(1, length, dtype=torch.int64), use_cache=True))
         sizes.append(hf_rfa.cache_bytes(cache))
     return sizes[0] + (sizes[1] - sizes[0]) * (tokens - 512) // 512
 
