@@ -38,10 +38,13 @@ class Conversion:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside PEFT or distributed wrappers."""
+    """The Transformers model inside `torch.compile`, PEFT or distributed wrappers."""
     while not isinstance(model, PreTrainedModel):
         unwrap: Any = getattr(model, "get_base_model", None)
-        inner = unwrap() if unwrap is not None else getattr(model, "module", None)
+        # `torch.compile(model)` holds the model as its one submodule, and hands on every other attribute of it.
+        inner: Any = model._modules.get("_orig_mod") if isinstance(model, nn.Module) else None
+        if inner is None:
+            inner = unwrap() if unwrap is not None else getattr(model, "module", None)
         if isinstance(inner, nn.Module):
             model = inner
         else:
