@@ -226,8 +226,9 @@ class RFAAdapter(nn.Module):
 
     def redraw(self, draw: int) -> None:
         """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
-        self.omega = self.drawn(draw)
-        self.draw.fill_(draw)
+        with torch.inference_mode(False):  # an omega that can be trained with afterwards
+            self.omega = self.drawn(draw)
+            self.draw = torch.full_like(self.draw, draw)
         self._python.pop("fingerprint", None)
         self._python["draw"] = draw
 

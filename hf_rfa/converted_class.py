@@ -65,7 +65,7 @@ def converted_class(original: Any) -> Any:
 
 def _subclass(original: Any) -> Any:
     methods = {**_MODEL_METHODS, **(_GENERATION_METHODS if issubclass(original, GenerationMixin) else {})}
-    body: dict[str, Any] = {name: _method(getattr(original, name), answer) for name, answer in methods.items()}
+    body: dict[str, Any] = {name: _method(original, name, answer) for name, answer in methods.items()}
     body |= {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "__reduce_ex__": _reduce, ORIGINAL: original,
@@ -74,10 +74,11 @@ def _subclass(original: Any) -> Any:
     return type(original)(original.__name__, (original,), body)
 
 
-def _method(own: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
+def _method(original: Any, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(original, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return answer(self, own.__get__(self), *args, **kwargs)
+        # Looked up at each call: others replace methods of Transformers' classes, as Liger does.
+        return answer(self, getattr(original, name).__get__(self), *args, **kwargs)
 
     return method
 
