@@ -1,0 +1,168 @@
+"""Documents that have no far keys: all of a document is near to all of it, and exact attention alone answers.
+
+With a window of C tokens these are the documents of at most 2C tokens that no state continues and that leave none. Many
+of them share a tile (`ops.tiles`), so that they cost what their tokens cost, not whole chunks, features and far sums.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.near import near_attention, near_gradients
+from hf_rfa.ops.state import accumulation_dtype
+from hf_rfa.ops.tiles import ShortPlan, ShortRule, Tiles
+
+#: Slots of the tiles that are handled at once: what they hold of all heads must stay in the cache.
+BLOCK_SLOTS = 1024
+
+
+def short_rule(call: OperatorCall, output_final_state: bool) -> ShortRule | None:
+    """Which documents of a call have no far keys."""
+    if not call.window:
+        return None
+    return ShortRule(2 * call.window, first=call.state is None, last=not output_final_state)
+
+
+def short_documents(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
+    """The output (B, Hk, G, N, M) of the short documents of a call, zero for all other tokens.
+
+    It is of value's type without gradients and wide with them. The far kernel's tensors get zeros as gradients.
+    """
+    logits = call.sink_logits
+    far = [t for f in fields(call.far) if isinstance(t := getattr(call.far, f.name), torch.Tensor)]
+    tensors = (call.query, call.key, call.value, *(() if logits is None else (logits,)), *far)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dtype = accumulation_dtype(call.value.dtype) if trained else call.value.dtype
+    settings = _Settings(plan, call.scaling, call.causal, dtype)
+    output, _ = _ShortDocuments.apply(settings, call.query, call.key, call.value, logits, *far)
+    return output
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the attention of short documents depends on besides tensors; `dtype` is that of the output."""
+
+    plan: ShortPlan
+    scaling: float
+    causal: bool
+    dtype: torch.dtype
+
+    def blocks(self) -> Iterator[Tiles]:
+        """A few tiles of one size at a time."""
+        for tiles in self.plan.tiles:
+            yield from tiles.split(BLOCK_SLOTS)
+
+
+class _ShortDocuments(torch.autograd.Function):
+    """(output (B, Hk, G, N, M), log of each slot's denominator), from settings, q, k, v, sink logits, far kernel."""
+
+    @staticmethod
+    def forward(
+        settings: _Settings, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        sink_logits: torch.Tensor | None, *far: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        groups, wide = query.shape[2], accumulation_dtype(query.dtype)
+        rows = [_rows(x) for x in (query.movedim(2, 3).flatten(3), key, value)]
+        shape = (*query.shape[:2], query.shape[3], groups * value.shape[-1])
+        whole, output = _target(value, shape, settings.dtype)
+        normalisers = []
+        for tiles in settings.blocks():
+            source = _heads(tiles.source, key.shape[1])
+            q, k, v = (_take(x, source).to(wide) for x in rows)
+            q = q.unflatten(-1, (groups, -1)).flatten(2, 3)
+            answer, log_total = near_attention(q, k, v, _mask(tiles, settings.causal, groups, wide), settings.scaling)
+            if sink_logits is not None:
+                logits = _logits(sink_logits, answer)
+                total = torch.logaddexp(log_total, logits)
+                answer, log_total = answer * (log_total - total).exp().unsqueeze(-1), total
+            _put(whole, answer, tiles)
+            normalisers.append(log_total.flatten())
+        return output.unflatten(3, (groups, -1)).movedim(3, 2), torch.cat(normalisers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        settings, *tensors = inputs
+        ctx.settings = settings
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: torch.Tensor | None, _: None) -> Any:
+        query, key, value, sink_logits, *far, output, normalisers = ctx.saved_tensors
+        nothing = [
+            torch.zeros_like(t) if need else None for t, need in zip(far, ctx.needs_input_grad[5:], strict=True)
+        ]
+        if above is None:
+            return None, None, None, None, None, *nothing
+        settings, groups, wide = ctx.settings, query.shape[2], accumulation_dtype(query.dtype)
+        together = (x.movedim(2, 3).flatten(3) for x in (query, output, above))
+        rows = [_rows(x) for x in (*together, key, value)]
+        shapes = [(*key.shape[:3], x.shape[-1] * (groups if x is query else 1)) for x in (query, key, value)]
+        wholes, gradients = zip(
+            *(_target(x, shape, x.dtype) for x, shape in zip((query, key, value), shapes, strict=True))
+        )
+        of_logits = None if sink_logits is None else torch.zeros_like(sink_logits, dtype=wide)
+        position = 0
+        for tiles in settings.blocks():
+            source = _heads(tiles.source, key.shape[1])
+            q, answer, gradient, k, v = (_take(x, source).to(wide) for x in rows)
+            q, answer, gradient = (x.unflatten(-1, (groups, -1)).flatten(2, 3) for x in (q, answer, gradient))
+            log_total = normalisers[position : position + answer[..., 0].numel()].view(answer.shape[:-1])
+            position += log_total.numel()
+            mask = _mask(tiles, settings.causal, groups, wide)
+            found = near_gradients(gradient, q, k, v, answer, log_total, mask, settings.scaling)
+            for whole, x in zip(wholes, found, strict=True):
+                _put(whole, x, tiles)
+            if of_logits is not None:
+                taken = (gradient * answer).sum(-1) * (_logits(sink_logits, answer) - log_total).exp()
+                taken = taken.unflatten(2, (-1, groups)) * (tiles.document >= 0)[:, None, :, None]
+                of_logits -= taken.sum((0, 2))
+        of_query = gradients[0].unflatten(3, (groups, -1)).movedim(3, 2)
+        if of_logits is not None:
+            of_logits = of_logits.to(sink_logits.dtype)
+        return None, of_query, *gradients[1:], of_logits, *nothing
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, Hk, N, D) -> (B * N * Hk, D)."""
+    return x.transpose(1, 2).reshape(-1, x.shape[-1])
+
+
+def _target(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros (B, Hk, N, D) and what they are a view of: (B * N + 1) * Hk rows, the last ones for empty slots."""
+    batch, heads, length, dim = shape
+    whole = like.new_zeros((batch * length + 1) * heads, dim, dtype=dtype)
+    return whole, whole[:-heads].view(batch, length, heads, dim).transpose(1, 2)
+
+
+def _heads(index: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows (t, Hk, T) of every key head, of tokens (t, T)."""
+    return index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)[:, None]
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
+
+
+def _put(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
+    """Write x (t, Hk, T, D), or (t, Hk, T * G, D), the queries of a group beside each other, to its tokens' rows."""
+    index = _heads(tiles.target, x.shape[1])
+    whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
+
+
+def _mask(tiles: Tiles, causal: bool, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """(t, 1, T * G, T), 0 where a query sees a key, else -inf."""
+    hidden = ~tiles.visible(causal)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return mask.repeat_interleave(groups, 1).unsqueeze(1)
+
+
+def _logits(sink_logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """(Hk, T * G) of (Hk, G), beside answers (t, Hk, T * G, M)."""
+    return sink_logits.to(answer.dtype).repeat(1, answer.shape[2] // sink_logits.shape[1])
