@@ -31,7 +31,7 @@ class Documents:
 
     @classmethod
     def find(cls, rows: int, slots: int, valid: np.ndarray | None, document: np.ndarray | None) -> "Documents":
-        """Of valid (B, N) bool (None: no padding) and document (B, N), which differs in neighbours (None: one a row)."""
+        """Of valid (B, N) bool (None: no padding) and document (B, N), different in neighbours (None: one a row)."""
         token = np.arange(rows * slots) if valid is None else np.flatnonzero(valid)
         row = token // slots
         begins = np.ones(len(token), dtype=bool)
@@ -65,6 +65,21 @@ class Documents:
         numbers = some.number.copy()
         numbers[np.isin(some.row, row)] = self.number[which]
         return Documents(**{**vars(some), "number": numbers})
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(B, N) the first slot of each token's document, 0 for a row's first one, and (B, N) the one behind its last.
+
+        Padding has itself.
+        """
+        first = np.tile(np.arange(self.slots), self.rows)
+        stop = first + 1
+        filled = self.length > 0
+        owner = np.repeat(np.arange(np.count_nonzero(filled)), self.length[filled])
+        begin, end = self.begin[filled], self.begin[filled] + self.length[filled]
+        token = self.tokens()
+        first[token] = np.where(self.number[filled] == 0, 0, self.token[begin] % self.slots)[owner]
+        stop[token] = (self.token[end - 1] % self.slots + 1)[owner]
+        return first.reshape(self.rows, -1), stop.reshape(self.rows, -1)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
         """(document, place in it) of every token, document by document."""

@@ -213,7 +213,8 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
     row, slot = np.divmod(documents.tokens(), documents.slots)
     aligned = (begin * chunk + lead)[owner] + place_in
     source[row, aligned], flat[row, aligned] = slot + offset, True
-    fold = valid & ~((rank == 0)[..., None] & (np.arange(chunk) < spec.sinks))
+    beginning: np.ndarray = rank == 0
+    fold = valid & ~(beginning[..., None] & (np.arange(chunk) < spec.sinks))
     if spec.final:
         # These are near to the next token: folding them would put them into the final state.
         fold[np.arange(columns.shape[1]) >= totals[:, None] - 2] = False

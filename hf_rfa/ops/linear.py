@@ -5,10 +5,12 @@ import torch
 from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunked import chunked_causal
+from hf_rfa.ops.chunks import PURE_CHUNK
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.dispatch import form_of_call
 from hf_rfa.ops.recurrent import RecurrentHeads
-from hf_rfa.ops.short_documents import short_documents, short_rule
+from hf_rfa.ops.short_documents import short_documents
+from hf_rfa.ops.short_estimates import short_estimates
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 from hf_rfa.ops.tiles import ShortRule
 
@@ -28,12 +30,16 @@ def linear_heads(
         heads = RecurrentHeads(call, call.state)
         output = heads.step(call.query, call.key, call.value, call.layout.valid, statistics)
         return output, heads.state() if output_final_state else None
-    rule, short = short_rule(call, output_final_state), None
-    if rule is not None:
-        short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)
+    # Documents that fit into what is exact; without a window, into a chunk.
+    longest = 2 * call.window or PURE_CHUNK
+    rule = ShortRule(longest, first=call.state is None, last=not output_final_state)
+    short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)
     if short is None:
         return _walk(form, call, output_final_state, statistics, None)
-    output = short_documents(call, short)
+    if call.window:
+        output = short_documents(call, short)
+    else:
+        output = short_estimates(call.replace(far=call.far.to(wide)), short, statistics)
     if short.everything and not output_final_state:
         return output, None
     others, state = _walk(form, call, output_final_state, statistics, rule)

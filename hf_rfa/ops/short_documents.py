@@ -1,7 +1,7 @@
 """Documents that have no far keys: all of a document is near to all of it, and exact attention alone answers.
 
-With a window of C tokens these are the documents of at most 2C tokens that no state continues and that leave none. Many
-of them share a tile (`ops.tiles`), so that they cost what their tokens cost, not whole chunks, features and far sums.
+With a window of C tokens these are the documents of at most 2C tokens that continue no state and leave none. Many of
+them share a tile (`ops.tiles`), so that they cost what their tokens cost, not whole chunks, features and far sums.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,7 @@ from torch.autograd.function import once_differentiable
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.near import near_attention, near_gradients
 from hf_rfa.ops.state import accumulation_dtype
-from hf_rfa.ops.tiles import ShortPlan, ShortRule, Tiles
-
-#: Slots of the tiles that are handled at once: what they hold of all heads must stay in the cache.
-BLOCK_SLOTS = 1024
-
-
-def short_rule(call: OperatorCall, output_final_state: bool) -> ShortRule | None:
-    """Which documents of a call have no far keys."""
-    if not call.window:
-        return None
-    return ShortRule(2 * call.window, first=call.state is None, last=not output_final_state)
+from hf_rfa.ops.tiles import ShortPlan, Tiles, put_rows, rows_of_heads, take_rows, token_rows, zero_rows
 
 
 def short_documents(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
@@ -54,7 +44,7 @@ class _Settings:
     def blocks(self) -> Iterator[Tiles]:
         """A few tiles of one size at a time."""
         for tiles in self.plan.tiles:
-            yield from tiles.split(BLOCK_SLOTS)
+            yield from tiles.split()
 
 
 class _ShortDocuments(torch.autograd.Function):
@@ -66,20 +56,20 @@ class _ShortDocuments(torch.autograd.Function):
         sink_logits: torch.Tensor | None, *far: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         groups, wide = query.shape[2], accumulation_dtype(query.dtype)
-        rows = [_rows(x) for x in (query.movedim(2, 3).flatten(3), key, value)]
+        rows = [token_rows(x) for x in (query.movedim(2, 3).flatten(3), key, value)]
         shape = (*query.shape[:2], query.shape[3], groups * value.shape[-1])
-        whole, output = _target(value, shape, settings.dtype)
+        whole, output = zero_rows(value, shape, settings.dtype)
         normalisers = []
         for tiles in settings.blocks():
-            source = _heads(tiles.source, key.shape[1])
-            q, k, v = (_take(x, source).to(wide) for x in rows)
+            source = rows_of_heads(tiles.source, key.shape[1])
+            q, k, v = (take_rows(x, source).to(wide) for x in rows)
             q = q.unflatten(-1, (groups, -1)).flatten(2, 3)
             answer, log_total = near_attention(q, k, v, _mask(tiles, settings.causal, groups, wide), settings.scaling)
             if sink_logits is not None:
                 logits = _logits(sink_logits, answer)
                 total = torch.logaddexp(log_total, logits)
                 answer, log_total = answer * (log_total - total).exp().unsqueeze(-1), total
-            _put(whole, answer, tiles)
+            put_rows(whole, answer, tiles)
             normalisers.append(log_total.flatten())
         return output.unflatten(3, (groups, -1)).movedim(3, 2), torch.cat(normalisers)
 
@@ -100,60 +90,42 @@ class _ShortDocuments(torch.autograd.Function):
         ]
         if above is None:
             return None, None, None, None, None, *nothing
-        settings, groups, wide = ctx.settings, query.shape[2], accumulation_dtype(query.dtype)
-        together = (x.movedim(2, 3).flatten(3) for x in (query, output, above))
-        rows = [_rows(x) for x in (*together, key, value)]
-        shapes = [(*key.shape[:3], x.shape[-1] * (groups if x is query else 1)) for x in (query, key, value)]
-        wholes, gradients = zip(
-            *(_target(x, shape, x.dtype) for x, shape in zip((query, key, value), shapes, strict=True))
-        )
-        of_logits = None if sink_logits is None else torch.zeros_like(sink_logits, dtype=wide)
-        position = 0
-        for tiles in settings.blocks():
-            source = _heads(tiles.source, key.shape[1])
-            q, answer, gradient, k, v = (_take(x, source).to(wide) for x in rows)
-            q, answer, gradient = (x.unflatten(-1, (groups, -1)).flatten(2, 3) for x in (q, answer, gradient))
-            log_total = normalisers[position : position + answer[..., 0].numel()].view(answer.shape[:-1])
-            position += log_total.numel()
-            mask = _mask(tiles, settings.causal, groups, wide)
-            found = near_gradients(gradient, q, k, v, answer, log_total, mask, settings.scaling)
-            for whole, x in zip(wholes, found, strict=True):
-                _put(whole, x, tiles)
-            if of_logits is not None:
-                taken = (gradient * answer).sum(-1) * (_logits(sink_logits, answer) - log_total).exp()
-                taken = taken.unflatten(2, (-1, groups)) * (tiles.document >= 0)[:, None, :, None]
-                of_logits -= taken.sum((0, 2))
-        of_query = gradients[0].unflatten(3, (groups, -1)).movedim(3, 2)
-        if of_logits is not None:
-            of_logits = of_logits.to(sink_logits.dtype)
-        return None, of_query, *gradients[1:], of_logits, *nothing
+        with torch.autocast(query.device.type, enabled=False):
+            *gradients, of_logits = _gradients(
+                ctx.settings, query, key, value, sink_logits, output, normalisers, above
+            )
+        return None, *gradients, of_logits, *nothing
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, Hk, N, D) -> (B * N * Hk, D)."""
-    return x.transpose(1, 2).reshape(-1, x.shape[-1])
-
-
-def _target(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros (B, Hk, N, D) and what they are a view of: (B * N + 1) * Hk rows, the last ones for empty slots."""
-    batch, heads, length, dim = shape
-    whole = like.new_zeros((batch * length + 1) * heads, dim, dtype=dtype)
-    return whole, whole[:-heads].view(batch, length, heads, dim).transpose(1, 2)
-
-
-def _heads(index: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows (t, Hk, T) of every key head, of tokens (t, T)."""
-    return index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)[:, None]
-
-
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
-
-
-def _put(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
-    """Write x (t, Hk, T, D), or (t, Hk, T * G, D), the queries of a group beside each other, to its tokens' rows."""
-    index = _heads(tiles.target, x.shape[1])
-    whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
+def _gradients(
+    settings: _Settings, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None,
+    output: torch.Tensor, normalisers: torch.Tensor, above: torch.Tensor,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Of q, k, v and the sink logits, from that of the output, `above`."""
+    groups, wide = query.shape[2], accumulation_dtype(query.dtype)
+    rows = [token_rows(x) for x in (*(x.movedim(2, 3).flatten(3) for x in (query, output, above)), key, value)]
+    # Of the queries of a group together, as the rows have them.
+    shapes = [(*key.shape[:3], x.shape[-1] * (groups if x is query else 1)) for x in (query, key, value)]
+    targets = [zero_rows(x, shape, x.dtype) for x, shape in zip((query, key, value), shapes, strict=True)]
+    of_logits = None if sink_logits is None else torch.zeros_like(sink_logits, dtype=wide)
+    position = 0
+    for tiles in settings.blocks():
+        source = rows_of_heads(tiles.source, key.shape[1])
+        q, answer, gradient, k, v = (take_rows(x, source).to(wide) for x in rows)
+        q, answer, gradient = (x.unflatten(-1, (groups, -1)).flatten(2, 3) for x in (q, answer, gradient))
+        log_total = normalisers[position : position + answer[..., 0].numel()].view(answer.shape[:-1])
+        position += log_total.numel()
+        mask = _mask(tiles, settings.causal, groups, wide)
+        found = near_gradients(gradient, q, k, v, answer, log_total, mask, settings.scaling)
+        for (whole, _), x in zip(targets, found, strict=True):
+            put_rows(whole, x, tiles)
+        if sink_logits is not None:
+            taken = (gradient * answer).sum(-1) * (_logits(sink_logits, answer) - log_total).exp()
+            of_logits -= (taken.unflatten(2, (-1, groups)) * (tiles.document >= 0)[:, None, :, None]).sum((0, 2))
+    of_query, of_key, of_value = (gradient for _, gradient in targets)
+    if sink_logits is not None and of_logits is not None:
+        of_logits = of_logits.to(sink_logits.dtype)
+    return [of_query.unflatten(3, (groups, -1)).movedim(3, 2), of_key, of_value, of_logits]
 
 
 def _mask(tiles: Tiles, causal: bool, groups: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Short documents in tiles: many whole ones side by side, where each would waste most of a chunk of its own.
 
-A tile is a row of T slots. Documents of at most T tokens and more than T / 2 (of any length, if T is the least) fill the
-tiles of T in their order, none of them across a border, so that a document's tokens find each other within a tile.
+A tile is a row of T slots. Documents of at most T tokens and more than T / 2 (of any length, if T is the least) fill
+the tiles of T in their order, none of them across a border, so that its tokens find each other within a tile.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from hf_rfa.ops.documents import Documents
 
 #: Slots of the smallest tile: still smaller ones would make the products small, not the work.
 SMALLEST_TILE = 32
+#: Slots of the tiles that are handled at once: what they hold of all heads must stay in the cache.
+BLOCK_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class Tiles:
     target: torch.Tensor
     document: torch.Tensor
 
-    def split(self, slots: int) -> "list[Tiles]":
-        """Groups of tiles that have about so many slots together."""
-        count = max(1, slots // self.source.shape[1])
+    def split(self) -> "list[Tiles]":
+        """A few tiles each."""
+        count = max(1, BLOCK_SLOTS // self.source.shape[1])
         parts = zip(*(x.split(count) for x in (self.source, self.target, self.document)), strict=True)
         return [Tiles(*part) for part in parts]
 
     def visible(self, causal: bool) -> torch.Tensor:
-        """(t, T, T) bool: whether a slot's query sees a slot's key. Empty slots see each other, and are seen by none."""
+        """(t, T, T) bool: whether a slot's query sees a slot's key. Empty slots see each other alone."""
         same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
         return same.tril() if causal else same
 
@@ -117,3 +119,31 @@ def _next_fit(lengths: list[int], size: int) -> list[int]:
         starts.append(end)
         end += length
     return starts
+
+
+def token_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, Hk, N, D) -> (B * N * Hk, D)."""
+    return x.transpose(1, 2).reshape(-1, x.shape[-1])
+
+
+def zero_rows(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros (B, Hk, N, D) and what they are a view of: (B * N + 1) * Hk rows, the last ones for empty slots."""
+    batch, heads, length, dim = shape
+    whole = like.new_zeros((batch * length + 1) * heads, dim, dtype=dtype)
+    return whole, whole[:-heads].view(batch, length, heads, dim).transpose(1, 2)
+
+
+def rows_of_heads(index: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows (t, Hk, T) of every key head, of tokens (t, T)."""
+    return index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)[:, None]
+
+
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows (t, Hk, T, D) at `index` (t, Hk, T) of rows (n, D)."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
+
+
+def put_rows(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
+    """Write x (t, Hk, T, D), or (t, Hk, T * G, D), the queries of a group beside each other, to its tokens' rows."""
+    index = rows_of_heads(tiles.target, x.shape[1])
+    whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
