@@ -220,7 +220,7 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
         fold[np.arange(columns.shape[1]) >= totals[:, None] - 2] = False
     place, token_valid = (np.zeros((rows, documents.slots), dtype=kind) for kind in (np.int64, bool))
     place[row, slot], token_valid[row, slot] = aligned, True
-    full = valid.all(2)
+    full: np.ndarray = np.logical_and.reduce(valid, axis=2)
     alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (document[:, 1:] == document[:, :-1])
 
     def put(array: np.ndarray) -> torch.Tensor:
