@@ -255,12 +255,41 @@ def test_parameters_without_a_part_in_short_documents_get_zeros():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
+@pytest.mark.parametrize("logits", [None, [0.5, -1.0]])
+def test_second_derivatives_of_the_bidirectional_form(logits):
+    inputs = random_inputs(11, batch=1, heads=2, key_heads=1, dim=3, value_dim=2, num_features=4)
+    names = ["query", "key", "value"]
+    if logits is not None:
+        inputs["sink_logits"] = torch.tensor(logits, dtype=torch.float64)
+        names.append("sink_logits")
+    document = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]])
+    options = {"window": 3, "sink_tokens": 1, "causal": False, "document": document}
+
+    def operator(*leaves):
+        return rfa_attention(**{**inputs, **dict(zip(names, leaves, strict=True))}, **options)
+
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(operator, leaves)
+    assert torch.autograd.gradgradcheck(operator, leaves)
+
+    def same(query, value, *others):  # keys that are made of the queries
+        return operator(query, query[:, :1].sin(), value, *others)
+
+    leaves.pop(1)
+    assert torch.autograd.gradgradcheck(same, leaves)
+    with_graph, alone = (
+        torch.autograd.grad(same(*leaves).square().sum(), leaves[0], create_graph=kept)[0] for kept in (True, False)
+    )
+    assert_near(with_graph, alone, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [0, 8])
-def test_functional_gradients(window):
+def test_functional_gradients(window, causal):
     inputs, document = random_inputs(60, size=0.5), (torch.arange(60) // 6).expand(2, -1)
 
     def loss(query: torch.Tensor) -> torch.Tensor:
-        output = rfa_attention(**{**inputs, "query": query}, window=window, document=document)
+        output = rfa_attention(**{**inputs, "query": query}, window=window, document=document, causal=causal)
         return output.square().sum()
 
     query = inputs["query"].clone().requires_grad_()

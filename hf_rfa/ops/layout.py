@@ -2,7 +2,8 @@
 
 The definition of near and far counts a document's own tokens, so that a padded or packed row gives what the bare
 sequence gives. The chunked operators therefore work on an *aligned* sequence in which every document begins at a chunk
-boundary and padding is gone; `TokenLayout.plan` says where each token goes, and all layers of a forward share it.
+boundary and padding is gone; `TokenLayout.plan` says where each token goes. Documents without far keys may be left out
+of it: `TokenLayout.short` packs them into tiles instead. All layers of a forward share both.
 """
 
 import functools
@@ -32,8 +33,8 @@ class Plan:
         rank: (R, n) number of the chunk within its document.
         sink_chunk: (R, n) aligned chunk that holds the document's first tokens, -1 where only the state has them.
         last: (R,) aligned chunk that the next token would fall into.
-        place: (R, N) aligned slot of each token (0 for padding).
-        token_valid: (R, N) whether a token is none of padding.
+        place: (R, N) aligned slot of each token (0 where it has none).
+        token_valid: (R, N) whether a token has one: padding and the documents that are left out have none.
         count: (R,) tokens seen afterwards in the row's last document, on the CPU.
         identity: Whether the aligned sequence begins with the source itself, so that nothing need be gathered.
         regular: (n,) whether a chunk and the one before it are full, of one document and behind its first two chunks
@@ -74,7 +75,7 @@ class PlanSpec:
         sinks: The first tokens of a document that are never folded into the far sums.
         history: Whether the source begins with the 2C near slots of a state.
         final: Whether a final state with near keys is wanted, which needs the chunk that the next token falls into.
-        short: The documents that are left out, since `ops.short_documents` computes them; None if there are none.
+        short: Which documents are left out, since `ops.linear` answers them apart; None: none is.
     """
 
     chunk: int

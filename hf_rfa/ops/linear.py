@@ -30,7 +30,7 @@ def linear_heads(
         heads = RecurrentHeads(call, call.state)
         output = heads.step(call.query, call.key, call.value, call.layout.valid, statistics)
         return output, heads.state() if output_final_state else None
-    # Documents that fit into what is exact; without a window, into a chunk.
+    # Documents without far keys; without a window, where all keys are far, those that fit into a chunk.
     longest = 2 * call.window or PURE_CHUNK
     rule = ShortRule(longest, first=call.state is None, last=not output_final_state)
     short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)

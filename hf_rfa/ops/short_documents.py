@@ -4,7 +4,7 @@ With a window of C tokens these are the documents of at most 2C tokens that cont
 them share a tile (`ops.tiles`), so that they cost what their tokens cost, not whole chunks, features and far sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,17 @@ from torch.autograd.function import once_differentiable
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.near import near_attention, near_gradients
 from hf_rfa.ops.state import accumulation_dtype
-from hf_rfa.ops.tiles import ShortPlan, Tiles, put_rows, rows_of_heads, take_rows, token_rows, zero_rows
+from hf_rfa.ops.tiles import (
+    ShortPlan,
+    Tiles,
+    put_blocks,
+    put_rows,
+    rows_of_heads,
+    take_rows,
+    taken_blocks,
+    token_rows,
+    zero_rows,
+)
 
 
 def short_documents(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
@@ -82,19 +92,50 @@ class _ShortDocuments(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, above: torch.Tensor | None, _: None) -> Any:
-        query, key, value, sink_logits, *far, output, normalisers = ctx.saved_tensors
-        nothing = [
-            torch.zeros_like(t) if need else None for t, need in zip(far, ctx.needs_input_grad[5:], strict=True)
-        ]
-        if above is None:
-            return None, None, None, None, None, *nothing
-        with torch.autocast(query.device.type, enabled=False):
-            *gradients, of_logits = _gradients(
-                ctx.settings, query, key, value, sink_logits, output, normalisers, above
-            )
-        return None, *gradients, of_logits, *nothing
+        # As the forms that answer longer documents: second derivatives of the bidirectional one alone.
+        if above is not None and torch.is_grad_enabled() and not ctx.settings.causal:
+            return _differentiable_gradients(ctx, above)
+        return _first_gradients(ctx, above)
+
+
+@once_differentiable
+def _first_gradients(ctx: Any, above: torch.Tensor | None) -> Any:
+    query, key, value, sink_logits, *far, output, normalisers = ctx.saved_tensors
+    nothing = _zeros(far, ctx.needs_input_grad[5:])
+    if above is None:
+        return None, None, None, None, None, *nothing
+    with torch.autocast(query.device.type, enabled=False):
+        gradients = _gradients(ctx.settings, query, key, value, sink_logits, output, normalisers, above)
+    return None, *gradients, *nothing
+
+
+def _differentiable_gradients(ctx: Any, above: torch.Tensor) -> Any:
+    """The same by steps that autograd can follow: the forward pass once more, with the weights as a matrix."""
+    inputs, far = ctx.saved_tensors[:4], ctx.saved_tensors[4:-2]
+    # Names of their own: where k was made from q, the gradient of q is not to hold what goes through k.
+    query, key, value, sink_logits = inputs = [None if x is None else x.view_as(x) for x in inputs]
+    settings, wanted, groups = ctx.settings, ctx.needs_input_grad, query.shape[2]
+    with torch.autocast(query.device.type, enabled=False):
+        rows = [token_rows(x) for x in (query.movedim(2, 3).flatten(3), key, value)]
+        blocks, wide = [], accumulation_dtype(query.dtype)
+        for tiles, taken in taken_blocks(settings.plan, rows, key.shape[1]):
+            q, k, v = (x.to(wide) for x in taken)
+            scores = q.unflatten(-1, (groups, -1)).flatten(2, 3) @ k.mT * settings.scaling
+            scores = scores + _mask(tiles, settings.causal, groups, wide)
+            total = scores.logsumexp(-1)
+            if sink_logits is not None:
+                total = torch.logaddexp(total, _logits(sink_logits, total))
+            blocks.append((tiles, (scores - total.unsqueeze(-1)).exp() @ v))
+        output = put_blocks(blocks, (*query.shape[:-1], value.shape[-1])).to(settings.dtype)
+        sources = [x for x, need in zip(inputs, wanted[1:5], strict=True) if need]
+        found = iter(torch.autograd.grad(output, sources, above, create_graph=True) if sources else ())
+        gradients = [next(found) if need else None for need in wanted[1:5]]
+    return None, *gradients, *_zeros(far, wanted[5:])
+
+
+def _zeros(far: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    return [torch.zeros_like(x) if need else None for x, need in zip(far, wanted, strict=True)]
 
 
 def _gradients(
@@ -135,6 +176,6 @@ def _mask(tiles: Tiles, causal: bool, groups: int, dtype: torch.dtype) -> torch.
     return mask.repeat_interleave(groups, 1).unsqueeze(1)
 
 
-def _logits(sink_logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """(Hk, T * G) of (Hk, G), beside answers (t, Hk, T * G, M)."""
-    return sink_logits.to(answer.dtype).repeat(1, answer.shape[2] // sink_logits.shape[1])
+def _logits(sink_logits: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    """(Hk, T * G) of (Hk, G), beside (t, Hk, T * G, ..)."""
+    return sink_logits.to(beside.dtype).repeat(1, beside.shape[2] // sink_logits.shape[1])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics, Part, combine
 from hf_rfa.ops.state import accumulation_dtype
-from hf_rfa.ops.tiles import BLOCK_SLOTS, ShortPlan, Tiles, rows_of_heads, take_rows, token_rows
+from hf_rfa.ops.tiles import BLOCK_SLOTS, ShortPlan, Tiles, put_blocks, taken_blocks, token_rows
 
 
 def short_estimates(call: OperatorCall, plan: ShortPlan, statistics: FarStatistics | None) -> torch.Tensor:
@@ -22,33 +22,24 @@ def short_estimates(call: OperatorCall, plan: ShortPlan, statistics: FarStatisti
 
     The far kernel is in float32 or float64.
     """
-    batch, heads, groups, length, _ = call.query.shape
     rows = [token_rows(x) for x in (call.query.movedim(2, 3).flatten(3), call.key, call.value)]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, *_tensors(call)))
     recorded = recorded and sum(tiles.source.numel() for tiles in plan.tiles) > BLOCK_SLOTS
     # Made again in the backward pass: the features of all tokens together would take many times what q and k do.
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if recorded else _call
-    targets, outputs = [], []
-    for tiles in plan.tiles:
-        # All at once: the gradient of a part is as long as the whole.
-        taken = (take_rows(x, rows_of_heads(tiles.source, heads)) for x in rows)
-        parts = tiles.split()
-        pieces = zip(*(x.split([len(part.source) for part in parts]) for x in taken), strict=True)
-        for part, (query, key, value) in zip(parts, pieces, strict=True):
-            answer, counts = run(_block, call, part, query, key, value)
-            if statistics is not None:
-                statistics.add_counts(counts)
-            outputs.append(answer.reshape(-1, groups * value.shape[-1]))
-            targets.append(rows_of_heads(part.target, heads).flatten())
-    whole = outputs[0].new_zeros((batch * length + 1) * heads, outputs[0].shape[1])
-    whole = whole.index_copy(0, torch.cat(targets), torch.cat(outputs))
-    return whole[:-heads].view(batch, length, heads, groups, -1).permute(0, 2, 3, 1, 4)
+    blocks = []
+    for tiles, (query, key, value) in taken_blocks(plan, rows, call.key.shape[1]):
+        answer, counts = run(_block, call, tiles, query, key, value)
+        if statistics is not None:
+            statistics.add_counts(counts)
+        blocks.append((tiles, answer))
+    return put_blocks(blocks, (*call.query.shape[:-1], call.value.shape[-1]))
 
 
 def _block(
     call: OperatorCall, tiles: Tiles, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (t, Hk, T, G, M) of q (t, Hk, T, G * D), k and v, and the `FarStatistics.counts` of the tiles."""
+    """Output (t, Hk, T * G, M) of q (t, Hk, T, G * D), k and v, and the `FarStatistics.counts` of the tiles."""
     far, groups, wide = call.far, call.query.shape[2], accumulation_dtype(call.query.dtype)
     query, key, value = query.to(wide).unflatten(-1, (groups, -1)), key.to(wide), value.to(wide)
     features, query_scale = far.query_features(query.flatten(2, 3), call.scaling)
@@ -67,7 +58,7 @@ def _block(
     logits = None if call.sink_logits is None else call.sink_logits.to(wide).repeat(1, tiles.source.shape[1])
     counted, statistics = filled.repeat_interleave(groups, 1).unsqueeze(1), FarStatistics()
     output = combine(None, part, far.alive().view(-1, 1), logits, statistics, counted)
-    return output.unflatten(2, (-1, groups)), statistics.counts()
+    return output, statistics.counts()
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

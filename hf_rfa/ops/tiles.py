@@ -4,6 +4,7 @@ A tile is a row of T slots. Documents of at most T tokens and more than T / 2 (o
 the tiles of T in their order, none of them across a border, so that its tokens find each other within a tile.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ from hf_rfa.ops.documents import Documents
 
 #: Slots of the smallest tile: still smaller ones would make the products small, not the work.
 SMALLEST_TILE = 32
-#: Slots of the tiles that are handled at once: what they hold of all heads must stay in the cache.
-BLOCK_SLOTS = 1024
+#: Slots of the tiles that are handled at once: what they hold of all heads must stay in a CPU's cache. A GPU has many
+#: times as many at once, so that its products fill it.
+BLOCK_SLOTS, TIMES_ON_GPU = 1024, 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Tiles:
 
     def split(self) -> "list[Tiles]":
         """A few tiles each."""
-        count = max(1, BLOCK_SLOTS // self.source.shape[1])
+        slots = BLOCK_SLOTS if self.source.device.type == "cpu" else TIMES_ON_GPU * BLOCK_SLOTS
+        count = max(1, slots // self.source.shape[1])
         parts = zip(*(x.split(count) for x in (self.source, self.target, self.document)), strict=True)
         return [Tiles(*part) for part in parts]
 
@@ -147,3 +150,24 @@ def put_rows(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
     """Write x (t, Hk, T, D), or (t, Hk, T * G, D), the queries of a group beside each other, to its tokens' rows."""
     index = rows_of_heads(tiles.target, x.shape[1])
     whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
+
+
+def taken_blocks(
+    plan: ShortPlan, rows: Sequence[torch.Tensor], heads: int
+) -> Iterator[tuple[Tiles, list[torch.Tensor]]]:
+    """A few tiles at a time, and what they take (t, Hk, T, D) of all `rows` (n, D); for autograd to look through."""
+    for tiles in plan.tiles:
+        # All at once: the gradient of a part is as long as the whole.
+        taken = [take_rows(x, rows_of_heads(tiles.source, heads)) for x in rows]
+        parts = tiles.split()
+        pieces = (x.split([len(part.source) for part in parts]) for x in taken)
+        yield from ((part, list(own)) for part, *own in zip(parts, *pieces, strict=True))
+
+
+def put_blocks(blocks: Sequence[tuple[Tiles, torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
+    """(B, Hk, G, N, M) = `shape`, zero but where blocks (t, Hk, T * G, M) say more; for autograd to look through."""
+    batch, heads, groups, length, dim = shape
+    target = torch.cat([rows_of_heads(tiles.target, heads).flatten() for tiles, _ in blocks])
+    answers = torch.cat([answer.reshape(-1, groups * dim) for _, answer in blocks])
+    whole = answers.new_zeros((batch * length + 1) * heads, groups * dim).index_copy(0, target, answers)
+    return whole[:-heads].view(batch, length, heads, groups, dim).permute(0, 2, 3, 1, 4)

@@ -128,8 +128,9 @@ def _check(options: Options, error: Any) -> None:
     for name in ("lengths", "contexts", "documents"):
         if getattr(options, name) is not None and list(getattr(options, name)) != sorted(set(getattr(options, name))):
             error(f"{_flag(name)} must ascend. Got {' '.join(map(str, getattr(options, name)))}.")
-    if options.documents is not None and min(options.documents) > max(options.lengths):
-        error(f"--documents must fit into --lengths. Got {options.documents} and {options.lengths}.")
+    if options.documents is not None and max(options.documents) > max(options.lengths):
+        got = (" ".join(map(str, numbers)) for numbers in (options.documents, options.lengths))
+        error(f"--documents must fit into --lengths. Got {' and '.join(got)}.")
     if options.heads is not None or options.key_heads is not None:
         heads, key_heads = options.heads or 8, options.key_heads or 1
         if heads % key_heads:
