@@ -435,13 +435,3 @@ def test_statistics_are_added_over_processes(tmp_path):
     for got, want in zip(first["heads"], alone["heads"], strict=True):
         assert (got["alpha"], got["gamma"]) == (want["alpha"], want["gamma"])
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
-
-
-def test_a_config_that_asks_for_tuples_is_measured_in_nats_all_the_same():
-    reports = []
-    for return_dict in (True, False):
-        model = converted()
-        model.config.return_dict = return_dict
-        reports.append(hf_rfa.calibrate(model, token_ids(2, 120)))
-    assert reports[0].unit == reports[1].unit
-    assert reports[0].to_dict() == reports[1].to_dict()

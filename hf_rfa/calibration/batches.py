@@ -72,8 +72,6 @@ def call_arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     arguments: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
     if accepts(model, "use_cache"):
         arguments.setdefault("use_cache", False)
-    if not getattr(model.config, "return_dict", True):  # a tuple does not say which of its tensors are logits
-        arguments["return_dict"] = True
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
