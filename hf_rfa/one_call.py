@@ -29,7 +29,7 @@ def convert(
     example_inputs: Mapping[str, Any] | None = None,
     parts: Sequence[str] | None = None,
 ) -> ModelT:
-    """Convert a loaded model from softmax to random-feature attention, in place; its class stays what it is.
+    """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
 
     Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
     `config.layers` leaves out, layers with a sliding window, chunks or another mask of their own and cross-attention
