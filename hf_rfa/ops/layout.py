@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.errors import ConfigError
+from hf_rfa.ops.recomputing import numbers
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,11 @@ class TokenLayout:
 
     def _documents(self, row: int, length: int) -> list[np.ndarray]:
         """The slots of each document of a row, in order, padding left out."""
-        slots = np.arange(length) if self.valid is None else np.flatnonzero(self.valid[row].cpu().numpy())
+        slots = np.arange(length) if self.valid is None else np.flatnonzero(numbers(self.valid)[row])
         if self.document is None or len(slots) == 0:
             return [slots]
-        numbers = self.document[row].cpu().numpy()[slots]
-        return np.split(slots, np.flatnonzero(np.diff(numbers)) + 1)
+        document = numbers(self.document)[row, slots]
+        return np.split(slots, np.flatnonzero(np.diff(document)) + 1)
 
 
 @dataclass(frozen=True)
