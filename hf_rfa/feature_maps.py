@@ -105,6 +105,22 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
     return (exponent - peak.unsqueeze(-1)).exp(), log_constant + peak
 
 
+def squared_bound(radius: torch.Tensor) -> torch.Tensor:
+    """The bound of |y|^2 that a radius says, never 0 and never infinite; a radius of 0 is no bound."""
+    # Not infinite, since inf / inf is no number; not smaller, since the square of a tiny radius is 0.
+    return torch.where(radius > 0, radius.square().clamp_min(1e-30), torch.finfo(radius.dtype).max)
+
+
+def pull_in(square: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """min(1, radius / |y|), by which what lies outside of the bound is pulled in to it.
+
+    square: |y|^2, before any tempering; bound: `squared_bound`. Every form of the operator takes the factor from here:
+    |y| is 0 where a query equals its centre, alpha |y| where alpha is 0, and neither value nor gradient may then be
+    0 / 0.
+    """
+    return (bound / torch.maximum(square, bound)).sqrt()
+
+
 def _of_heads(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x (B, H, ..., D) times the rows (H, E, D) of its head: (B, H, ..., E)."""
     tokens = x.transpose(0, 1)
@@ -158,7 +174,7 @@ class FarKernel:
         omega: (key_heads, m, D), rows N(0, I) (or learned). (key_heads, 2m, D) if a head is clustered: the others
             then use the first m rows.
         alpha: (key_heads,) tempering; 1 = unbiased, 0 = only b and c tell far keys apart.
-        gamma: (key_heads,) weight of the far part; 0 = none.
+        gamma: (key_heads,) weight of the far part; 0 = none (a switch: gamma has no gradient there).
         proposal: (key_heads,) A of the optimal positive features; the other maps do not read it.
         query_center, key_center: (key_heads, D) b and c.
         query_transform, key_transform: (key_heads, D, D) the change of variable A and A^-T; None for the identity.
@@ -219,9 +235,7 @@ class FarKernel:
         size = (self.alpha * math.sqrt(scaling)).view(heads)
         square = x.square().sum(-1, keepdim=True)
         if radius is not None:
-            bound = torch.where(radius > 0, radius, torch.inf).view(heads)
-            # In squares: a norm has no gradient at zero.
-            size = size * (square / bound.square()).clamp_min(1.0).rsqrt()
+            size = size * pull_in(square, squared_bound(radius).view(heads))
         projection = _of_heads(x, self.omega) * size
         square = (square * size.square()).squeeze(-1)
         features, log_scale = self.map_heads(square, projection, self.proposal.view(heads), keys)
@@ -259,8 +273,9 @@ class FarKernel:
         return F.logsigmoid(logit + self.gate_bias.view(-1, *(1,) * (logit.dim() - 2)))
 
     def log_gamma(self) -> torch.Tensor:
-        """log gamma (key_heads,), with a finite placeholder where gamma is 0 (see `alive`)."""
-        return torch.where(self.alive(), self.gamma, torch.ones_like(self.gamma)).log()
+        """log gamma (key_heads,), -inf (and without a gradient) for heads without a far part (see `alive`)."""
+        alive = self.alive()
+        return torch.where(alive, self.gamma, torch.ones_like(self.gamma)).log().masked_fill(~alive, -torch.inf)
 
     def alive(self) -> torch.Tensor:
         """Which key heads have a far part at all (key_heads,) bool."""

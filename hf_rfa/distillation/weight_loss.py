@@ -40,7 +40,9 @@ def sampled_weight_loss(
     visible, far, near = (mask[:, None, None] for mask in (visible, far, visible & ~far))
     chosen = query[:, :, :, rows]
     scores = torch.einsum("bhgnd,bhmd->bhgnm", chosen, key) * scaling
-    far_scores = _log_kernel(kernel, chosen, key, scaling) + kernel.log_gamma().view(-1, 1, 1, 1)
+    # A head whose far part is switched off is matched as if it were on: no weight at all is infinitely far from any.
+    log_gamma = torch.where(kernel.alive(), kernel.log_gamma(), 0.0)
+    far_scores = _log_kernel(kernel, chosen, key, scaling) + log_gamma.view(-1, 1, 1, 1)
     lowest = torch.finfo(scores.dtype).min
     target = scores.masked_fill(~visible, lowest).log_softmax(-1)
     near_scores = scores.masked_fill(~near, lowest).logsumexp(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.feature_maps import FarKernel, pull_in, squared_bound
 from hf_rfa.ops.scratch import Scratch
 
 #: psi(q).psi(k) then lies within exp(+-2 * 20): far from the ends of float32, for any number of keys.
@@ -48,8 +48,9 @@ class BoundedMap:
         radius = far.key_radius if keys else far.query_radius
         self._center, self._other, self._scaling, self._keys, self._scratch = center, other, scaling, keys, scratch
         self._transform = None if transform is None else of_rows(transform)
-        bound = None if radius is None or not bool((radius > 0).any()) else torch.where(radius > 0, radius, torch.inf)
-        self._bound = None if bound is None else of_rows(bound.square()).view(-1, 1, 1)
+        self._bound = None
+        if radius is not None and bool((radius > 0).any()):
+            self._bound = of_rows(squared_bound(radius)).view(-1, 1, 1)
         self._omega = of_rows(far.omega * size[:, None, None])
         self._longest = torch.linalg.vector_norm(self._omega, dim=-1).amax(-1)
         self._half_square = of_rows(size.square() / 2).view(-1, 1, 1)
@@ -67,7 +68,7 @@ class BoundedMap:
         torch.bmm(omega, y.reshape(-1, *y.shape[2:]).mT, out=exponent)
         shrink, inside = None, square
         if self._bound is not None:
-            shrink, inside = (square / self._bound).clamp_min_(1.0).rsqrt_(), torch.minimum(square, self._bound)
+            shrink, inside = pull_in(square, self._bound), torch.minimum(square, self._bound)
             exponent.mul_(shrink.view(-1, 1, tokens))
         large = self._large(exponent, inside)
         buffer = self._scratch(f"{side} features", x, count * chunks, 2, *exponent.shape[1:])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.causal_block import Features, block_sums, combine_block
@@ -14,6 +13,7 @@ from hf_rfa.ops.causal_gradients import Answered, block_gradients
 from hf_rfa.ops.causal_walk import Walk, WalkInputs, features_of
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.recomputing import Flags, follows, recomputing
 
 #: Tensors of a `FarKernel` that its features depend on; the gate's come in as `decay`.
 KERNEL = tuple(
@@ -38,12 +38,11 @@ def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.
     The output is of value's type without gradients and wide with them, where one is added to the other.
     """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
-    tensors += [getattr(settings.far, name) for name in KERNEL]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _CausalAttention.apply(settings, *(None if t is None else t.to(inputs.wide) for t in tensors))
-    walk = Walk(inputs, settings.far, settings.plan, settings.window, settings.scaling)
-    with torch.no_grad():
-        output, carry, peak, _ = _run(walk, settings.statistics, keep=False)
+    kernel = {name: getattr(settings.far, name) for name in KERNEL}
+    if any(follows([*tensors, *kernel.values()])):
+        tensors = [None if t is None else t.to(inputs.wide) for t in tensors]
+    constant = (2,) if inputs.decay is None else ()
+    output, carry, peak = recomputing(_Recipe(settings, constant), *tensors, *kernel.values())
     return output, carry, peak
 
 
@@ -88,41 +87,39 @@ def _run(
     return output, final, end_peak.contiguous().view_as(inputs.carry_peak), kept
 
 
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, settings: WalkSettings, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        ctx.settings = settings
-        wanted = dict(zip(KERNEL, ctx.needs_input_grad[-len(KERNEL) :], strict=True))
-        ctx.may_bound = not any(need for name, need in wanted.items() if name != "gamma")
-        walk = _walk(settings, tensors, ctx.may_bound)
-        output, carry, peak, kept = _run(walk, settings.statistics, keep=True)
-        assert kept is not None
-        ctx.save_for_backward(*tensors, output, *vars(kept).values())
-        ctx.set_materialize_grads(False)
-        if walk.inputs.decay is None:
-            ctx.mark_non_differentiable(peak)
-        return output, carry, peak
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """Output, S and m after the last chunk, from the tensors of `WalkInputs` and `KERNEL`; see `ops.recomputing`."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output: torch.Tensor | None, carry: torch.Tensor | None, peak: torch.Tensor | None) -> Any:
-        *tensors, answer, carries, peaks, log_total, far_weight = ctx.saved_tensors
-        walk = _walk(ctx.settings, tensors, ctx.may_bound)
+    settings: WalkSettings
+    constant: tuple[int, ...]
+    outputs: int = 3
+
+    def forward(self, tensors: Sequence[torch.Tensor | None], followed: Flags) -> tuple[torch.Tensor, ...]:
+        output, carry, peak, kept = _run(self._walk(tensors, followed), self.settings.statistics, any(followed))
+        return output, carry, peak, *(() if kept is None else vars(kept).values())
+
+    def backward(
+        self, tensors: Sequence[Any], outputs: Sequence[Any], kept: Sequence[Any], above: Sequence[Any],
+        followed: Flags,
+    ) -> list[torch.Tensor | None]:  # fmt: skip
+        walk, answer, (carries, peaks, log_total, far_weight) = self._walk(tensors, followed), outputs[0], kept
+        output, carry, peak = above
         carry = torch.zeros_like(carries[0]) if carry is None else carry.flatten(0, 1)
         peak = torch.zeros_like(peaks[0]) if peak is None else peak.flatten(0, 1)
         with torch.autocast(carries.device.type, enabled=False):
-            back = _Backward(walk, ctx.needs_input_grad[-len(KERNEL) :], carry, peak)
+            back = _Backward(walk, followed[-len(KERNEL) :], carry, peak)
             for number, span in reversed(list(enumerate(walk.spans()))):
                 answered = Answered(walk.queries(answer, span), log_total[:, span], far_weight[:, span])
                 back.step(span, carries[number], peaks[number], answered, output)
-        return None, *back.gradients()
+        return back.gradients()
 
-
-def _walk(settings: WalkSettings, tensors: Any, may_bound: bool) -> Walk:
-    count = len(dataclasses.fields(WalkInputs))
-    inputs = WalkInputs(*tensors[:count])
-    far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
-    return Walk(inputs, far, settings.plan, settings.window, settings.scaling, may_bound)
+    def _walk(self, tensors: Sequence[Any], followed: Flags) -> Walk:
+        count, settings = len(dataclasses.fields(WalkInputs)), self.settings
+        far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
+        inputs = WalkInputs(*tensors[:count])
+        learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
+        return Walk(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
 
 
 class _Backward:
@@ -143,8 +140,7 @@ class _Backward:
         self.log_gamma = torch.zeros_like(walk.far.gamma)
         # gamma has no part in the features.
         names = [name for name, need in zip(KERNEL, wanted, strict=True) if need and name != "gamma"]
-        self.leaves = {name: getattr(walk.far, name).detach().requires_grad_() for name in names}
-        self.far = dataclasses.replace(walk.far, **self.leaves)
+        self.leaves = {name: getattr(walk.far, name) for name in names}
         self.kernel = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
 
     def step(
@@ -156,10 +152,10 @@ class _Backward:
         if made is not None:
             psi = features_of(made)
         else:
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in (block.query, block.key[:, block.far])]
-                recorded = walk.psi(leaves[0], leaves[1], self.far)
-            psi = Features(*(x.detach() for x in _tensors(recorded)))
+            # Not `torch.autograd`, which is switched off inside of an operation of a graph (`ops.graph`).
+            tensors = (block.query, block.key[:, block.far], *self.leaves.values())
+            recorded, pull_back = torch.func.vjp(self._psi, *tensors)[:2]
+            psi = Features(*recorded)
         sums = block_sums(block, psi, peak, walk.scratch)
         above = torch.zeros_like(answered.output) if output is None else walk.queries(output, span)
         gradients = block_gradients(block, psi, sums, answered, carry, above, self.carry, self.peak, walk.scratch)
@@ -168,12 +164,9 @@ class _Backward:
         if made is not None:
             query, key = walk.bounded_gradients(made, gradients.psi)
         else:
-            query, key, *kernel = torch.autograd.grad(
-                _tensors(recorded), [*leaves, *self.leaves.values()], _tensors(gradients.psi), allow_unused=True
-            )
+            query, key, *kernel = pull_back(_tensors(gradients.psi))
             for name, gradient in zip(self.leaves, kernel, strict=True):
-                if gradient is not None:
-                    self.kernel[name] += gradient
+                self.kernel[name] += gradient
         if gradients.near is not None:
             near = gradients.near
             rows = walk.target(self.query, span)
@@ -193,6 +186,11 @@ class _Backward:
         if self.logits is not None and gradients.sink_logits is not None:
             rows = gradients.sink_logits.sum(1).view(-1, *self.logits.shape, walk.chunk)
             self.logits += rows.sum((0, 3))
+
+    def _psi(self, query: torch.Tensor, key: torch.Tensor, *kernel: torch.Tensor) -> list[torch.Tensor]:
+        changed: dict[str, Any] = dict(zip(self.leaves, kernel, strict=True))
+        far = dataclasses.replace(self.walk.far, **changed)
+        return _tensors(self.walk.psi(query, key, far))
 
     def gradients(self) -> list[torch.Tensor | None]:
         """In the order of `WalkInputs`, then of `KERNEL`."""

@@ -71,7 +71,7 @@ class Walk:
         keep = torch.cat([plan.document[:, :1] == 0, same], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
         gamma, batch = self.far.gamma, len(self.inputs.key)
-        self.log_gamma = gamma.log().repeat(batch).view(-1, 1, 1)
+        self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
         pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
         self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self._bounded: tuple[BoundedMap, BoundedMap] | None = None

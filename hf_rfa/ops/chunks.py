@@ -63,4 +63,4 @@ def finish(
     if sink_logits is not None:
         sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(log_scale.dtype)
     counted = plan.asked[:, None, block].repeat(1, 1, 1, groups)
-    return combine(near, far_part, far.alive().view(-1, 1, 1), sink_logits, statistics, counted)
+    return combine(near, far_part, sink_logits, statistics, counted)

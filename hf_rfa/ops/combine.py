@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """numerator (..., M), denominator (...), log_scale (...); log_scale = -inf where the part has no keys."""
+    """numerator (..., M), denominator (...), log_scale (...), -inf where the part has no keys or no weight."""
 
     numerator: torch.Tensor
     denominator: torch.Tensor
@@ -68,7 +68,6 @@ def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor |
 def combine(
     near: Part | None,
     far: Part | None,
-    far_alive: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     statistics: FarStatistics | None = None,
     counted: torch.Tensor | None = None,
@@ -80,7 +79,6 @@ def combine(
 
     Args:
         near, far: The two parts; one may be missing.
-        far_alive: bool, broadcast against far.denominator: False for heads whose gamma is 0.
         sink_logits: broadcast against the denominators: a learned logit that takes weight and gives no value.
         statistics: Counts the dropped far parts.
         counted: bool, broadcast against far.denominator: which rows are tokens, not padding.
@@ -92,11 +90,8 @@ def combine(
     if far is not None:
         mass = far.denominator.detach()  # zero where there are no far keys
         unused = ~(mass > smallest_denominator(mass.dtype))
-        if far_alive is not None:
-            unused = unused | ~far_alive
         if statistics is not None:
             seen = far.log_scale.detach() > -torch.inf
-            seen = seen if far_alive is None else seen & far_alive
             seen = seen if counted is None else seen & counted
             statistics.add(seen & unused, seen)
         scale = far.log_scale.masked_fill(unused, -torch.inf)

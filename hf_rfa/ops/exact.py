@@ -4,7 +4,7 @@ Scaled dot-product attention does the work. Its causal flag covers the plain cas
 before the queries) the queries are taken in blocks, so that the mask is a block of rows and memory stays linear.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.recomputing import made_again, transformed
 
 #: Rows of the mask made at once, when one is needed.
 QUERY_BLOCK = 256
@@ -80,7 +81,7 @@ def exact_attention(
     if document is not None and not torch.compiler.is_compiling():  # a graph must not depend on where documents end
         seen = _seen(layout, len(query), length, past)
 
-    def block(block_query: torch.Tensor, start: int) -> torch.Tensor:
+    def block(start: int, block_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         rows = past + torch.arange(start, start + block_query.shape[2], device=device)
         low = 0 if sliding_window is None else max(0, past + start - sliding_window + 1)
         high = past + start + len(rows) if causal else total
@@ -107,9 +108,14 @@ def exact_attention(
 
     # Made again in the backward pass: the masks of all blocks together would be an N x N tensor.
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if trained else block
-    parts = enumerate(query.split(QUERY_BLOCK, dim=2))
-    outputs = [run(part, number * QUERY_BLOCK) for number, part in parts]
+    outputs = []
+    for number, part in enumerate(query.split(QUERY_BLOCK, dim=2)):
+        run: Callable[..., torch.Tensor] = partial(block, number * QUERY_BLOCK)
+        if trained and transformed(part):
+            run = partial(made_again, run)
+        elif trained:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        outputs.append(run(part, key, value))
     output = torch.cat(outputs, dim=2)[..., :value_dim]
     return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
 

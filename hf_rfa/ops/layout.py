@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from hf_rfa.errors import ConfigError
 from hf_rfa.ops.documents import Documents
+from hf_rfa.ops.recomputing import numbers
 from hf_rfa.ops.tiles import ShortPlan, ShortRule, short_plan
 
 
@@ -173,18 +174,9 @@ class TokenLayout:
     def documents(self, batch: int, length: int) -> Documents:
         """The documents of the rows; reads the tensors, once for all layers."""
         if (batch, length) not in self._documents:
-            valid, document = (None if t is None else _read(t) for t in (self.valid, self.document))
+            valid, document = (None if t is None else numbers(t) for t in (self.valid, self.document))
             self._documents[batch, length] = Documents.find(batch, length, valid, document)
         return self._documents[batch, length]
-
-
-def _read(table: torch.Tensor) -> np.ndarray:
-    """What a tensor holds."""
-    table = table.cpu()
-    try:
-        return table.numpy()
-    except RuntimeError:  # within `torch.func.grad` every tensor is wrapped, and has no memory of its own to share
-        return np.array(table.tolist()).reshape(table.shape)
 
 
 def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: torch.device) -> Plan:

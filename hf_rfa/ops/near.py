@@ -4,8 +4,12 @@ The near keys of chunk i are one row of tokens, `[sinks, chunk i - 1, (sinks,) c
 in which every chunk follows the sinks, so that no key is copied twice. The second group of sinks is masked.
 """
 
+import functools
+import math
+
 import torch
 
+from hf_rfa.ops.private import works
 from hf_rfa.ops.scratch import Scratch
 
 
@@ -41,10 +45,21 @@ def near_attention(
     mask: added to the scores, 0 or -inf, of a shape that expands to theirs; every row must see a key.
     """
     mask = mask.expand(*query.shape[:3], key.shape[2])
-    if _fused(query, value):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
-        )
+    attend = _kernel_attention if _fused(query, value) else _plain_attention
+    return attend(query, key, value, mask, scaling)
+
+
+def _kernel_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+    )
+
+
+def _plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = (query @ key.mT) * scaling + mask
     normaliser = scores.logsumexp(-1)
     return (scores - normaliser.unsqueeze(-1)).exp() @ value, normaliser
@@ -62,10 +77,23 @@ def near_gradients(
     output (A, n, R, M) is o, normaliser (A, n, R) is L.
     """
     mask = mask.expand(*query.shape[:3], key.shape[2])
-    if _fused(query, value):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, query, key, value, output, normaliser, 0.0, False, attn_mask=mask, scale=scaling
-        )
+    find = _kernel_gradients if _fused(query, value) else _plain_gradients
+    return find(gradient, query, key, value, output, normaliser, mask, scaling)
+
+
+def _kernel_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    normaliser: torch.Tensor, mask: torch.Tensor, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key, value, output, normaliser, 0.0, False, attn_mask=mask, scale=scaling
+    )
+
+
+def _plain_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    normaliser: torch.Tensor, mask: torch.Tensor, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     weights = ((query @ key.mT) * scaling + mask - normaliser.unsqueeze(-1)).exp()
     inner = (gradient * output).sum(-1, keepdim=True)
     scores = weights * (gradient @ value.mT - inner) * scaling
@@ -74,4 +102,22 @@ def near_gradients(
 
 def _fused(query: torch.Tensor, value: torch.Tensor) -> bool:
     # torch's CPU kernel hands out the normaliser, which its public function hides; it wants equal head dims.
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and kernel_works()
+
+
+@functools.cache
+def kernel_works() -> bool:
+    """Whether torch has the kernel, which is private, and it does what this module takes it to do."""
+    return works("the CPU kernel of attention that hands out its normaliser", _kernel_is_right)
+
+
+def _kernel_is_right() -> bool:
+    numbers = torch.arange(64, dtype=torch.float32, device="cpu")
+    query, key, value = ((numbers * step).sin().view(1, 2, 4, 8) for step in (1, 2, 3))
+    mask = torch.full((4, 4), -torch.inf, dtype=torch.float32, device="cpu").triu(1).expand(1, 2, 4, 4)
+    plain = _plain_attention(query, key, value, mask, 0.3)
+    # As if others, of value 0, had two thirds of the weight.
+    whole = value, query, key, value, plain[0] / 3, plain[1] + math.log(3), mask, 0.3
+    found = *_kernel_attention(query, key, value, mask, 0.3), *_kernel_gradients(*whole)
+    wanted = *plain, *_plain_gradients(*whole)
+    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(found, wanted, strict=True))

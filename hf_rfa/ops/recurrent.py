@@ -30,7 +30,7 @@ class RecurrentHeads:
         self._tables: tuple[torch.Tensor, ...] = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         self._kv_state, self._log_max = state.kv_state.to(wide), state.log_max.to(wide)
         self._counts: list[int] = state.count.tolist()
-        self._log_gamma = call.far.log_gamma().masked_fill(~call.far.alive(), -torch.inf)
+        self._log_gamma = call.far.log_gamma()
         self._features = PreparedQueries(call.far, call.scaling) if prepare else call.far.query_features
 
     def state(self) -> RFAState:
@@ -77,7 +77,7 @@ class RecurrentHeads:
         log_scale = log_scale + (self._log_max + self._log_gamma).unsqueeze(-1)
         far_part = Part(products[..., :-1], products[..., -1], log_scale)
         counted = None if present is None else present.unsqueeze(-1)
-        output = combine(near, far_part, None, self._sink_logits, statistics, counted)
+        output = combine(near, far_part, self._sink_logits, statistics, counted)
         for row in rows:
             self._counts[row] += 1
         if self._window:

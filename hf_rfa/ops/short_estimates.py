@@ -57,7 +57,7 @@ def _block(
     part = Part(weights @ value, weights.sum(-1), log_scale)
     logits = None if call.sink_logits is None else call.sink_logits.to(wide).repeat(1, tiles.source.shape[1])
     counted, statistics = filled.repeat_interleave(groups, 1).unsqueeze(1), FarStatistics()
-    output = combine(None, part, far.alive().view(-1, 1), logits, statistics, counted)
+    output = combine(None, part, logits, statistics, counted)
     return output, statistics.counts()
 
 

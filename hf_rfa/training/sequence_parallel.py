@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_single
 from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.adapter import RFAAdapter, require_adapters
@@ -176,7 +175,7 @@ class Shard:
         keep[: max(0, sinks - first)] = False
         sums, peak = far_sums(call.far, far_key, far_value, keep, call.scaling)
         all_sums = self._gather(sums)
-        peaks = all_gather_single(peak.detach().contiguous()[None], 0, self.group)
+        peaks = self._gather(peak.detach())
         before = (torch.arange(processes, device=key.device) < rank).view(-1, 1, 1)
         peaks = peaks.masked_fill(~before, -torch.inf)
         maximum = peaks.amax(0)
@@ -194,7 +193,24 @@ class Shard:
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """(processes, ...) the tensors (...) of all processes; gradients go back to where each came from."""
-        return all_gather_single(tensor.contiguous()[None], 0, self.group)
+        return _AllGather.apply(tensor, self.group)
+
+
+class _AllGather(torch.autograd.Function):
+    """(processes, ...) the tensors (...) of all processes of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+        dist.all_gather_into_tensor(gathered, tensor.contiguous()[None], group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(1, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own[0], None
 
 
 def far_sums(far: FarKernel, key: Tensor, value: Tensor, keep: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.feature_maps import FarKernel, pull_in, squared_bound
 
 #: See `pieces`: which form the components have.
 FORMS = {"positive": "EXP", "optimal_positive": "EXP", "hyperbolic": "PAIR", "trigonometric": "WAVE",
@@ -46,8 +46,8 @@ def form_of(far: FarKernel) -> str:
 def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
     """Queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf where there is no far part."""
     side = _fold(query, far, far.query_center, far.key_center, far.query_transform, far.query_radius, scaling, False)
-    gamma = torch.where(far.alive(), far.log_gamma(), -torch.inf)
-    return Side(side.weight, side.bias, side.shift, side.r, side.log_scale + gamma.view(-1, 1, 1))
+    log_scale = side.log_scale + far.log_gamma().view(-1, 1, 1)
+    return Side(side.weight, side.bias, side.shift, side.r, log_scale)
 
 
 def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
@@ -71,8 +71,7 @@ def _fold(
     square = moved.square().sum(-1)
     r = torch.ones_like(square)
     if radius is not None:
-        bound = torch.where(radius > 0, radius, torch.inf).view(heads)
-        r = (square / bound.square()).clamp_min(1.0).rsqrt()
+        r = pull_in(square, squared_bound(radius).view(heads))
     square = square * (size.view(heads) * r).square() / 2
     exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
     sign, constant = _constants(far.feature_maps, far.omega.shape[1], x.device, wide.dtype)
