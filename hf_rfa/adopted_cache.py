@@ -93,10 +93,10 @@ def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFAC
     before it was converted) become the layer's state. A module that `shares` the keys of an earlier one has no layer
     in a cache of Transformers; here it has a state of its own, beside that of the layer before it.
     """
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
     if shares:
         return _beside_earlier(cache, index)
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise UnsupportedModelError(
             f"Layer {index} got a cache with {len(cache.layers)} layers. Pass a cache made for this model: "
