@@ -242,13 +242,13 @@ def _is_pattern(field: dataclasses.Field) -> bool:
     )
 
 
-def tiny_model(case: Case) -> PreTrainedModel:
-    """The same random model every time, in evaluation mode; the caller's random state stays as it was."""
+def tiny_model(case: Case, **more: Any) -> PreTrainedModel:
+    """The same random model every time, in evaluation mode, `more` in its config; the caller's random state stays."""
     model_class = getattr(transformers, case.class_name)
     config_class = type(AutoConfig.for_model(case.model_type))
     if not issubclass(config_class, model_class.config_class):
         config_class = model_class.config_class
-    config = tiny_config(config_class)
+    config = tiny_config(config_class, **more)
     if case.table == "causal_lm" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
