@@ -63,29 +63,33 @@ class RFAAdapter(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
-        ones = torch.ones(key_heads)
-        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim))
+        # Explicit, so that a default dtype or device of the caller's has no say.
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        ones, eye = torch.ones(key_heads, **like), torch.eye(head_dim, **like)
+        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim, **like))
         self.register_buffer("alpha", ones * config.alpha)
         self.register_buffer("gamma", ones * config.gamma)
-        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2), head_dim))
-        self.register_buffer("query_center", torch.zeros(key_heads, head_dim))
-        self.register_buffer("key_center", torch.zeros(key_heads, head_dim))
-        self.register_buffer("query_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
-        self.register_buffer("key_transform", torch.eye(head_dim).repeat(key_heads, 1, 1))
+        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2, **like), head_dim))
+        self.register_buffer("query_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("key_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("query_transform", eye.repeat(key_heads, 1, 1))
+        self.register_buffer("key_transform", eye.repeat(key_heads, 1, 1))
         self.register_buffer("query_radius", ones * 0)
         self.register_buffer("key_radius", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
-        self.register_buffer("map_codes", torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8))
-        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted))
-        self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
+        code = MAP_CODES.index(name)
+        self.register_buffer("map_codes", torch.full((key_heads,), code, dtype=torch.uint8, device="cpu"))
+        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
         if config.gate and converted:
-            self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim))
+            self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim, **like))
             self.gate_bias = nn.Parameter(ones * OPEN_GATE)
         self.statistics = FarStatistics()
         self.attends_twice = False  # in one forward of its module; `convert` finds out
         self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
         self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.calls`
         self._python: dict[str, Any] = {}
+        self._resting: set[str] = set()  # Parameters that are not trained only because every key head is exact
         self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
             self.learn()
@@ -154,7 +158,7 @@ class RFAAdapter(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 getattr(self, name).copy_(tensor)
-        self._python.clear()
+        self._read()
 
     def learn(self) -> None:
         """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
@@ -163,6 +167,7 @@ class RFAAdapter(nn.Module):
                 tensor = getattr(self, name)
                 del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(tensor))
+        self._train_what_acts()
 
     @property
     def softmax_heads(self) -> tuple[int, ...]:
@@ -188,7 +193,29 @@ class RFAAdapter(nn.Module):
         mask = torch.zeros_like(self.softmax_mask)
         mask[list(heads)] = True
         self.softmax_mask.copy_(mask)
+        self._read()
+
+    def _read(self) -> None:
+        """Read what Python knows of the tensors anew, and now: a graph cannot ask for it."""
         self._python.clear()
+        if not self.omega.is_meta:
+            _ = self.kernel, self.draw_number
+            self._train_what_acts()
+
+    def _train_what_acts(self) -> None:
+        """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.
+
+        Those that were trained until then are trained again once a head is linear.
+        """
+        if len(self.softmax_heads) == self.key_heads:
+            trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
+            self._resting |= trained
+            for name in trained:
+                getattr(self, name).requires_grad_(False)
+        else:
+            for name in self._resting:
+                getattr(self, name).requires_grad_(True)
+            self._resting = set()
 
     def drawn(self, draw: int) -> torch.Tensor:
         """omega of draw number `draw`, for all key heads."""
@@ -199,9 +226,11 @@ class RFAAdapter(nn.Module):
 
     def redraw(self, draw: int) -> None:
         """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
-        self.omega = self.drawn(draw)
-        self.draw.fill_(draw)
-        self._python.clear()
+        with torch.inference_mode(False):  # an omega that can be trained with afterwards
+            self.omega = self.drawn(draw)
+            self.draw = torch.full_like(self.draw, draw)
+        self._python.pop("fingerprint", None)
+        self._python["draw"] = draw
 
     def extra_repr(self) -> str:
         heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
@@ -226,7 +255,7 @@ class RFAAdapter(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._python.clear()
+        self._read()
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:

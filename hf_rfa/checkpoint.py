@@ -2,48 +2,45 @@
 or without the model's weights; a converted model's own `save_pretrained`, and so a `Trainer`, writes the pair too.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_rfa.adapter import ADAPTER_NAME, named_adapters
+from hf_rfa.adapter_loading import load_adapters
+from hf_rfa.base_model import describe_base, load_base, not_in_base, saved_nowhere
 from hf_rfa.convert import swap_attention
 from hf_rfa.devices import execution_device
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.example_inputs import rebuild
-from hf_rfa.pair import (
-    CONFIG_FIELD,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_tensors,
-    find_file,
-    read_pair,
-    write_pair,
-)
-from hf_rfa.record import base_model, conversion_config, store_report, stored_report, stored_scope
-
-_PEFT_FILE = "adapter_config.json"
+from hf_rfa.pair import CONFIG_FIELD, SavedPair, read_pair, write_pair
+from hf_rfa.peft_files import save_peft
+from hf_rfa.record import RECORD, base_model, conversion_config
+from hf_rfa.saved_files import CONFIG_FILE, PEFT_CONFIG, WEIGHTS_FILE, naming
+from hf_rfa.source import HUB_OPTIONS, Source
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool = False) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, adapter_only: bool = False, base_revision: str | None = None
+) -> None:
     """Save a converted model so that `hf_rfa.from_pretrained(folder)` gives identical logits.
+
+    What else of hf_rfa or PEFT lay in the folder and does not belong to this model is removed or refused.
 
     Args:
         model: A converted model. Of a PEFT model the LoRA is saved beside the conversion, not the base weights.
         folder: Made if it does not exist.
-        adapter_only: Only the conversion's pair of files (a few kB a layer); the base model is then found again under
-            the name or path that it was loaded from.
+        adapter_only: Only the conversion's pair of files (a few kB a layer; with new heads and resized embeddings,
+            which the base model does not have, but not with other changes to its weights). The base model is then
+            found again under the name or path that it was loaded from.
+        base_revision: Of the base model, where the weights are left out: Transformers does not remember which one it
+            loaded. None: the one that `hf_rfa.from_pretrained` loaded, that of the PEFT config, or the main one.
 
     Raises:
         UnsupportedModelError: The model is not converted.
-        CheckpointError: `adapter_only` for a model that was not loaded from anywhere, or the folder cannot be written.
+        CheckpointError: The folder cannot be written; or, without the weights, the model was not loaded from anywhere.
 
     Example:
         >>> import tempfile, torch, hf_rfa
@@ -57,146 +54,124 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, adapter_only: bool 
         >>> torch.equal(again(ids).logits, model(ids).logits)
         True
     """
-    config = conversion_config(model)
-    base = base_model(model)
-    folder = Path(folder)
-    origin = getattr(base.config, "_name_or_path", "") or None
-    is_peft = model is not base and hasattr(model, "peft_config")
-    if (adapter_only or is_peft) and origin is None:
+    conversion_config(model)  # raises if it is not converted
+    base, peft, folder = base_model(model), _peft_model(model), Path(folder)
+    only_lora = peft is not None or getattr(base, "_hf_peft_config_loaded", False)
+    if (adapter_only or only_lora) and not getattr(base.config, "_name_or_path", ""):
         raise CheckpointError(
             "Without the weights, the base model must be found again, but this one was not loaded from a folder or "
             "the hub. Save the whole model: `save_pretrained(model, folder)`, for PEFT after `merge_and_unload()`."
         )
-    try:
+    if adapter_only:
+        _save_pair_alone(base, folder, base_revision)
+        return
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if is_peft:
-            model.save_pretrained(folder)  # type: ignore[operator]
-        elif not adapter_only:
-            type(base).save_pretrained(base, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Cannot write to {str(folder)!r}: {error}. Free some space or choose another folder."
-        ) from error
-    write_pair(base, config, folder, stored_report(base), stored_scope(base))
+        if peft is None:
+            base.save_pretrained(folder)
+        else:
+            save_peft(peft, folder, base_revision)
 
 
-def from_pretrained(folder_or_id: str | Path, **kwargs: Any) -> Any:
+def from_pretrained(
+    folder_or_id: str | Path,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
     """Load a model with its conversion, from a folder or the hub.
 
     Args:
-        folder_or_id: What `hf_rfa.save_pretrained`, `model.save_pretrained` or a `Trainer` wrote.
-        kwargs: Passed to the model class's `from_pretrained` (dtype, device_map, revision, ...).
+        folder_or_id: What `hf_rfa.save_pretrained`, `model.save_pretrained`, a PEFT model or a `Trainer` wrote.
+        model_class: Of a model whose class is neither of Transformers nor registered with the Auto classes.
+        output_loading_info: Return `(model, info)` as Transformers does.
+        kwargs: Passed to the model class's `from_pretrained` (dtype, device_map, ...). `revision`, `subfolder`,
+            `cache_dir`, `token`, `local_files_only`, `force_download`, `proxies` and `trust_remote_code` hold for
+            every file: the conversion, the weights, a LoRA. A base model that lies elsewhere is loaded at the
+            revision that was saved.
 
     Returns:
         The converted model, of its own class; a PEFT model if the folder holds a LoRA.
 
     Raises:
-        CheckpointError: No conversion there, or it is damaged, does not fit the model, or is newer than this hf_rfa.
+        CheckpointError: No conversion there, or it is damaged, does not fit the model, is newer than this hf_rfa, or
+            something else was saved over it.
 
     Example: see `save_pretrained`.
     """
-    name = str(folder_or_id)
-    pair = read_pair(name)
-    source = name if find_file(name, "config.json") is not None else pair.origin
-    if source is None:
-        raise CheckpointError(
-            f"{name!r} holds a conversion without weights and does not say which base model it belongs to. Load that "
-            "model yourself and call `hf_rfa.convert`."
-        )
-    model_class = getattr(transformers, pair.architecture, None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{name!r} was saved from a {pair.architecture}, which this version of Transformers does not have. "
-            "Upgrade Transformers."
-        )
-    model = _load_base(model_class, source, kwargs)
-    try:
-        given = pair.scope.get("example_inputs")
-        inputs = None if given is None else rebuild(given, execution_device(model))
-        swap_attention(model, pair.config, example_inputs=inputs, parts=pair.scope.get("parts"))
-    except ConfigError as error:
-        raise CheckpointError(f"The conversion in {name!r} does not fit the model: {error}") from error
-    _load_adapters(model, pair.tensors, name)
-    store_report(model, pair.report)
-    if find_file(name, _PEFT_FILE) is not None:
+    pair, source = read_pair(Source.of(folder_or_id, kwargs))
+    loaded = load_base(pair, source, model_class, kwargs)
+    model: Any = _converted(loaded.model, pair, source)
+    lora = source.find(PEFT_CONFIG)
+    if lora is not None and not getattr(model, "_hf_peft_config_loaded", False):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, name)
-    return model
+        # From the folder that all its files were found in: PEFT's own look-ups do not follow every option.
+        model = PeftModel.from_pretrained(model, str(lora.parent))
+    return (model, loaded.info) if output_loading_info else model
 
 
-def holds_conversion(folder_or_id: str | Path) -> bool:
-    """Whether there is a conversion in a folder or hub repository."""
-    return find_file(str(folder_or_id), CONFIG_FILE) is not None
+def holds_conversion(folder_or_id: str | Path, **kwargs: Any) -> bool:
+    """Whether there is a conversion in a folder or hub repository; `kwargs`: `revision`, `subfolder`, ..."""
+    return Source.of(folder_or_id, kwargs).find(CONFIG_FILE) is not None
 
 
 def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
     """A causal LM, with its conversion where there is one; `kwargs` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: the conversion is damaged, or the config names one whose files are not there.
+        CheckpointError: the model cannot be found, the conversion is damaged, or the config names one whose files are
+            not there.
 
     Example:
         >>> from hf_rfa.evaluation.compare import default_model
         >>> type(load_any(default_model())).__name__
         'LlamaForCausalLM'
     """
-    if holds_conversion(folder_or_id):
+    if holds_conversion(folder_or_id, **kwargs):
         return from_pretrained(folder_or_id, **kwargs)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder_or_id, **kwargs)
-    if hasattr(model.config, CONFIG_FIELD):
-        raise CheckpointError(
-            f"{str(folder_or_id)!r} was converted, but {CONFIG_FILE} is not there: it would run softmax attention. "
-            f"Copy {CONFIG_FILE} and {WEIGHTS_FILE} beside the weights, or save the model again."
-        )
-    return model.eval()
-
-
-def _load_base(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    place = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
     try:
-        with _expecting_adapters(model_class):
-            return model_class.from_pretrained(source, **kwargs).eval()
-    except SafetensorError as error:
+        config = transformers.AutoConfig.from_pretrained(folder_or_id, **place)
+    except OSError as error:
+        raise CheckpointError(f"{Source.of(folder_or_id, kwargs)} cannot be loaded: {error}") from error
+    if hasattr(config, CONFIG_FIELD):
         raise CheckpointError(
-            f"The weights of the model in {source!r} cannot be read: {error}. A file is truncated or damaged: copy "
-            "or save it again."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The base model {source!r} cannot be loaded: {error}") from error
-
-
-def _load_adapters(model: PreTrainedModel, tensors: dict[str, torch.Tensor], name: str) -> None:
-    wanted = adapter_tensors(model)
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    if missing or extra:
-        raise CheckpointError(
-            f"The conversion in {name!r} does not fit the model: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(extra)} do not belong there {extra[:3]}. Load it with the base model that it was saved from."
+            f"{Source.of(folder_or_id, kwargs)} was converted, but {CONFIG_FILE} is not there: it would run softmax "
+            f"attention. Copy {CONFIG_FILE} and {WEIGHTS_FILE} beside the weights, or save the model again."
         )
-    for key, tensor in tensors.items():
-        if tensor.shape != wanted[key].shape:
-            raise CheckpointError(
-                f"{key} in {name!r} has shape {tuple(tensor.shape)}; the model needs {tuple(wanted[key].shape)}. "
-                "Load it with the base model that it was saved from."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{key} in {name!r} holds values that are not finite. The file is damaged: save the model again."
-            )
-    for module_name, _, adapter in named_adapters(model):
-        prefix = f"{module_name}.{ADAPTER_NAME}."
-        adapter.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    return transformers.AutoModelForCausalLM.from_pretrained(folder_or_id, **kwargs).eval()
 
 
-@contextmanager
-def _expecting_adapters(model_class: type[PreTrainedModel]) -> Iterator[None]:
-    """While the base weights load, adapter tensors among them are no surprise to be warned about."""
-    before = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{ADAPTER_NAME}\."]
+def _converted(model: PreTrainedModel, pair: SavedPair, source: Source) -> PreTrainedModel:
     try:
-        yield
-    finally:
-        if before is None:
-            del model_class._keys_to_ignore_on_load_unexpected
-        else:
-            model_class._keys_to_ignore_on_load_unexpected = before
+        given = pair.scope.get("example_inputs")
+        inputs = None if given is None else rebuild(given, execution_device(model))
+        swap_attention(model, pair.config, example_inputs=inputs, parts=pair.scope.get("parts"))
+    except ConfigError as error:
+        raise CheckpointError(f"The conversion in {source} does not fit the model: {error}") from error
+    load_adapters(model, pair, source)
+    return model
+
+
+def _save_pair_alone(base: PreTrainedModel, folder: Path, revision: str | None) -> None:
+    described = describe_base(base, folder, revision)
+    if (folder / PEFT_CONFIG).exists():
+        raise CheckpointError(
+            f"{str(folder)!r} holds a LoRA, which would not belong to the conversion alone. Choose another folder, or "
+            "save the PEFT model."
+        )
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = saved_nowhere(base, folder, not_in_base(base, described, folder))
+        write_pair(base, getattr(base, RECORD), folder, base=described, weights=weights)
+
+
+def _peft_model(model: Any) -> Any:
+    """The PEFT model within distributed or compiled wrappers; None if there is none."""
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            return model
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return None

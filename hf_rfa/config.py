@@ -8,7 +8,7 @@ from typing import Any
 from hf_rfa.errors import ConfigError
 
 #: Version of the saved format. A file with a higher one is refused instead of half understood.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
 #: What `calibrate` chooses from for each key head with `feature_map="auto"`, whose layers begin with the first.

@@ -16,11 +16,12 @@ from hf_rfa.converted_class import enter, leave
 from hf_rfa.devices import execution_device
 from hf_rfa.dry_run import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
-from hf_rfa.example_inputs import describe, guess_inputs
+from hf_rfa.example_inputs import describe, guess_inputs, refuse_meta
 from hf_rfa.implementation import IMPLEMENTATION, OwnConfigs, implementations, keep_unreached, restore, switch
 from hf_rfa.mask import RFAMask
 from hf_rfa.packing import keeps_documents_apart
 from hf_rfa.pair import CONFIG_FIELD
+from hf_rfa.quiet import plain_torch
 from hf_rfa.record import RECORD, Conversion, base_model, conversion_config, is_converted, store_config
 from hf_rfa.refusals import refuse_attention_weights
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@plain_torch()
 def swap_attention(
     model: ModelT,
     config: RFAConfig,
@@ -53,6 +55,7 @@ def swap_attention(
     scope: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
     if example_inputs is not None:
         scope["example_inputs"] = describe(example_inputs)
+    refuse_meta(base)
     _refuse_sparse(base)
     for module in base.modules():
         if isinstance(module, PreTrainedModel):

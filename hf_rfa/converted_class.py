@@ -17,7 +17,8 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.forward import ARGUMENTS, converted_forward
 from hf_rfa.generation import generate, prepare_cache
-from hf_rfa.record import INSIDE, RECORD
+from hf_rfa.peft_files import teach_peft
+from hf_rfa.record import INSIDE, ORIGINAL, RECORD, original_class
 from hf_rfa.saver import save_with_pair
 
 #: What answers in place of a class's own methods: it gets the method, bound to the model, then the call's arguments.
@@ -30,6 +31,7 @@ _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
 
 def enter(base: PreTrainedModel, adapted: set[int]) -> None:
     """Give every Transformers model in `base` that holds one of the `adapted` modules (by id) the converted class."""
+    teach_peft()
     record = getattr(base, RECORD)
     for module in base.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in adapted for part in module.modules()):
@@ -45,13 +47,12 @@ def leave(base: nn.Module) -> None:
     for module in base.modules():
         if module.__dict__.pop(INSIDE, None) is None:
             continue
-        module.__class__ = getattr(type(module), _ORIGINAL)
+        module.__class__ = original_class(module)
         own: Any = module.__dict__.get("forward")
         if getattr(own, "is_converted", False):
             module.__dict__["forward"] = own.__wrapped__
 
 
-_ORIGINAL = "_rfa_original_class"
 _classes: dict[Any, Any] = {}
 
 
@@ -64,19 +65,20 @@ def converted_class(original: Any) -> Any:
 
 def _subclass(original: Any) -> Any:
     methods = {**_MODEL_METHODS, **(_GENERATION_METHODS if issubclass(original, GenerationMixin) else {})}
-    body: dict[str, Any] = {name: _method(getattr(original, name), answer) for name, answer in methods.items()}
+    body: dict[str, Any] = {name: _method(original, name, answer) for name, answer in methods.items()}
     body |= {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
-        "__reduce_ex__": _reduce, _ORIGINAL: original,
+        "__reduce_ex__": _reduce, ORIGINAL: original,
         ARGUMENTS: tuple(inspect.signature(original.forward).parameters)[1:],
     }  # fmt: skip
     return type(original)(original.__name__, (original,), body)
 
 
-def _method(own: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
+def _method(original: Any, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(original, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return answer(self, own.__get__(self), *args, **kwargs)
+        # Looked up at each call: others replace methods of Transformers' classes, as Liger does.
+        return answer(self, getattr(original, name).__get__(self), *args, **kwargs)
 
     return method
 
@@ -91,11 +93,11 @@ def _forward_around(module: nn.Module, replaced: Callable[..., Any]) -> Callable
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    original = getattr(type(self), _ORIGINAL)
     reduced = object.__reduce_ex__(self, protocol)
-    return _new, (original,), *reduced[2:]
+    return _new, (original_class(self),), *reduced[2:]
 
 
 def _new(original: type) -> Any:
     """An empty instance, for pickle and copy."""
+    teach_peft()
     return object.__new__(converted_class(original))

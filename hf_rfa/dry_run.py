@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own, shares_keys
 from hf_rfa.calls import Interception, intercept, layer_call
+from hf_rfa.quiet import quiet_eval
 
 
 @dataclass
@@ -154,16 +155,3 @@ def _parts_left_out(model: nn.Module, run: DryRun) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients that leaves training flags and the global random state as they were."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

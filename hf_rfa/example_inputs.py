@@ -20,8 +20,6 @@ def guess_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Inputs to try one after the other, the smallest first; `UnsupportedModelError` where none can be guessed."""
     config, name = model.config, model.main_input_name
     device = execution_device(model)
-    if device.type == "meta":
-        raise UnsupportedModelError("The model's weights are on the meta device. Load them before `hf_rfa.convert`.")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
     if config.is_encoder_decoder:
@@ -41,6 +39,15 @@ def guess_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     yield {**inputs, name: torch.zeros(shape, device=device, dtype=dtype)}
 
 
+def refuse_meta(model: PreTrainedModel) -> None:
+    """`UnsupportedModelError` for a model without values: there is nothing to run, and nothing to fit."""
+    if execution_device(model).type == "meta":
+        raise UnsupportedModelError(
+            f"The weights of this {type(model).__name__} are on the meta device: they have no values yet. Load them "
+            "before `hf_rfa.convert`."
+        )
+
+
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward names the argument."""
     return argument in inspect.signature(model.forward).parameters
@@ -48,6 +55,11 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 def describe(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """JSON of a batch: integers and plain values as they are, of other tensors the shape; `rebuild` reads it."""
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(
+            f"`example_inputs` must be a dictionary of the model's arguments. Got {type(inputs).__name__}. Pass, for "
+            "example, {'input_ids': ids}."
+        )
     described: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():

@@ -10,6 +10,7 @@ The harness finds no plugins, so the model is handed to it as an object.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ from hf_rfa.checkpoint import from_pretrained
 
 
 def evaluate(
-    folder: str, tasks: list[str], *, include_path: str | None = None, limit: int | None = None, batch_size: int = 1
+    folder: str,
+    tasks: list[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    hub: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Results of the tasks, task -> metric -> value.
 
     Args:
-        folder: what `hf_rfa.save_pretrained` wrote, with its tokenizer.
+        folder: what `hf_rfa.save_pretrained` wrote, with its tokenizer; a folder or a hub id.
         include_path: folder with task definitions of your own.
         limit: only so many examples a task.
+        hub: `revision`, `subfolder`, `cache_dir`, `token`, ... of the model and its tokenizer.
 
     Raises:
         ImportError: `lm-eval` is not installed.
@@ -40,8 +48,9 @@ def evaluate(
     except ImportError as error:
         raise ImportError("lm-evaluation-harness is not installed: `pip install lm-eval`.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = from_pretrained(folder).to(device)
-    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+    hub = dict(hub or {})
+    model = from_pretrained(folder, **hub).to(device)
+    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder, **hub), batch_size=batch_size)
     manager = TaskManager(include_path=include_path)
     found = simple_evaluate(model=harness, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
     return found["results"]
@@ -55,10 +64,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file")
+    for name in ("revision", "subfolder", "cache_dir"):
+        parser.add_argument(f"--{name}", help="of the model and its tokenizer, as in `from_pretrained`")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
     given = parser.parse_args()
+    places = {name: getattr(given, name) for name in ("revision", "subfolder", "cache_dir", "trust_remote_code")}
     results = evaluate(
-        given.folder, given.tasks, include_path=given.include_path, limit=given.limit, batch_size=given.batch_size
-    )
+        given.folder, given.tasks, include_path=given.include_path, limit=given.limit, batch_size=given.batch_size,
+        hub={name: value for name, value in places.items() if value},
+    )  # fmt: skip
     text = json.dumps(results, indent=1, default=str)
     print(text)
     if given.output:

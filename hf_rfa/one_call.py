@@ -1,19 +1,19 @@
 """`hf_rfa.convert`: swap the attention of a loaded model and fit it, in one call."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hf_rfa.adapter import named_adapters
-from hf_rfa.calibration.calibrate import Batch
+from hf_rfa.calibration.batches import batches_of
 from hf_rfa.calibration.calibrate import calibrate as calibrate_heads
 from hf_rfa.calibration.self_text import check_can_write, write_text
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import revert, set_softmax_heads, swap_attention
-from hf_rfa.errors import ConfigError
+from hf_rfa.quiet import plain_torch
 from hf_rfa.record import base_model, conversion_config, store_config
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ def convert(
     model: ModelT,
     config: RFAConfig | None = None,
     *,
-    calibrate: bool | Batch | Iterable[Batch] = True,
+    calibrate: Any = True,
     example_inputs: Mapping[str, Any] | None = None,
     parts: Sequence[str] | None = None,
 ) -> ModelT:
-    """Convert a loaded model from softmax to random-feature attention, in place; its class stays what it is.
+    """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
 
     Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
     `config.layers` leaves out, layers with a sliding window, chunks or another mask of their own and cross-attention
@@ -41,9 +41,9 @@ def convert(
     Args:
         model: A loaded Transformers model (or a PEFT model around one).
         config: None = `RFAConfig()`.
-        calibrate: True: on four texts of at most 1,024 tokens that the model writes itself. Batches of your own (see
-            `hf_rfa.calibrate`) are better, and encoders need them. False leaves it out: the far part then has the
-            config's alpha and gamma on every head.
+        calibrate: True: on four texts of at most 1,024 tokens that the model writes itself, whatever its
+            `generation_config` says. Batches of your own (see `hf_rfa.calibrate`) are better, and encoders need them.
+            False leaves it out: the far part then has the config's alpha and gamma on every head.
         example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
             to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
         parts: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every part
@@ -55,7 +55,8 @@ def convert(
     Raises:
         UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
             something that random features cannot express; the message names it.
-        ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit.
+        ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit: `calibrate` is
+            neither a bool nor batches, say.
 
     Example:
         >>> import torch, hf_rfa
@@ -68,22 +69,22 @@ def convert(
         >>> hf_rfa.calibration_report(model).tokens
         384
     """
-    if not isinstance(calibrate, (bool, torch.Tensor, Mapping, Iterable)):
-        raise ConfigError(
-            f"`calibrate` must be True, False or batches. Got {type(calibrate).__name__}. Pass token ids (batch, seq)."
-        )
     config = RFAConfig() if config is None else config
-    if calibrate is True and isinstance(config, RFAConfig):
-        check_can_write(base_model(model), config.window)
-    swap_attention(model, config, example_inputs=example_inputs, parts=parts)
-    if calibrate is False:
-        return model
-    try:
-        batches: Any = _own_text(model) if calibrate is True else calibrate
-        logger.info("%s", calibrate_heads(model, batches))
-    except BaseException:
-        revert(model)
-        raise
+    batches: Any = None
+    with plain_torch():
+        # All that can be said of the arguments is said before anything is changed.
+        if calibrate is True and isinstance(config, RFAConfig):
+            check_can_write(base_model(model), config.window)
+        elif not isinstance(calibrate, bool):
+            batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
+        swap_attention(model, config, example_inputs=example_inputs, parts=parts)
+        if calibrate is False:
+            return model
+        try:
+            logger.info("%s", calibrate_heads(model, _own_text(model) if batches is None else batches))
+        except BaseException:
+            revert(model)
+            raise
     return model
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.cache_names import CACHE_NAMES
-from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.example_inputs import accepts
+from hf_rfa.quiet import quiet_eval
 
 #: Largest change of a document's outputs, relative to the largest, that another one before it may make: rounding.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -16,6 +16,8 @@ from hf_rfa.pair import CONFIG_FIELD
 RECORD = "_rfa_conversion"
 #: The same of every Transformers model that is the converted one or lies in it.
 INSIDE = "_rfa_conversion_around"
+#: The attribute of a converted model's class that holds the class that it was before.
+ORIGINAL = "_rfa_original_class"
 
 
 @dataclass
@@ -36,10 +38,13 @@ class Conversion:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside PEFT or distributed wrappers."""
+    """The Transformers model inside `torch.compile`, PEFT or distributed wrappers."""
     while not isinstance(model, PreTrainedModel):
         unwrap: Any = getattr(model, "get_base_model", None)
-        inner = unwrap() if unwrap is not None else getattr(model, "module", None)
+        # `torch.compile(model)` holds the model as its one submodule, and hands on every other attribute of it.
+        inner: Any = model._modules.get("_orig_mod") if isinstance(model, nn.Module) else None
+        if inner is None:
+            inner = unwrap() if unwrap is not None else getattr(model, "module", None)
         if isinstance(inner, nn.Module):
             model = inner
         else:
@@ -48,6 +53,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
                 "`from_pretrained`."
             )
     return model
+
+
+def original_class(model: nn.Module) -> Any:
+    """The class of a model as it is without its conversion."""
+    return getattr(type(model), ORIGINAL, type(model))
 
 
 def is_converted(model: nn.Module) -> bool:

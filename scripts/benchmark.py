@@ -5,6 +5,7 @@
     python scripts/benchmark.py --memory                           peak memory, to 256k tokens
     python scripts/benchmark.py --decode --key-heads 2             time per token of one layer
     python scripts/benchmark.py --generate                         time per token of a whole model
+    python scripts/benchmark.py --packed                           documents packed into a row
     python scripts/benchmark.py --peers                            all peers that can run here
     python scripts/benchmark.py --peers performer --lengths 1024   `pip install performer-pytorch==1.1.4` first
     python scripts/benchmark.py --device cuda                      Triton and chunked beside FlashAttention and fla
@@ -43,6 +44,7 @@ from benchmarks.device import Meter, machine_rates
 from benchmarks.generate import generate
 from benchmarks.memory import memory
 from benchmarks.options import Options, parse
+from benchmarks.packed import packed
 from benchmarks.peers import chosen_peers, peers
 from benchmarks.prefill import prefill
 from benchmarks.setting import DTYPES, Setting
@@ -74,6 +76,11 @@ def _run(options: Options, setting: Setting, meter: Meter, facts: dict[str, Any]
             meter, setting, chosen_peers(options.peers, setting),
             lengths=options.lengths, repeats=options.repeats, limit=options.memory_limit,
         )  # fmt: skip
+    if options.mode == "packed":
+        return packed(
+            meter, setting, passes=options.passes, lengths=options.lengths, documents=options.documents,
+            repeats=options.repeats,
+        )  # fmt: skip
     mode = decode if options.mode == "decode" else generate
     return mode(
         meter, setting, batches=options.batches, contexts=options.contexts, repeats=options.repeats,
@@ -98,8 +105,9 @@ def _time(options: Options, setting: Setting, meter: Meter, facts: dict[str, Any
 
 
 def _setting(options: Options) -> Setting:
-    """The shape of the calls; the model of --generate is the same everywhere, with few key heads as is usual today."""
-    model = options.mode == "generate"
+    """The shape of the calls; the models of --generate and --packed are the same everywhere, with few key heads as is
+    usual today."""
+    model = options.mode in ("generate", "packed")
     wide = options.device == "cuda" and not model
     heads = options.heads or (32 if wide else 8)
     few = model and heads % 4 == 0

@@ -131,6 +131,50 @@ def test_a_whole_model_generates_with_a_cache_that_grows_for_softmax_alone(bench
             assert row[f"{name}_seconds"] > row[f"{name}_forward_seconds"] > 0
 
 
+def test_packed_documents_have_a_row_for_each_part_pass_and_length(benchmark, tmp_path, monkeypatch):
+    from benchmarks import generate
+
+    monkeypatch.setattr(generate, "HIDDEN", 64)
+    options = ["--documents", "4", "30", "96", "--lengths", "64", "96", "--repeats", "1", "--clock", "cpu"]
+    rows = run(benchmark, tmp_path, "--packed", *options, "--heads", "4", "--head-dim", "16")
+    cases = [(64, 4), (64, 30), (96, 4), (96, 30), (96, 96)]  # a document must fit
+    expected = [
+        (part, which, *case) for part in ("attention", "model") for which in ("forward", "forward+backward")
+        for case in cases
+    ]  # fmt: skip
+    assert [(row["part"], row["pass"], row["length"], row["document"]) for row in rows] == expected
+    assert all(min(row["softmax_seconds"], row["rfa_seconds"]) > 0 for row in rows)
+
+
+def test_packed_softmax_and_rfa_compute_the_same_where_all_keys_are_near(benchmark):
+    from benchmarks.generate import models
+    from benchmarks.packed import attention_calls, model_call
+    from benchmarks.setting import Setting
+
+    setting = Setting(heads=4, key_heads=2, head_dim=16, num_features=8)
+    for document, same in ((30, True), (128, True), (300, False)):
+        for which in ("forward", "forward+backward"):
+            softmax, rfa = (call() for call in attention_calls(setting, which, 300, document))
+            pairs = zip(softmax, rfa, strict=True)
+            assert all(torch.allclose(*pair, atol=1e-4) for pair in pairs) == same
+    setting = Setting(**LLAMA)
+    original, converted = models(setting, layers=1)
+    for document, same in ((5, True), (32, True), (64, False)):
+        logits = [model_call(model, "forward", 64, document)().logits for model in (original, converted)]
+        assert torch.allclose(*logits, atol=1e-4) == same
+    model_call(converted, "forward+backward", 64, 5)()
+    assert all(p.grad is None for p in converted.parameters())
+
+
+def test_goals_of_packed_documents_are_for_training_steps_of_the_model(benchmark):
+    from benchmarks.packed import goal
+
+    assert [goal("model", "forward+backward", n) for n in (4, 16, 64, 256, 1024, 4096)] == [
+        "≤ 1.2", "≤ 1.2", "≤ 1.2", "", "< 1", "< 1",
+    ]  # fmt: skip
+    assert goal("model", "forward", 4) == goal("attention", "forward+backward", 4) == ""
+
+
 def test_the_context_that_is_filled_in_is_the_one_of_the_prompt(benchmark):
     from benchmarks.device import Meter
     from benchmarks.generate import models, prefill_contexts, timed_generate
@@ -227,6 +271,9 @@ def test_without_names_peers_that_cannot_run_are_named(benchmark, monkeypatch, c
         (["--peers", "flash"], "invalid choice: 'flash'"),
         (["--repeats", "0"], "--repeats takes numbers from 1 on. Got 0"),
         (["--lengths", "128", "64"], "--lengths must ascend. Got 128 64"),
+        (["--documents", "4"], "--documents says nothing to the mode 'time'"),
+        (["--packed", "--documents", "16", "4"], "--documents must ascend. Got 16 4"),
+        (["--packed", "--documents", "128", "--lengths", "64"], "--documents must fit into --lengths. Got 128 and 64"),
         (["--heads", "4", "--key-heads", "3"], "--key-heads must divide --heads. Got 3 and 4"),
         (["--device", "cuda", "--clock", "cpu"], "--clock is of the CPU"),
     ],

@@ -329,7 +329,10 @@ def fails():
 
 @pytest.mark.parametrize(
     ("batches", "error"),
-    [(fails, BrokenSourceError), (lambda: torch.full((1, 120), 1000), IndexError)],
+    [
+        (fails, BrokenSourceError),
+        (lambda: {"input_ids": text(), "inputs_embeds": torch.zeros(2, 120, 64)}, ValueError),
+    ],
     ids=["source", "model"],
 )
 def test_after_a_failure_the_model_is_as_before(batches, error):

@@ -307,3 +307,29 @@ def test_a_cache_outlives_no_call():
     del cache
     gc.collect()
     assert alive() is None
+
+
+def test_methods_that_are_replaced_on_the_class_afterwards_are_followed(monkeypatch):
+    """Liger, for one, puts forwards of its own into Transformers' classes."""
+    model = converted()
+    own, seen = type(build("llama")).forward, []
+
+    def forward(self, *args, **kwargs):
+        seen.append(type(self).__name__)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(build("llama")), "forward", forward)
+    for one in (model, converted()):
+        outputs_of(one, {"input_ids": token_ids()})
+    assert seen.count("LlamaForCausalLM") >= 2
+    seen.clear()
+    outputs_of(model, {"input_ids": token_ids()})
+    assert seen == ["LlamaForCausalLM"]
+
+
+def test_an_omega_drawn_in_inference_mode_can_be_trained_with():
+    model = converted(alpha=1.0)
+    with torch.inference_mode():
+        hf_rfa.resample(model)
+    model.train()(token_ids(), use_cache=False).logits.sum().backward()
+    assert draws(model) == [1, 1]

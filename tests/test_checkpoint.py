@@ -5,6 +5,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
+from hf_rfa.implementation import IMPLEMENTATION
+from hf_rfa.pair import MARK
 from hf_rfa.record import conversion_config
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
@@ -205,6 +209,26 @@ def test_keyword_arguments_reach_the_models_own_loading(tmp_path):
     assert_same_model(loaded, model)
 
 
+def test_the_loading_info_is_that_of_transformers(tmp_path):
+    model = saved(tmp_path)
+    loaded, info = hf_rfa.from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_model(loaded, model)
+    build("llama").save_pretrained(tmp_path / "plain")
+    _, want = LlamaForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert info.keys() == want.keys()
+    assert not any(info.values())
+
+
+@PEFT_ASKS
+def test_the_loading_info_beside_a_lora(tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    model = lora(alter(hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)))
+    hf_rfa.save_pretrained(model, tmp_path / "both")
+    loaded, info = hf_rfa.from_pretrained(tmp_path / "both", output_loading_info=True)
+    assert_same_model(loaded, model, {"input_ids": token_ids(), "use_cache": False})
+    assert not any(info.values())
+
+
 def test_loading_leaves_the_class_as_it_was(tmp_path):
     saved(tmp_path)
     before = dict(vars(LlamaForCausalLM))
@@ -313,15 +337,15 @@ DAMAGE = {
     "binary json": (lambda f: (f / PAIR[0]).write_bytes(b"\xff\xfe\x00\x80"), "damaged: save the model again"),
     "empty json": (lambda f: (f / PAIR[0]).write_text(""), "damaged: save the model again"),
     "json list": (lambda f: (f / PAIR[0]).write_text("[1, 2]"), "must hold a JSON object"),
-    "newer version": (lambda f: rewrite(f / PAIR[0], format_version=2), "format version 2.*pip install -U hf_rfa"),
+    "newer version": (lambda f: rewrite(f / PAIR[0], format_version=3), "format version 3.*pip install -U hf_rfa"),
     "no version": (lambda f: rewrite(f / PAIR[0], format_version=None), "format_version.*Save the model again"),
     "version in words": (lambda f: rewrite(f / PAIR[0], format_version="one"), "format_version.*Save the model again"),
     "no config": (lambda f: rewrite(f / PAIR[0], rfa=None), r"lacks \['rfa'\].*Save the model again"),
     "config in words": (lambda f: rewrite(f / PAIR[0], rfa="positive"), "cannot be read"),
     "impossible config": (lambda f: rewrite(f / PAIR[0], rfa={"format_version": 1, "window": -1}), "window.*Set 64"),
     "unknown field": (lambda f: rewrite(f / PAIR[0], rfa={"format_version": 1, "speed": 9}), "speed"),
-    "newer config": (lambda f: rewrite(f / PAIR[0], rfa={"format_version": 2}), "pip install -U hf_rfa"),
-    "unknown class": (lambda f: rewrite(f / PAIR[0], architecture="NoSuchModel"), "NoSuchModel.*Upgrade Transformers"),
+    "newer config": (lambda f: rewrite(f / PAIR[0], rfa={"format_version": 3}), "pip install -U hf_rfa"),
+    "unknown class": (lambda f: rewrite(f / PAIR[0], architecture="NoSuchModel"), "NoSuchModel.*model_class.*upgrade"),
     "missing tensor": (lambda f: retensor(f, lambda t: t.pop(first(t, "omega"))), "1 tensors are missing.*base model"),
     "extra tensor": (
         lambda f: retensor(f, lambda t: t.update(more=torch.zeros(1))), "1 do not belong there.*base model"),
@@ -390,7 +414,7 @@ def test_a_conversion_that_does_not_name_its_base_model_says_what_to_do(tmp_path
     build("llama").save_pretrained(tmp_path / "base")
     model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
-    rewrite(tmp_path / "conversion" / PAIR[0], base_model_name_or_path=None)
+    rewrite(tmp_path / "conversion" / PAIR[0], base={"name": None})
     with pytest.raises(CheckpointError, match="which base model"):
         hf_rfa.from_pretrained(tmp_path / "conversion")
 
@@ -401,7 +425,7 @@ def test_another_base_model_is_refused(tmp_path):
     hf_rfa.save_pretrained(model, tmp_path / "conversion", adapter_only=True)
     shutil.rmtree(tmp_path / "base")
     build("qwen3").save_pretrained(tmp_path / "base")  # heads of another dim
-    with pytest.raises(CheckpointError, match="Load it with the base model"):
+    with pytest.raises(CheckpointError, match="not the one that the conversion was saved from"):
         hf_rfa.from_pretrained(tmp_path / "conversion")
 
 
@@ -449,7 +473,7 @@ def test_a_hub_id_that_is_not_found_is_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("the hub cannot be reached")
 
-    monkeypatch.setattr("hf_rfa.pair.cached_file", unreachable)
+    monkeypatch.setattr("hf_rfa.source.cached_file", unreachable)
     with pytest.raises(CheckpointError, match=r"somebody/something.*the hub cannot be reached"):
         hf_rfa.from_pretrained("somebody/something")
 
@@ -478,11 +502,30 @@ def transformers_warnings():
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-def test_a_plain_load_of_a_converted_folder_says_that_something_is_lost(save, tmp_path, transformers_warnings):
+def test_a_plain_load_of_a_converted_folder_does_not_answer(save, tmp_path, transformers_warnings):
     save(altered(), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert any("rfa.omega" in message or "rfa.{" in message for message in transformers_warnings)
-    assert torch.equal(outputs_of(model, inputs_for(model)), outputs_of(build("llama"), inputs_for(model)))
+    with pytest.raises(UnsupportedModelError, match=r"hf_rfa\.from_pretrained"):
+        model(token_ids())
+
+
+def test_transformers_without_hf_rfa_does_not_load_a_converted_folder(tmp_path):
+    altered().save_pretrained(tmp_path)
+    code = (
+        "import sys, transformers\n"
+        "print(transformers.AutoConfig.from_pretrained(sys.argv[1]).model_type)\n"
+        "for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):\n"
+        "    try: cls.from_pretrained(sys.argv[1])\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("llama")
+    assert run.stdout.count('attn_implementation="rfa"` is not supported') == 2
+
+
+def test_the_mark_in_the_config_is_the_name_of_our_attention():
+    assert MARK == {"attn_implementation": IMPLEMENTATION}
 
 
 def test_our_own_load_is_silent(tmp_path, transformers_warnings):

@@ -5,6 +5,7 @@ Inductor, which needs a C++ compiler.
 """
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -131,3 +132,97 @@ def test_generated_code_gives_the_same_outputs_and_tokens(family):
         want = model.generate(token_ids(), do_sample=False, max_new_tokens=12)
         model.forward, _ = compiled(model.forward, "inductor")
         assert torch.equal(model.generate(token_ids(), do_sample=False, max_new_tokens=12), want)
+
+
+# --- compiled first, converted after ---------------------------------------------------------------------------------
+
+WAYS = ["model.compile()", "torch.compile(model)", "layers compiled", "an inner model compiled"]
+
+
+def compiled_first(way, **options):
+    """What is called of a tiny Llama that was compiled and has run, so that its graph is of softmax; its answer."""
+    torch._dynamo.reset()
+    model = build("llama")
+    called = model
+    options = {"backend": "eager", **options}  # guards are what matters here
+    if way == "model.compile()":
+        model.compile(**options)
+    elif way == "torch.compile(model)":
+        called = torch.compile(model, **options)
+    elif way == "layers compiled":
+        for layer in model.model.layers:
+            layer.compile(**options)
+    else:
+        model.model = torch.compile(model.model, **options)
+    return called, answer(called)
+
+
+def answer(model):
+    with torch.no_grad():
+        return model(input_ids=token_ids(), use_cache=False).logits
+
+
+def uncompiled(*changes):
+    model = build("llama")
+    for change in changes:
+        change(model)
+    return answer(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_model_converts_and_serves_no_stale_graph(way, tmp_path):
+    model, softmax = compiled_first(way)
+    convert = functools.partial(hf_rfa.convert, config=SHORT, calibrate=token_ids(2, 90))
+    exact = functools.partial(hf_rfa.set_softmax_heads, heads=[(0, 0), (1, 1)])
+    inexact = functools.partial(hf_rfa.set_softmax_heads, heads=[])
+    other = functools.partial(hf_rfa.calibrate, batches=token_ids(2, 120, seed=3))
+    assert convert(model) is model
+    done = [convert]
+    seen = [softmax]
+    for change in (None, exact, inexact, hf_rfa.resample, other):
+        if change is not None:
+            change(model)
+            done.append(change)
+        got = answer(model)
+        assert_close(got, uncompiled(*done), atol=2e-5, rtol=0)
+        assert (got - seen[-1]).abs().max() > 1e-4
+        seen.append(got)
+    if way != "an inner model compiled":  # Transformers itself writes other names for its weights then
+        hf_rfa.save_pretrained(model, tmp_path)
+        assert_close(answer(hf_rfa.from_pretrained(tmp_path)), seen[-1], atol=2e-5, rtol=0)
+    assert hf_rfa.calibration_report(model).heads
+    assert set(hf_rfa.far_statistics(model)) == {0, 1}
+    assert hf_rfa.revert(model) is model
+    assert_close(answer(model), softmax, atol=0, rtol=0)
+
+
+def test_it_is_compiled_afterwards():
+    counter = CompileCounterWithBackend("eager")
+    model, _ = compiled_first("model.compile()", backend=counter, fullgraph=True)
+    assert counter.frame_count == 1
+    hf_rfa.convert(model, SHORT, calibrate=token_ids(2, 90))
+    assert counter.frame_count == 1  # neither the dry runs nor calibration are compiled
+    answer(model)
+    assert counter.frame_count == 2
+    hf_rfa.distill(model, [token_ids(2, 90)], steps=1, progress=False)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("change", [None, "heads", "resample", "load", "kernel"])
+def test_one_graph_without_an_eager_forward_before(change, tmp_path):
+    """What Python knows of an adapter's tensors is known before a graph is made, which cannot ask."""
+    torch._dynamo.reset()
+    model = hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(2, 90))
+    if change == "heads":
+        hf_rfa.set_softmax_heads(model, [(0, 1)])
+    elif change == "resample":
+        hf_rfa.resample(model)
+    elif change == "kernel":
+        hf_rfa.distill(model, [token_ids(2, 90)], steps=1, progress=False)
+    elif change == "load":
+        hf_rfa.save_pretrained(model, tmp_path)
+        model = hf_rfa.from_pretrained(tmp_path)
+    function, counter = compiled(model, "eager")
+    got = answer(function)
+    assert counter.frame_count == 1
+    assert_close(got, answer(model), atol=2e-5, rtol=0)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
+from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
 from hf_rfa.calibration.candidates import CandidateSource
 from hf_rfa.calibration.divergence import Divergence, ignore, measure
 from hf_rfa.calibration.fitting import LayerFit
@@ -26,9 +27,8 @@ from hf_rfa.calibration.report import CalibrationReport, HeadCalibration
 from hf_rfa.calls import Interception, intercept
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import set_softmax_heads
-from hf_rfa.devices import execution_device
-from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.quiet import plain_torch, quiet_eval
 from hf_rfa.record import base_model, conversion_config, store_report
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.
@@ -38,20 +38,20 @@ COST_TOKENS = 4096
 #: A kept head that had more than this share of its layer's loss makes the layer be measured again.
 LARGE_SHARE = 0.2
 
-Batch = torch.Tensor | Mapping[str, torch.Tensor]
 Pair = tuple[int, int]
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repeats: bool = True) -> CalibrationReport:
+def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> CalibrationReport:
     """Fit the far kernel of every key head of a converted model, rank the heads, pick the exact ones.
 
     In several processes each passes batches of its own; the sums are added, and all choose the same.
 
     Args:
         model: A converted model; its adapters are changed.
-        batches: A few thousand tokens of the kind of text that the model is for: token ids (batch, seq) int64, or
-            keyword arguments of the model. As long as the contexts to come, and longer than two windows, or nothing
-            is far.
+        batches: A few thousand tokens of the kind of text that the model is for: token ids (batch, seq), an iterable
+            of such or of single rows, a dataset with a column `input_ids`, or dictionaries of the model's arguments
+            (see `hf_rfa.calibration.batches.batches_of`). As long as the contexts to come, and longer than two
+            windows, or nothing is far.
         plant_repeats: Repeat an early span of each row of plain token ids at its end, so that heads that look up
             single tokens show themselves.
 
@@ -60,7 +60,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
         is kept, too: `hf_rfa.calibration_report(model)`.
 
     Raises:
-        ConfigError: No batch, or no token that is far from another.
+        ConfigError: No batch, something that is none (texts, a single row, ids that the model does not have), or no
+            token that is far from another.
         UnsupportedModelError: The model is not converted.
 
     Example:
@@ -75,11 +76,13 @@ def calibrate(model: nn.Module, batches: Iterable[Batch] | Batch, *, plant_repea
         >>> len(report.heads), len(report.softmax_heads)
         (4, 1)
     """
-    config = conversion_config(model)
-    batches = [batches] if isinstance(batches, (torch.Tensor, Mapping)) else list(batches)
-    if not batches:
-        raise ConfigError("`batches` must hold at least one batch. Got none. Pass a few thousand tokens.")
-    base = base_model(model)
+    conversion_config(model)  # refuses a model that is not converted
+    with plain_torch():
+        return _calibrate(model, list(batches_of(batches, base_model(model), name="batches")), plant_repeats)
+
+
+def _calibrate(model: nn.Module, batches: list[Batch], plant_repeats: bool) -> CalibrationReport:
+    config, base = conversion_config(model), base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     converted = [adapter for adapter in adapters if adapter.converted]
     sources = {adapter.layer: CandidateSource(adapter) for adapter in converted}
@@ -130,12 +133,8 @@ def _observe(
 
 def _inputs(base: Any, batch: Batch, plant_repeats: bool) -> tuple[dict[str, Any], int]:
     """Keyword arguments of the model, and how many tokens at the end of each row repeat earlier ones."""
-    device = execution_device(base)
-    if not isinstance(batch, torch.Tensor):
-        return {name: value.to(device) for name, value in batch.items()}, 0
-    span = batch.shape[1] // 8 if plant_repeats else 0
-    ids = _plant(batch, span) if span else batch
-    return {"input_ids": ids.to(device), **({"use_cache": False} if base.can_generate() else {})}, span
+    span = batch.shape[1] // 8 if plant_repeats and isinstance(batch, torch.Tensor) else 0
+    return call_arguments(base, _plant(batch, span) if span and isinstance(batch, torch.Tensor) else batch), span
 
 
 def _plant(ids: torch.Tensor, span: int) -> torch.Tensor:
@@ -147,10 +146,11 @@ def _plant(ids: torch.Tensor, span: int) -> torch.Tensor:
 def _first_rows(batches: list[Batch], tokens: int) -> Iterator[Batch]:
     """The first batches, the last of them cut to the rows that are still needed."""
     for batch in batches:
-        tensors = {"": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+        given = {"": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+        tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
         rows, length = next((t.shape[:2] for t in tensors.values() if t.dim() > 1), (1, 1))
         wanted = min(rows, max(1, -(-tokens // length)))
-        cut = {name: t[:wanted] if t.dim() and len(t) == rows else t for name, t in tensors.items()}
+        cut = given | {name: t[:wanted] for name, t in tensors.items() if t.dim() and len(t) == rows}
         yield cut[""] if isinstance(batch, torch.Tensor) else cut
         tokens -= wanted * length
         if tokens <= 0:

@@ -43,7 +43,7 @@ class LayerFit:
         layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
     ) -> None:  # fmt: skip
         heads, width = adapter.key_heads, exact.shape[1] // adapter.key_heads * exact.shape[3]
-        projection = output_projection(module, heads * width)
+        projection = output_projection(module, heads * width, exact)
         grams = grams_of_heads(projection, heads, width, exact)
         joined = exact.float().transpose(1, 2).flatten(2)
         whole = joined if projection is None else joined @ projection.T

@@ -5,14 +5,20 @@ a + s (f - z a): the squared error is a quadratic form in s, so that every gamma
 run.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 
 from hf_rfa.ops.combine import Part, smallest_denominator
+
+#: A layer whose answer to a sum is further than this share from the sum of its answers is not linear; rounding its
+#: inputs to 4 bits makes a tenth.
+NONLINEAR = 0.25
+#: Weights below this share of the bias are scaled by no more than its inverse, the largest power of two in float16.
+LEAST_WEIGHT = 2.0**-15
 
 
 def squared_errors(
@@ -52,25 +58,57 @@ def squared_errors(
     return torch.stack(rows)
 
 
-def output_projection(module: nn.Module, size: int) -> torch.Tensor | None:
-    """The weight (hidden, size) that follows the attention in the same module, if it is there under a usual name."""
+def output_projection(module: nn.Module, size: int, like: torch.Tensor) -> torch.Tensor | None:
+    """W (hidden, size), float32, of the layer that follows the attention in the same module; None if it is not known.
+
+    The layer is known by a usual name and by taking `size` numbers, and W by what the layer does to a basis: its
+    weight may be integers with scales, packed, float8, transposed, offloaded, or have a LoRA beside it.
+
+    Args:
+        like: An output of the attention: what the layer computes on, and in which dtype if its weight does not say.
+    """
     for name in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj"):
-        linear: Any = getattr(module, name, None)
-        weight = getattr(linear, "weight", None)
-        if (
-            isinstance(weight, torch.Tensor)
-            and weight.dim() == 2
-            and size in weight.shape
-            and weight.is_floating_point()
-        ):
-            with align_module_device(linear):  # it may be offloaded
-                weight = linear.weight.detach()
-            # GPT-2's Conv1D stores the transpose of a Linear.
-            transposed = type(linear).__name__ == "Conv1D"
-            weight = weight.T if transposed else weight
-            if weight.shape[1] == size:
-                return weight.float()
+        linear = getattr(module, name, None)
+        if isinstance(linear, nn.Module) and _takes(linear, size):
+            weight: Any = getattr(linear, "weight", None)
+            plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1
+            return linear_map(linear, size, dtype=weight.dtype if plain else like.dtype, device=like.device)
     return None
+
+
+def _takes(linear: nn.Module, size: int) -> bool:
+    """Whether a layer says that it takes vectors of `size` numbers."""
+    width = getattr(linear, "in_features", getattr(linear, "nx", None))  # nx: GPT-2's Conv1D
+    if width is None:
+        weight = getattr(linear, "weight", None)
+        return isinstance(weight, torch.Tensor) and weight.dim() == 2 and size in weight.shape
+    return bool(width == size)
+
+
+@torch.no_grad()
+def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """W (out, size), float32, of a layer f(x) = W x + b: column i is (f(s e_i) - f(0)) / s. None if f is not linear.
+
+    The scale s, a power of two, is 1 unless b is larger than W: in 16 bit the sum would then hold little of W.
+    """
+    # `forward` and not a call: hooks on the layer are meant for what the model computes.
+    probe = torch.arange(size, dtype=torch.float32, device=device).cos().to(dtype)
+    rows = torch.cat([torch.eye(size, dtype=dtype, device=device), probe[None], torch.zeros_like(probe)[None]])
+
+    def run(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out = linear.forward((rows * scale)[None])[0].to(device, torch.float32)
+        return (out[:-1] - out[-1]) / scale, out[-1]
+
+    scale, wanted = 0.0, 1.0
+    while scale < wanted:  # what is seen of small weights at first is rounding
+        scale = wanted
+        columns, bias = run(scale)
+        largest, offset = columns[:-1].abs().max().item(), bias.abs().max().item()
+        if largest < offset:
+            wanted = 2.0 ** math.ceil(math.log2(offset / max(largest, offset * LEAST_WEIGHT)))
+    weight, answer = columns[:-1].T, columns[-1]
+    expected = weight @ probe.float()
+    return weight if (answer - expected).norm() <= NONLINEAR * expected.norm() else None
 
 
 def grams_of_heads(projection: torch.Tensor | None, heads: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """Calibration text that a model writes itself, from its first token: no data is needed to convert it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_rfa.devices import execution_device
-from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import ConfigError
+from hf_rfa.quiet import quiet_eval
 
 ROWS = 4
 LENGTH = 1024
@@ -43,9 +45,57 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
         ConfigError: The model does not write text, or its longest context is too short.
     """
     length = check_can_write(model, window)
+    first, ends = _first_token(model), getattr(model.generation_config, "eos_token_id", None)
+    # All that has a say in what is written. What the checkpoint says of its answers to users (stop strings, penalties,
+    # watermarks, beams, assistants, ...) would stop the text, or make it another one than the model's own.
+    settings = GenerationConfig(
+        do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, min_new_tokens=length - 1,
+        max_new_tokens=length - 1, bos_token_id=first, pad_token_id=first, eos_token_id=ends,
+    )  # fmt: skip
+    device = execution_device(model)
+    prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=device)
+    with quiet_eval(model), _seeded(device, seed), _own_defaults(model):
+        # Of the class: a function that a checkpoint's own code put on the instance writes as it likes.
+        model_class: Any = type(model)
+        text = model_class.generate(model, prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    if not isinstance(text, torch.Tensor) or text.shape != (ROWS, length):
+        raise ConfigError(
+            f"{type(model).__name__} did not write a text of {ROWS} rows of {length} tokens. Got "
+            f"{tuple(text.shape) if isinstance(text, torch.Tensor) else type(text).__name__}. Pass texts of your own, "
+            "`convert(model, config, calibrate=batches)`."
+        )
+    return text
+
+
+@contextmanager
+def _own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a caller leaves unset with the model's defaults: none of them while the block runs."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The generator that `device` samples from, seeded for the block and then as it was."""
+    if device.type == "cpu":  # `quiet_eval` keeps its state
+        torch.default_generator.manual_seed(seed)
+        yield
+        return
+    with torch.random.fork_rng(devices=[device], device_type=device.type):
+        module = torch.get_device_module(device)
+        with module.device(device):
+            module.manual_seed(seed)
+        yield
+
+
+def _first_token(model: PreTrainedModel) -> int:
+    """What a text begins with: where no token does, the one that ends one, because the next text follows it."""
     config = model.config.get_text_config()
-    # Where no token begins a text, the one that ends one does: the next text follows it.
-    first = next(
+    return next(
         (
             token
             for name in ("bos_token_id", "eos_token_id")
@@ -54,13 +104,3 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
         ),
         0,
     )
-    prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=execution_device(model))
-    with quiet_eval(model):  # forks the random state, so that the seed stays inside
-        torch.manual_seed(seed)
-        generate: Any = model.generate
-        text = generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, num_beams=1, top_k=0, top_p=1.0,
-            temperature=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=first,
-        )  # fmt: skip
-    assert isinstance(text, torch.Tensor)
-    return text

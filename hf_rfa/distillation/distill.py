@@ -17,12 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_rfa.adapter import RFAAdapter, named_adapters
-from hf_rfa.calibration.calibrate import Batch
+from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
 from hf_rfa.calibration.divergence import ignore
 from hf_rfa.calls import Interception, intercept
 from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
-from hf_rfa.dry_run import quiet_eval
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.quiet import plain_torch, quiet_eval
 from hf_rfa.record import base_model, conversion_config, store_config
 
 CHECKPOINT = "distill.pt"
@@ -44,7 +44,7 @@ class Transfer:
 
 def distill(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Any,
     *,
     steps: int,
     omega: str = "learned",
@@ -71,7 +71,8 @@ def distill(
 
     Args:
         model: A converted model, best after `calibrate`. Trigonometric and positive maps alike.
-        batches: Token ids (batch, seq) int64 or keyword arguments of the model; the same sequence on every resume.
+        batches: An iterable, one item a step, of token ids (batch, seq), single rows of them, or dictionaries of the
+            model's arguments (see `hf_rfa.calibration.batches.batches_of`); the same sequence on every resume.
         steps: Adam steps in total, those before a resume included; one batch each.
         omega: "learned" trains the projections too: they are no longer random, the config says so, and they are never
             redrawn. "random" redraws omega in each step and trains only the geometry, so that the number of features
@@ -94,7 +95,8 @@ def distill(
         The loss of each layer in each step.
 
     Raises:
-        ConfigError: An argument out of its range, nothing to train, or batches that end before `steps`.
+        ConfigError: An argument out of its range, nothing to train, something that is no batch, or batches that end
+            before `steps`.
         CheckpointError: The checkpoint cannot be read or belongs to another run.
         FloatingPointError: A loss is NaN or infinite; the message names layer and step. The kernels are those of the
             step before.
@@ -118,66 +120,63 @@ def distill(
         raise ConfigError("omega of this model is learned and is not redrawn. Got omega='random'. Pass 'learned'.")
     base = base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
-    layers = {
-        adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned", cluster_scale=cluster_scale)
-        for adapter in adapters
-        if adapter.converted and len(adapter.softmax_heads) < adapter.key_heads
-    }
-    if not layers:
-        raise ConfigError("Every key head of the model is exact, so that there is nothing to train.")
-    if weight_loss and not any(layer.positive_heads for layer in layers.values()):
-        raise ConfigError(
-            "`weight_loss` needs heads whose estimated weights are positive. Got the trigonometric map everywhere. "
-            "Set weight_loss=0 or convert with another `feature_map`."
+    with plain_torch():
+        layers = {
+            adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned", cluster_scale=cluster_scale)
+            for adapter in adapters
+            if adapter.converted and len(adapter.softmax_heads) < adapter.key_heads
+        }
+        if not layers:
+            raise ConfigError("Every key head of the model is exact, so that there is nothing to train.")
+        if weight_loss and not any(layer.positive_heads for layer in layers.values()):
+            raise ConfigError(
+                "`weight_loss` needs heads whose estimated weights are positive. Got the trigonometric map "
+                "everywhere. Set weight_loss=0 or convert with another `feature_map`."
+            )
+        if cluster_scale != 1 and not any("clustered" in adapter.feature_maps for adapter in adapters):
+            raise ConfigError(
+                f"`cluster_scale` is for the clustered map, which no head of this model has. Got {cluster_scale}. "
+                "Leave it out, or convert with `feature_map='clustered'`."
+            )
+        optimizers = {number: torch.optim.Adam(layer.tensors.values(), lr=0.0) for number, layer in layers.items()}
+        path = None if output is None else Path(output) / CHECKPOINT
+        done = _load(path, layers, optimizers, steps) if path is not None and resume else Transfer()
+        bar = tqdm(
+            total=steps, initial=done.steps, desc="attention transfer", unit="step", leave=False, disable=not progress
         )
-    if cluster_scale != 1 and not any("clustered" in adapter.feature_maps for adapter in adapters):
-        raise ConfigError(
-            f"`cluster_scale` is for the clustered map, which no head of this model has. Got {cluster_scale}. Leave "
-            "it out, or convert with `feature_map='clustered'`."
-        )
-    optimizers = {number: torch.optim.Adam(layer.tensors.values(), lr=0.0) for number, layer in layers.items()}
-    path = None if output is None else Path(output) / CHECKPOINT
-    done = _load(path, layers, optimizers, steps) if path is not None and resume else Transfer()
-    bar = tqdm(
-        total=steps, initial=done.steps, desc="attention transfer", unit="step", leave=False, disable=not progress
-    )
-    try:
-        for batch in _batches(batches, done.steps, steps):
-            _forward(base, adapters, layers, batch, done.steps)
-            _check_finite(layers, done.steps)
-            for number, layer in layers.items():
-                nn.utils.clip_grad_norm_(layer.tensors.values(), max_grad_norm)
-                optimizers[number].param_groups[0]["lr"] = learning_rate * _schedule(done.steps, steps)
-                optimizers[number].step()
-                optimizers[number].zero_grad()
-            done.losses.append({number: layer.loss for number, layer in layers.items()})
-            done.steps += 1
-            bar.set_postfix(loss=f"{sum(done.losses[-1].values()) / len(layers):.4f}", refresh=False)
-            bar.update()
-            if path is not None and (done.steps % save_every == 0 or done.steps == steps):
-                _save(path, layers, optimizers, done)
-    finally:
-        bar.close()
-        for layer in layers.values():
-            layer.write_back()
-        if omega == "learned" and done.steps and not learned:
-            _mark_learned(model, adapters)
-    return done
+        try:
+            for batch in _batches(batches_of(batches, base, name="batches"), done.steps, steps):
+                _forward(base, adapters, layers, batch, done.steps)
+                _check_finite(layers, done.steps)
+                for number, layer in layers.items():
+                    nn.utils.clip_grad_norm_(layer.tensors.values(), max_grad_norm)
+                    optimizers[number].param_groups[0]["lr"] = learning_rate * _schedule(done.steps, steps)
+                    optimizers[number].step()
+                    optimizers[number].zero_grad()
+                done.losses.append({number: layer.loss for number, layer in layers.items()})
+                done.steps += 1
+                bar.set_postfix(loss=f"{sum(done.losses[-1].values()) / len(layers):.4f}", refresh=False)
+                bar.update()
+                if path is not None and (done.steps % save_every == 0 or done.steps == steps):
+                    _save(path, layers, optimizers, done)
+        finally:
+            bar.close()
+            for layer in layers.values():
+                layer.write_back()
+            if omega == "learned" and done.steps and not learned:
+                _mark_learned(model, adapters)
+        return done
 
 
 def _forward(
     base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: Batch, step: int
 ) -> None:
     """One pass of the original, in which each layer takes the gradient of its own loss."""
-    device = next(base.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-    if base.can_generate():
-        inputs.setdefault("use_cache", False)
     for layer in layers.values():
         layer.begin(step)
     observers = {adapter: layers.get(adapter.layer, ignore) for adapter in adapters}
     with intercept(Interception(observers=observers)), quiet_eval(base):
-        base(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+        base(**call_arguments(base, batch))
 
 
 def _check_finite(layers: Mapping[int, LayerTransfer], step: int) -> None:

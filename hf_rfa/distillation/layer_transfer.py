@@ -75,6 +75,7 @@ class LayerTransfer:
         layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
     ) -> None:  # fmt: skip
         with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            projection = output_projection(module, exact.shape[1] * exact.shape[3], exact)
             query, key, value, exact = (x.detach().float() for x in (query, key, value, exact))
             kernel = self._kernel()
             rng = np.random.default_rng((self.settings.seed, adapter.layer, self.step))
@@ -89,7 +90,7 @@ class LayerTransfer:
                 **given,
             )  # fmt: skip
             assert isinstance(output, torch.Tensor)
-            loss = _relative_error(module, output, exact)
+            loss = _relative_error(projection, output, exact)
             if self.settings.weight_loss and self.positive_heads:
                 rows = rng.choice(query.shape[2], min(self.settings.sampled_queries, query.shape[2]), replace=False)
                 call = OperatorCall.check(
@@ -149,9 +150,8 @@ def _scaled_clusters(adapter: RFAAdapter, cluster_scale: float) -> dict[str, tor
     }
 
 
-def _relative_error(module: nn.Module, output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+def _relative_error(projection: torch.Tensor | None, output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """sum |W (output - exact)|^2 / sum |W exact|^2 of (B, H, N, M)."""
-    projection = output_projection(module, exact.shape[1] * exact.shape[3])
     error, whole = (x.transpose(1, 2).flatten(2) for x in (output - exact, exact))
     if projection is not None:
         error, whole = error @ projection.T, whole @ projection.T

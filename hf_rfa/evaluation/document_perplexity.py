@@ -10,7 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_rfa.adapter import require_adapters
 from hf_rfa.cache_names import cache_argument
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation.measures import evaluation_mode, next_token_nll, window_logits
+from hf_rfa.evaluation.measures import next_token_nll, window_logits
+from hf_rfa.quiet import evaluation_mode
 
 
 def sliding_window_nll(model: PreTrainedModel, document: Tensor, context: int, stride: int) -> Tensor:

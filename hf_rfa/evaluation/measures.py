@@ -8,8 +8,6 @@ runs through them, and logits that are not finite raise `FloatingPointError` ins
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
+from hf_rfa.quiet import evaluation_mode
 
 # Float32 copies of the logits are made for so many positions at a time: 256 of a vocabulary of 128k are 128 MiB.
 POSITIONS_AT_ONCE = 256
@@ -35,20 +34,6 @@ class PositionBin:
     start: int
     end: int
     perplexity: float
-
-
-@contextmanager
-def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """No gradients, and all `models` in evaluation mode until the block ends."""
-    were_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)
 
 
 def split_windows(ids: Tensor, context: int, max_windows: int | None = None) -> Tensor:

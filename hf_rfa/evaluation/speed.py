@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 from hf_rfa.cache import cache_bytes
 from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation.measures import evaluation_mode
+from hf_rfa.quiet import evaluation_mode
 
 
 @dataclass(frozen=True)

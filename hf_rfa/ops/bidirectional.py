@@ -23,19 +23,21 @@ from hf_rfa.ops.combine import FarStatistics, Part, near_part
 from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.scan import chunk_sums, merge_states, scan_chunks
 from hf_rfa.ops.state import RFAState
+from hf_rfa.ops.tiles import ShortRule
 
 Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def chunked_bidirectional(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M).
+    """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M), zero for the documents that are
+    `short`.
 
     The keys of the initial state are far keys of the row's first document; the final state holds all keys of the row's
     last document (and of the initial state, if that is the first) in its sums. Such a state has no near keys.
     """
-    run = BidirectionalPass(call)
+    run = BidirectionalPass(call, short)
     outputs = [finish(near, far, call, run.plan, span, statistics) for span, near, far in run.blocks()]
     output = from_chunks(torch.cat(outputs, dim=2), run.plan, call.query.shape[2], call.query.shape[3])
     return output, run.final_state() if output_final_state else None
@@ -44,10 +46,10 @@ def chunked_bidirectional(
 class BidirectionalPass:
     """One walk over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
 
-    def __init__(self, call: OperatorCall) -> None:
+    def __init__(self, call: OperatorCall, short: ShortRule | None = None) -> None:
         batch, sinks = len(call.query), call.sink_tokens if call.window else 0
         state = call.state or call.empty_state()
-        spec = PlanSpec(call.window or PURE_CHUNK, sinks, history=False, final=False)
+        spec = PlanSpec(call.window or PURE_CHUNK, sinks, history=False, final=False, short=short)
         plan = call.layout.plan(call.query.shape[3], spec, torch.zeros_like(state.count), call.query.device)
         self.call, self.plan, self.state, self.sinks = call, plan, state, sinks
         self.keys, self.values = to_chunks(call.key, plan), to_chunks(call.value, plan)

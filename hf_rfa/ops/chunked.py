@@ -18,16 +18,18 @@ from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import FarStatistics, Part
 from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.state import RFAState, accumulation_dtype
+from hf_rfa.ops.tiles import ShortRule
 
 
 def chunked_causal(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
 ) -> tuple[torch.Tensor, RFAState | None]:
     """Causal RFA of a call, q, k and v in their own type, the far kernel in float32 or float64.
 
-    Returns the output (B, Hk, G, N, M) and the state after the last token, if wanted.
+    Returns the output (B, Hk, G, N, M), zero for the documents that are `short`, and the state after the last token,
+    if wanted.
     """
-    aligned = align(call, output_final_state)
+    aligned = align(call, output_final_state, short)
     settings = WalkSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
     output, carry, peak = causal_attention(aligned.inputs, settings)
     final = final_state(aligned, carry, peak, call.window) if output_final_state else None
@@ -64,15 +66,15 @@ class Aligned:
     state: RFAState
 
 
-def align(call: OperatorCall, output_final_state: bool) -> Aligned:
-    """Lay the tokens of a call out in chunks."""
+def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None = None) -> Aligned:
+    """Lay the tokens of a call out in chunks, but for the documents that are `short`."""
     query, key, value, window = call.query, call.key, call.value, call.window
     batch, heads, groups, length, dim = query.shape
     chunk = window or PURE_CHUNK
     sinks = call.sink_tokens if window else 0
     state = call.state or call.empty_state()
     history = bool(window) and call.state is not None
-    spec = PlanSpec(chunk, sinks, history=history, final=bool(window) and output_final_state)
+    spec = PlanSpec(chunk, sinks, history=history, final=bool(window) and output_final_state, short=short)
     plan = call.layout.plan(length, spec, state.count, query.device)
     if history:
         near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)

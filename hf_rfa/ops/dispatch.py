@@ -6,7 +6,8 @@
 | both sides (encoders)  | `bidirectional`, always                                                          |
 | more tokens, causal    | `triton` or `chunked`: the one that is asked for, or the choice of `auto`        |
 
-A backend that is asked for and cannot run is an error with the reason, never another one.
+Whatever computes a call, documents that are short enough to need no sums that are carried on are answered apart, see
+`ops.linear`. A backend that is asked for and cannot run is an error with the reason, never another one.
 """
 
 import importlib.util

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -75,10 +76,17 @@ def exact_attention(
         # The past continues the row's first document.
         document = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
 
+    seen = None
+    if document is not None and not torch.compiler.is_compiling():  # a graph must not depend on where documents end
+        seen = _seen(layout, len(query), length, past)
+
     def block(block_query: torch.Tensor, start: int) -> torch.Tensor:
         rows = past + torch.arange(start, start + block_query.shape[2], device=device)
         low = 0 if sliding_window is None else max(0, past + start - sliding_window + 1)
         high = past + start + len(rows) if causal else total
+        if seen is not None:
+            first, stop = (x[:, start : start + len(rows)] for x in seen)
+            low, high = max(low, int(first.min())), min(high, int(stop.max()))
         columns = torch.arange(low, high, device=device)
         visible = valid[:, None, low:high].expand(-1, len(rows), -1)
         if causal:
@@ -155,6 +163,12 @@ def cross_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=enable_gqa
     )
+
+
+def _seen(layout: TokenLayout, batch: int, length: int, past: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B, N) the first key of each query's document and (B, N) the one behind its last."""
+    first, stop = layout.documents(batch, length).bounds()
+    return np.where(first > 0, first + past, 0), stop + past  # the past continues a row's first document
 
 
 def _key_valid(

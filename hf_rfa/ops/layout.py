@@ -2,7 +2,8 @@
 
 The definition of near and far counts a document's own tokens, so that a padded or packed row gives what the bare
 sequence gives. The chunked operators therefore work on an *aligned* sequence in which every document begins at a chunk
-boundary and padding is gone; `TokenLayout.plan` says where each token goes, and all layers of a forward share it.
+boundary and padding is gone; `TokenLayout.plan` says where each token goes. Documents without far keys may be left out
+of it: `TokenLayout.short` packs them into tiles instead. All layers of a forward share both.
 """
 
 import functools
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.errors import ConfigError
+from hf_rfa.ops.documents import Documents
+from hf_rfa.ops.tiles import ShortPlan, ShortRule, short_plan
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Plan:
         rank: (R, n) number of the chunk within its document.
         sink_chunk: (R, n) aligned chunk that holds the document's first tokens, -1 where only the state has them.
         last: (R,) aligned chunk that the next token would fall into.
-        place: (R, N) aligned slot of each token (0 for padding).
-        token_valid: (R, N) whether a token is none of padding.
+        place: (R, N) aligned slot of each token (0 where it has none).
+        token_valid: (R, N) whether a token has one: padding and the documents that are left out have none.
         count: (R,) tokens seen afterwards in the row's last document, on the CPU.
         identity: Whether the aligned sequence begins with the source itself, so that nothing need be gathered.
         regular: (n,) whether a chunk and the one before it are full, of one document and behind its first two chunks
@@ -72,12 +75,14 @@ class PlanSpec:
         sinks: The first tokens of a document that are never folded into the far sums.
         history: Whether the source begins with the 2C near slots of a state.
         final: Whether a final state with near keys is wanted, which needs the chunk that the next token falls into.
+        short: Which documents are left out, since `ops.linear` answers them apart; None: none is.
     """
 
     chunk: int
     sinks: int
     history: bool
     final: bool
+    short: ShortRule | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class TokenLayout:
     valid: torch.Tensor | None = None
     document: torch.Tensor | None = None
     _plans: dict[tuple, Plan] = field(default_factory=dict, repr=False, compare=False)
+    _short_plans: dict[tuple, ShortPlan | None] = field(default_factory=dict, repr=False, compare=False)
+    _documents: dict[tuple[int, int], Documents] = field(default_factory=dict, repr=False, compare=False)
     _ordinals: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -148,125 +155,111 @@ class TokenLayout:
             return _plain_plan(length, spec, before[0], device)
         key = (length, spec, before, device)
         if key not in self._plans:
-            documents = [self._documents(row, length) for row in range(len(before))]
-            rows = [_align_row(docs, seen, spec) for docs, seen in zip(documents, before, strict=True)]
-            self._plans[key] = _make_plan(rows, length, spec, device)
+            documents = self.documents(len(before), length)
+            if spec.short is not None:
+                documents = documents.select(~spec.short.apply(documents))
+            self._plans[key] = _make_plan(documents, np.array(before), spec, device)
         return self._plans[key]
 
-    def _documents(self, row: int, length: int) -> list[np.ndarray]:
-        """The slots of each document of a row, in order, padding left out."""
-        slots = np.arange(length) if self.valid is None else np.flatnonzero(self.valid[row].cpu().numpy())
-        if self.document is None or len(slots) == 0:
-            return [slots]
-        numbers = self.document[row].cpu().numpy()[slots]
-        return np.split(slots, np.flatnonzero(np.diff(numbers)) + 1)
+    def short(self, batch: int, length: int, rule: ShortRule, device: torch.device) -> ShortPlan | None:
+        """The documents that `rule` takes out of the plan, packed into tiles; None if there are none."""
+        if self.is_plain:
+            return _plain_short_plan(batch, length, rule, device) if length <= rule.longest else None
+        key = (batch, length, rule, device)
+        if key not in self._short_plans:
+            self._short_plans[key] = short_plan(self.documents(batch, length), rule, device)
+        return self._short_plans[key]
+
+    def documents(self, batch: int, length: int) -> Documents:
+        """The documents of the rows; reads the tensors, once for all layers."""
+        if (batch, length) not in self._documents:
+            valid, document = (None if t is None else _read(t) for t in (self.valid, self.document))
+            self._documents[batch, length] = Documents.find(batch, length, valid, document)
+        return self._documents[batch, length]
 
 
-@dataclass(frozen=True)
-class _Row:
-    source: np.ndarray
-    valid: np.ndarray
-    fold: np.ndarray
-    document: np.ndarray
-    rank: np.ndarray
-    sink_chunk: np.ndarray
-    count: int
+def _read(table: torch.Tensor) -> np.ndarray:
+    """What a tensor holds."""
+    table = table.cpu()
+    try:
+        return table.numpy()
+    except RuntimeError:  # within `torch.func.grad` every tensor is wrapped, and has no memory of its own to share
+        return np.array(table.tolist()).reshape(table.shape)
 
 
-def _align_row(documents: list[np.ndarray], seen: int, spec: PlanSpec) -> _Row:
-    """Lay out one row: each document from a chunk boundary on, the first one behind the near keys of the state."""
-    chunk = spec.chunk
+def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: torch.device) -> Plan:
+    """Each document from a chunk boundary on, the first of a row behind the near keys of the state."""
+    rows, chunk = documents.rows, spec.chunk
     offset = 2 * chunk if spec.history else 0
-    sources, valids, ranks, numbers, sink_chunks, begins = [], [], [], [], [], 0
-    count = 0
-    for number, slots in enumerate(documents):
-        continues = spec.history and number == 0
-        before = seen if number == 0 else 0  # counts on without a window too, where nothing is aligned to it
-        first = before // chunk - 1 if continues else 0  # rank of the first chunk laid out
-        lead = before - first * chunk if continues else 0
-        count = before + len(slots)
-        filled = lead + len(slots)
-        chunks = max(1, -(-filled // chunk))
-        if spec.final:
-            chunks = filled // chunk + 1  # up to the chunk that the document's next token falls into
-        source, valid = np.zeros(chunks * chunk, dtype=np.int64), np.zeros(chunks * chunk, dtype=bool)
-        source[:lead], valid[:lead] = np.arange(lead), True
-        if first < 0:
-            valid[:chunk] = False
-        source[lead : lead + len(slots)], valid[lead : lead + len(slots)] = slots + offset, True
-        sources.append(source)
-        valids.append(valid)
-        rank = first + np.arange(chunks)
-        ranks.append(rank)
-        numbers.append(np.full(chunks, number))
-        # Chunk 0 of the document, where it is laid out.
-        sink_chunks.append(np.full(chunks, begins - first if first <= 0 else -1))
-        begins += chunks
-    rank = np.concatenate(ranks)
-    slots_valid = np.concatenate(valids).reshape(-1, chunk)
-    fold = slots_valid & ~((rank[:, None] == 0) & (np.arange(chunk) < spec.sinks))
-    return _Row(
-        np.concatenate(sources).reshape(-1, chunk),
-        slots_valid,
-        fold,
-        np.concatenate(numbers),
-        rank,
-        np.concatenate(sink_chunks),
-        count,
-    )
+    before = np.where(documents.number == 0, seen[documents.row], 0)  # counts on without a window, too
+    continues = (documents.number == 0) & spec.history
+    first = np.where(continues, before // chunk - 1, 0)  # rank of the first chunk laid out
+    lead = np.where(continues, before - first * chunk, 0)  # slots of it that the state fills
+    filled = lead + documents.length
+    # With a final state, up to the chunk that the document's next token falls into.
+    chunks = filled // chunk + 1 if spec.final else np.maximum(1, -(-filled // chunk))
+    totals = np.bincount(documents.row, chunks, rows).astype(np.int64)
+    begin = chunks.cumsum() - chunks - (totals.cumsum() - totals)[documents.row]
 
+    # What is said of chunks; rows are filled up with their last one.
+    of_chunk = np.repeat(np.arange(len(chunks)), chunks)
+    within = np.arange(len(of_chunk)) - np.repeat(chunks.cumsum() - chunks, chunks)
+    columns = np.minimum(np.arange(totals.max()), totals[:, None] - 1) + (totals.cumsum() - totals)[:, None]
+    document, rank = documents.number[of_chunk][columns], (first[of_chunk] + within)[columns]
+    # Chunk 0 of the document, where it is laid out.
+    sink_chunk = np.where(first <= 0, begin - first, -1)[of_chunk][columns]
 
-def _make_plan(rows: list[_Row], length: int, spec: PlanSpec, device: torch.device) -> Plan:
-    """The rows as one set of index tensors, padded to the longest row."""
-    chunk = spec.chunk
-    chunks = max(len(row.rank) for row in rows)
-    shape = (len(rows), chunks)
-    source = np.zeros((*shape, chunk), dtype=np.int64)
-    valid = np.zeros((*shape, chunk), dtype=bool)
-    fold = np.zeros((*shape, chunk), dtype=bool)
-    document, rank, sink_chunk = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    for r, row in enumerate(rows):
-        n = len(row.rank)
-        source[r, :n], valid[r, :n], fold[r, :n] = row.source, row.valid, row.fold
-        if spec.final:
-            # These are near to the next token: folding them would put them into the final state.
-            fold[r, max(0, n - 2) :] = False
-        for whole, part in ((document, row.document), (rank, row.rank), (sink_chunk, row.sink_chunk)):
-            whole[r, :n], whole[r, n:] = part, part[-1]
-    offset = 2 * chunk if spec.history else 0
-    place = np.zeros((len(rows), length), dtype=np.int64)
-    token_valid = np.zeros((len(rows), length), dtype=bool)
-    asked = valid & (source >= offset)
-    for r in range(len(rows)):
-        slots = np.flatnonzero(asked[r])
-        tokens = source[r].reshape(-1)[slots] - offset
-        place[r, tokens], token_valid[r, tokens] = slots, True
+    # What is said of slots.
+    shape = (*columns.shape, chunk)
+    source, valid = np.zeros((rows, columns.shape[1] * chunk), dtype=np.int64), np.zeros(shape, dtype=bool)
+    flat = valid.reshape(rows, -1)
+    slots = np.arange(min(2 * chunk, flat.shape[1]))
+    led, from_start = np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=bool)
+    led[documents.row[continues]], from_start[documents.row[continues]] = lead[continues], first[continues] >= 0
+    remembered = slots < led[:, None]
+    source[:, : len(slots)][remembered] = np.broadcast_to(slots, remembered.shape)[remembered]
+    flat[:, : len(slots)] = remembered & ((slots >= chunk) | from_start[:, None])
+    owner, place_in = documents.entries()
+    row, slot = np.divmod(documents.tokens(), documents.slots)
+    aligned = (begin * chunk + lead)[owner] + place_in
+    source[row, aligned], flat[row, aligned] = slot + offset, True
+    beginning: np.ndarray = rank == 0
+    fold = valid & ~(beginning[..., None] & (np.arange(chunk) < spec.sinks))
+    if spec.final:
+        # These are near to the next token: folding them would put them into the final state.
+        fold[np.arange(columns.shape[1]) >= totals[:, None] - 2] = False
+    place, token_valid = (np.zeros((rows, documents.slots), dtype=kind) for kind in (np.int64, bool))
+    place[row, slot], token_valid[row, slot] = aligned, True
+    full: np.ndarray = np.logical_and.reduce(valid, axis=2)
+    alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (document[:, 1:] == document[:, :-1])
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    full = np.logical_and.reduce(valid, axis=2)
-    alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (document[:, 1:] == document[:, :-1])
-    last = np.array([len(row.rank) - 1 for row in rows])
-    counts = torch.tensor([row.count for row in rows])
     return Plan(
-        put(source.reshape(len(rows), -1)),
+        put(source),
         put(valid),
-        put(asked),
+        put(valid & (source.reshape(shape) >= offset)),
         put(fold),
         put(document),
         put(rank),
         put(sink_chunk),
-        put(last),
+        put(totals - 1),
         put(place),
         put(token_valid),
-        counts,
-        identity=len(rows) == 1 and bool(token_valid.all()) and bool((place[0] == np.arange(length)).all()),
-        regular=(False, *np.logical_and.reduce(alike, axis=0).tolist()),
+        torch.from_numpy((before + documents.length)[documents.last]),
+        identity=rows == 1 and bool(token_valid.all()) and bool((place[0] == np.arange(documents.slots)).all()),
+        regular=(False, *alike.all(0).tolist()),
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _plain_plan(length: int, spec: PlanSpec, seen: int, device: torch.device) -> Plan:
     """The plan of rows that are all alike; the same for every layer, and often for the next batch."""
-    return _make_plan([_align_row([np.arange(length)], seen, spec)], length, spec, device)
+    return _make_plan(Documents.find(1, length, None, None), np.array([seen]), spec, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_short_plan(batch: int, length: int, rule: ShortRule, device: torch.device) -> ShortPlan | None:
+    """The same where the rows themselves are short documents."""
+    return short_plan(Documents.find(batch, length, None, None), rule, device)

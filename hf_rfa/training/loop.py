@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, get_scheduler
 from hf_rfa.adapter import named_adapters
 from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.quiet import training_flags_kept
 from hf_rfa.training.carry import Carry, check_carry
 from hf_rfa.training.checkpoint import check_output, load_checkpoint, save_checkpoint
 from hf_rfa.training.loss import LossModule
@@ -165,7 +166,8 @@ def finetune(
         )
 
     trainer = Step(accelerator, prepared, optimizer, share, carries, max_grad_norm)
-    was_training = model.training
+    modes = ExitStack()
+    modes.enter_context(training_flags_kept(model))
     prepared.train()
     bar = tqdm(
         total=steps,
@@ -209,7 +211,7 @@ def finetune(
                 checkpoint = save_checkpoint(accelerator, Path(output), done.step, carries)
     finally:
         bar.close()
-        model.train(was_training)
+        modes.close()
         if trackers:
             accelerator.end_training()
         accelerator.free_memory()  # drops Accelerate's references to model and optimiser

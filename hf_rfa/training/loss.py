@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_rfa.data.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
+from hf_rfa.quiet import evaluation_mode
 
 #: Positions whose float32 logits are made at a time.
 POSITIONS_AT_ONCE = 512
@@ -25,7 +26,7 @@ class LossModule(nn.Module):
             `torch.nn.functional.linear_cross_entropy`, before torch 2.13 and for the KL term in blocks of
             `POSITIONS_AT_ONCE` positions whose logits the backward pass makes again.
         autocast: run everything under autocast to this type. In here and not around it, where DeepSpeed ends it.
-        teacher: the original, for the KL term; neither trained nor saved.
+        teacher: the original, for the KL term; neither trained nor saved nor changed.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.fused, self.autocast, self.kl_weight = model, fused, autocast, kl_weight
         # In a tuple, so that it is no submodule: it must not be wrapped, saved or moved with the model.
-        self._original = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        self._original = (teacher,)
         # Where FSDP and DeepSpeed look for the layers to split at.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self.config = model.config
@@ -64,7 +65,7 @@ class LossModule(nn.Module):
     def _kl(self, parts: Iterator[Tensor], input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Sum of KL(teacher || model) over the positions that have a target."""
         teacher: Any = self._original[0]
-        with torch.no_grad():
+        with evaluation_mode(teacher):
             if self.fused:
                 hidden, head, _ = self._hidden(teacher, input_ids, inputs)
                 originals = (head(part) for part in hidden.flatten(0, 1).split(POSITIONS_AT_ONCE))

@@ -124,10 +124,10 @@ def generate(
     return Result(rows, table.lines, decode_panels(rows, 1e3, "ms/token"))
 
 
-def models(setting: Setting) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+def models(setting: Setting, layers: int = LAYERS) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     """The original and its conversion, every head linear; nothing is calibrated, which costs no time either way."""
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY,
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers, vocab_size=VOCABULARY,
         num_attention_heads=setting.heads, num_key_value_heads=setting.key_heads, head_dim=setting.head_dim,
         max_position_embeddings=2**18, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip

@@ -24,6 +24,9 @@ MODES: dict[str, dict[str, Any]] = {
     "peers": {"lengths": (1024, 4096, 16384), "repeats": 3, "clock": "wall", "memory_limit": 8.0},
     "decode": _DECODING,
     "generate": _DECODING,
+    "packed": {
+        "lengths": (4096,), "documents": (4, 16, 64, 256, 1024, 4096), "passes": PASSES, "repeats": 5, "clock": "wall",
+    },
 }  # fmt: skip
 #: Those that differ on a GPU.
 ON_GPU: dict[str, dict[str, Any]] = {
@@ -46,6 +49,7 @@ class Options(argparse.Namespace):
     lengths: Any = None
     contexts: Any = None
     batches: Any = None
+    documents: Any = None
     passes: Any = None
     windows: Any = None
     maps: Any = None
@@ -65,12 +69,14 @@ def parse(arguments: Sequence[str], description: str | None) -> Options:
         ("memory", "peak memory of a pass, Linux"),
         ("decode", "time per decoded token, one layer"),
         ("generate", "time per decoded token, whole model"),
+        ("packed", "time of documents packed into a row, attention and whole model"),
     ):
         modes.add_argument(f"--{name}", dest="mode", action="store_const", const=name, default="time", help=text)
     modes.add_argument("--peers", nargs="*", choices=PEERS, help="other attentions; no names = all that can run here")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens N, ascending")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens before those that are decoded, ascending")
     parser.add_argument("--batches", type=int, nargs="+", help="rows that decode at once")
+    parser.add_argument("--documents", type=int, nargs="+", help="tokens of each packed document, ascending")
     parser.add_argument("--passes", nargs="+", choices=PASSES)
     parser.add_argument("--windows", type=int, nargs="+", help="0 = pure RFA, no exact part")
     parser.add_argument("--maps", nargs="+", help="feature maps of two components")
@@ -104,14 +110,27 @@ def _check(options: Options, error: Any) -> None:
     for name, default in {**reads, **(ON_GPU.get(options.mode, {}) if options.device == "cuda" else {})}.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    for name in ("lengths", "contexts", "batches", "repeats", "heads", "key_heads", "head_dim", "longest_softmax"):
+    for name in (
+        "lengths",
+        "contexts",
+        "batches",
+        "documents",
+        "repeats",
+        "heads",
+        "key_heads",
+        "head_dim",
+        "longest_softmax",
+    ):
         value = getattr(options, name)
         values = value if isinstance(value, list | tuple) else [value]
         if any(number is not None and number < 1 for number in values):
             error(f"{_flag(name)} takes numbers from 1 on. Got {' '.join(map(str, values))}.")
-    for name in ("lengths", "contexts"):
+    for name in ("lengths", "contexts", "documents"):
         if getattr(options, name) is not None and list(getattr(options, name)) != sorted(set(getattr(options, name))):
             error(f"{_flag(name)} must ascend. Got {' '.join(map(str, getattr(options, name)))}.")
+    if options.documents is not None and max(options.documents) > max(options.lengths):
+        got = (" ".join(map(str, numbers)) for numbers in (options.documents, options.lengths))
+        error(f"--documents must fit into --lengths. Got {' and '.join(got)}.")
     if options.heads is not None or options.key_heads is not None:
         heads, key_heads = options.heads or 8, options.key_heads or 1
         if heads % key_heads:

@@ -9,6 +9,7 @@ from hf_rfa.ops.chunked import align, final_state
 from hf_rfa.ops.chunks import tokens_of
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.state import RFAState
+from hf_rfa.ops.tiles import ShortRule
 from hf_rfa.ops.triton.fold import fold_keys, fold_queries, form_of
 from hf_rfa.ops.triton.function import Inputs, Settings, causal_attention
 
@@ -17,13 +18,14 @@ BLOCKS = (8, 4, 2, 1)
 
 
 def triton_causal(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
 ) -> tuple[torch.Tensor, RFAState | None]:
     """Causal RFA of a call, q, k and v in their own type, the far kernel in float32.
 
-    Returns the output (B, Hk, G, N, M) in value's dtype and the state after the last token, if wanted.
+    Returns the output (B, Hk, G, N, M) in value's dtype, zero for the documents that are `short`, and the state after
+    the last token, if wanted.
     """
-    aligned = align(call, output_final_state)
+    aligned = align(call, output_final_state, short)
     x, plan = aligned.inputs, aligned.plan
     query, key = fold_queries(x.query, call.far, call.scaling), fold_keys(x.key, call.far, call.scaling)
     form = form_of(call.far)

@@ -1,0 +1,92 @@
+"""Which tokens of a batch belong to which document, as tables on the CPU: what layouts are planned from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch, row by row in their order; a row without a token has one that is empty.
+
+    Attributes:
+        rows: B.
+        slots: N, slots of a row, padding included.
+        token: (T,) row * N + slot of every token, document by document; padding is left out.
+        row: (d,) the row that a document lies in.
+        number: (d,) its number in the row, from 0.
+        begin: (d,) its first entry in `token`.
+        length: (d,) tokens.
+        last: (d,) whether it is the last one of its row.
+    """
+
+    rows: int
+    slots: int
+    token: np.ndarray
+    row: np.ndarray
+    number: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def find(cls, rows: int, slots: int, valid: np.ndarray | None, document: np.ndarray | None) -> "Documents":
+        """Of valid (B, N) bool (None: no padding) and document (B, N), different in neighbours (None: one a row)."""
+        token = np.arange(rows * slots) if valid is None else np.flatnonzero(valid)
+        row = token // slots
+        begins = np.ones(len(token), dtype=bool)
+        begins[1:] = row[1:] != row[:-1]
+        if document is not None:
+            number = document.reshape(-1)[token]
+            begins[1:] |= number[1:] != number[:-1]
+        begin = np.flatnonzero(begins)
+        return cls._of(rows, slots, token, row[begin], begin, np.diff(begin, append=len(token)))
+
+    @classmethod
+    def _of(
+        cls, rows: int, slots: int, token: np.ndarray, row: np.ndarray, begin: np.ndarray, length: np.ndarray
+    ) -> "Documents":
+        missing = np.flatnonzero(np.bincount(row, minlength=rows) == 0)
+        if len(missing):
+            order = np.argsort(np.concatenate([row, missing]), kind="stable")
+            nothing = np.zeros(len(missing), dtype=np.int64)
+            row = np.concatenate([row, missing])[order]
+            begin, length = (np.concatenate([x, nothing])[order] for x in (begin, length))
+        first = np.ones(len(row), dtype=bool)
+        first[1:] = row[1:] != row[:-1]
+        number = np.arange(len(row)) - np.flatnonzero(first)[row]
+        return cls(rows, slots, token, row, number, begin, length, np.append(first[1:], True))
+
+    def select(self, which: np.ndarray) -> "Documents":
+        """Some of the documents, `which` (d,) bool, with the numbers that they have here; rows that keep none get an
+        empty one, of number 0."""
+        row, begin, length = self.row[which], self.begin[which], self.length[which]
+        some = Documents._of(self.rows, self.slots, self.token, row, begin, length)
+        numbers = some.number.copy()
+        numbers[np.isin(some.row, row)] = self.number[which]
+        return Documents(**{**vars(some), "number": numbers})
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(B, N) the first slot of each token's document, 0 for a row's first one, and (B, N) the one behind its last.
+
+        Padding has itself.
+        """
+        first = np.tile(np.arange(self.slots), self.rows)
+        stop = first + 1
+        filled = self.length > 0
+        owner = np.repeat(np.arange(np.count_nonzero(filled)), self.length[filled])
+        begin, end = self.begin[filled], self.begin[filled] + self.length[filled]
+        token = self.tokens()
+        first[token] = np.where(self.number[filled] == 0, 0, self.token[begin] % self.slots)[owner]
+        stop[token] = (self.token[end - 1] % self.slots + 1)[owner]
+        return first.reshape(self.rows, -1), stop.reshape(self.rows, -1)
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """(document, place in it) of every token, document by document."""
+        document = np.repeat(np.arange(len(self.length)), self.length)
+        return document, np.arange(len(document)) - np.repeat(self.length.cumsum() - self.length, self.length)
+
+    def tokens(self) -> np.ndarray:
+        """row * N + slot of the tokens that `entries` counts."""
+        document, place = self.entries()
+        return self.token[self.begin[document] + place]
