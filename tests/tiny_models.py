@@ -149,6 +149,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "layer_types": None},  # one of four without rotary positions
     "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "timesformer": {"drop_path_rate": 0},  # the field wants a whole number
+    **dict.fromkeys(
+        ("vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_encoder"),
+        {"num_filters": 2, "depths": (1,) * 7},  # doubled at each depth
+    ),
     "whisper": {"max_source_positions": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
@@ -213,6 +217,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrained
     for name, part in config_class.sub_configs.items():
         if name in more or name in overrides:
             continue
+        part = getattr(part, "config_class", part)  # since Transformers 5.24, beside a model type
         if part is AutoConfig:
             whole = config_class() if whole is None else whole
             part = type(getattr(whole, name))
