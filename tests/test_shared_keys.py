@@ -128,6 +128,32 @@ def test_the_fused_loss_sees_every_position(family):
 
 
 @FAMILY
+def test_distilled(family):
+    model = hf_rfa.convert(tiny_model(MODELS[family]), dataclasses.replace(SHORT, omega="learned"), calibrate=False)
+    hf_rfa.distill(model, [ids_of(2, 60, seed=seed) for seed in range(3)], steps=3)
+    ids = ids_of()
+    assert torch.equal(generate(model.eval(), ids, 10), continue_greedily(model, ids, 10))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@FAMILY
+def test_packed_documents(family, together):
+    model, ids = converted(family, "exact heads"), ids_of()
+    positions_of_two = torch.cat([torch.arange(30), torch.arange(20)])[None]
+    options = {"position_ids": positions_of_two} if together else {}
+    packed = outputs_of(model, {"input_ids": ids, "use_cache": False, **options})
+    alone = torch.cat([whole(model, ids[:, :30]), whole(model, ids[:, 30:])], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-4) == together
+
+
+@FAMILY
+def test_exported(family):
+    model, ids = converted(family), ids_of()
+    exported = torch.export.export(model, (ids,), {"use_cache": False}).module()
+    assert_close(exported(ids, use_cache=False).logits, whole(model, ids), atol=1e-5, rtol=0)
+
+
+@FAMILY
 def test_activation_checkpointing_gives_the_same_gradients(family):
     gradients = []
     for checkpointed in (False, True):

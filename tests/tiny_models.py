@@ -99,6 +99,7 @@ _SHARING = {
 }
 #: Heads of another dim in the layers of full attention.
 _GEMMA4 = {"global_head_dim": 16, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0}
+_VIBEVOICE = {"num_filters": 2, "depths": (1,) * 7}  # filters double at each depth
 
 #: What a family needs besides, by model type: its own invariants, layers of each of its kinds, and what its published
 #: checkpoints set where the config class has another default. Nothing that changes what a layer does is switched off.
@@ -149,10 +150,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "layer_types": None},  # one of four without rotary positions
     "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "timesformer": {"drop_path_rate": 0},  # the field wants a whole number
-    **dict.fromkeys(
-        ("vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_encoder"),
-        {"num_filters": 2, "depths": (1,) * 7},  # doubled at each depth
-    ),
+    "vibevoice_acoustic_tokenizer": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
     "whisper": {"max_source_positions": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
