@@ -104,7 +104,8 @@ def _attend(
     if torch.compiler.is_compiling() and mask is not None and isinstance(adapter, RFAAdapter) and adapter.masked:
         rows = mask.rows
     if rows is not None:
-        if isinstance(adapter, RFAAdapter) and adapter.converted:
+        # A sliding layer would answer exactly, but its state would go without these tokens.
+        if isinstance(adapter, RFAAdapter) and (adapter.converted or layer_call(adapter).cache_layer is not None):
             raise UnsupportedModelError(
                 f"{type(module).__name__} combines its mask with something that it did not have when it was converted "
                 "(for example image tokens that see each other), which random features cannot follow. Call the model "
@@ -257,7 +258,14 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model "
             "with use_cache=False."
         )
-    layer = adopt_cache_layer(cache, index + kwargs.get("cycle_offset", 0), shares=shares_keys(module))
+    if "cache_offset" in kwargs and kwargs.get("shared_kv_states") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs in a loop whose turns read the keys and values of its last turn from the "
+            'cache (recurrent_kv_cache_mode="last_loop"), which a state of constant size does not hold. Call it with '
+            'use_cache=False, or set that option of its config to "per_loop".'
+        )
+    index += kwargs.get("cycle_offset", 0) + kwargs.get("cache_offset", 0)
+    layer = adopt_cache_layer(cache, index, shares=shares_keys(module))
     layer.expected = True
     begin_layer(adapter, layer)
 

@@ -50,6 +50,7 @@ class RFACacheLayer(CacheLayerMixin):
         self.expected = False
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.took_over = False  # tokens of a plain cache, which layers that share these keys have never seen
         self.companions: dict[Any, RFACacheLayer] = {}
         self._steps: list[_Step] = []
 
@@ -167,7 +168,7 @@ class RFACacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.given = None, 0, None
+        self.state, self.seen, self.given, self.took_over = None, 0, None, False
         self.filled_by = self.draw = None
         self.companions.clear()
         self._steps.clear()
