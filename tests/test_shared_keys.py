@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import CACHE, SHORT, attention_modules, checkpoint_activations, outputs_of
 from test_generation import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of
-from tiny_models import Case, tiny_model, token_ids
+from tiny_models import Case, all_cases, tiny_model, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -328,6 +328,28 @@ def test_keys_are_not_handed_out(family):
     """For an assistant that attends to its target's keys: the state holds none but the newest."""
     with pytest.raises(UnsupportedModelError, match="return_shared_kv_states"):
         converted(family)(ids_of(), return_shared_kv_states=True)
+
+
+# --- a model that runs its layers in a loop --------------------------------------------------------------------------
+
+DORY = Case("causal_lm", "dory", "DoryForCausalLM")
+SINCE_5_24 = pytest.mark.skipif(DORY not in all_cases(), reason="this Transformers has no such class")
+
+
+@SINCE_5_24
+def test_each_turn_of_a_loop_has_a_state_of_its_own():
+    model, ids = hf_rfa.convert(tiny_model(DORY), SHORT, calibrate=False), ids_of(2)
+    pieces, cache = in_pieces(model, ids, [23, 1, 1, 25])
+    assert len(cache.layers) == 6  # two of the four layers run twice
+    assert_close(pieces, whole(model, ids), atol=1e-4, rtol=0)
+
+
+@SINCE_5_24
+def test_turns_that_read_the_keys_of_the_last_one_are_refused_beside_a_cache():
+    model = hf_rfa.convert(tiny_model(DORY, recurrent_kv_cache_mode="last_loop"), SHORT, calibrate=False)
+    assert torch.isfinite(whole(model, ids_of())).all()
+    with pytest.raises(UnsupportedModelError, match="last_loop"):
+        generate(model, ids_of(), 3)
 
 
 # --- images, whose tokens see each other in the sliding layers of the larger Gemma 4 ---------------------------------
