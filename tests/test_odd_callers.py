@@ -9,10 +9,11 @@ import torch
 from families import CACHE, SHORT, build, outputs_of, token_ids
 from torch import nn
 from torch.testing import assert_close
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import hf_rfa
-from hf_rfa import StaleStateError
+from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.adapter import named_adapters
 from hf_rfa.cache_names import cache_of
 
@@ -157,6 +158,23 @@ def test_another_attention_set_by_hand_has_a_cache_of_its_own():
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), want)
     cache = prefilled(model, ids[:, :30])
     assert_close(one_by_one(model, cache, ids, 30), whole(build("llama"), ids)[:, 30:], atol=1e-5, rtol=0)
+
+
+def test_documents_by_four_positions_a_token_are_refused_beside_a_cache():
+    config = Qwen2VLTextConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, bos_token_id=0, eos_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    )  # fmt: skip
+    model, ids = hf_rfa.convert(build(lambda: Qwen2VLTextModel(config)), SHORT, calibrate=False), token_ids(2, 90)
+    positions = (torch.arange(90) % 45)[None, None].expand(4, 2, -1)
+    with torch.no_grad():
+        alone = [model(part, use_cache=False).last_hidden_state for part in ids.split(45, dim=1)]
+        packed = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        assert_close(packed, torch.cat(alone, dim=1), atol=1e-5, rtol=0)
+        with pytest.raises(UnsupportedModelError, match="beside a cache"):
+            model(ids, position_ids=positions)
+        model(ids, position_ids=torch.arange(90)[None, None].expand(4, 2, -1))  # one document
 
 
 # --- graphs that break -----------------------------------------------------------------------------------------------
