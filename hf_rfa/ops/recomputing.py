@@ -105,7 +105,7 @@ _FIRST_ORDER = (
 
 
 class FirstOrder(torch.autograd.Function):
-    """The gradients that it is handed, which have none themselves and say why: `apply(count, *gradients, *sources)`."""
+    """The gradients that it is handed, which have none themselves: `apply(count, *gradients, *sources)`."""
 
     @staticmethod
     def forward(count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
