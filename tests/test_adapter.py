@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_rfa
 from hf_rfa import ConfigError, ResampleCallback
-from hf_rfa.cache_names import cache_of
+from hf_rfa.runtime.arguments import cache_of
 
 
 def adapters(model):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import hf_rfa
 from hf_rfa import UnsupportedModelError
-from hf_rfa.cache_names import cache_of
+from hf_rfa.runtime.arguments import cache_of
 
 # Grouped queries; learned positions; sliding layers; sinks and experts; values of another dim; a recurrent hybrid.
 FAMILIES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba"]

@@ -12,7 +12,7 @@ import torch
 from families import CACHE
 
 import hf_rfa
-from hf_rfa.cache_names import cache_of
+from hf_rfa.runtime.arguments import cache_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LLAMA = {"heads": 4, "key_heads": 1, "head_dim": 16, "num_features": 8, "window": 16}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from operator_inputs import assert_near
 
-from hf_rfa.feature_maps import FarKernel
-from hf_rfa.ops.bounded_features import LARGEST, BoundedMap
-from hf_rfa.ops.scratch import Scratch
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.causal.bounded_features import LARGEST, BoundedMap
+from hf_rfa.ops.causal.scratch import Scratch
 
 ROWS, HEADS, DIM, CHUNKS, TOKENS = 2, 2, 8, 3, 5
 SCALING = 0.3

@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import StaleStateError
-from hf_rfa.adapter import named_adapters
-from hf_rfa.cache_names import cache_of
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.arguments import cache_of
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "gpt_oss"])
 

@@ -18,7 +18,7 @@ import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
 from hf_rfa.calibration.candidates import ALPHAS
 from hf_rfa.calibration.fitting import GAMMAS
-from hf_rfa.record import conversion_config
+from hf_rfa.runtime.record import conversion_config
 
 
 def converted(family="llama", **changes):

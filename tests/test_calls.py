@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import hf_rfa
 from hf_rfa import UnsupportedModelError
-from hf_rfa.adapter import named_adapters
-from hf_rfa.cache_names import cache_of
-from hf_rfa.calls import Interception, intercept
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.arguments import cache_of
+from hf_rfa.runtime.calls import Interception, intercept
 
 
 def converted(family="llama", **settings):
@@ -102,7 +102,9 @@ def test_a_layer_that_runs_again_sees_the_draw_of_its_own_forward(family, reentr
 
 
 def test_without_a_mask_to_tell_it_the_second_run_is_refused(monkeypatch):
-    monkeypatch.setattr("hf_rfa.mask.travelling_call", lambda: None)  # as in models that hand their layers no mask
+    monkeypatch.setattr(
+        "hf_rfa.runtime.mask.travelling_call", lambda: None
+    )  # as in models that hand their layers no mask
     model = converted(resample="forward").train()
     checkpoint_activations(model, use_reentrant=False)
     output = model(token_ids(), use_cache=False).logits

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
-from hf_rfa.implementation import IMPLEMENTATION
-from hf_rfa.pair import MARK
-from hf_rfa.record import conversion_config
+from hf_rfa.conversion.implementation import IMPLEMENTATION
+from hf_rfa.runtime.record import conversion_config
+from hf_rfa.saving.pair import MARK
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
 FAMILIES = pytest.mark.parametrize("family", NAMES)
@@ -473,7 +473,7 @@ def test_a_hub_id_that_is_not_found_is_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("the hub cannot be reached")
 
-    monkeypatch.setattr("hf_rfa.source.cached_file", unreachable)
+    monkeypatch.setattr("hf_rfa.saving.source.cached_file", unreachable)
     with pytest.raises(CheckpointError, match=r"somebody/something.*the hub cannot be reached"):
         hf_rfa.from_pretrained("somebody/something")
 

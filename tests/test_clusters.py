@@ -8,11 +8,11 @@ from families import SHORT, build, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
-from hf_rfa.adapter import LEARNED, RFAAdapter, require_adapters
 from hf_rfa.calibration.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
 from hf_rfa.calibration.geometry import root_metric
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.runtime.adapter import LEARNED, RFAAdapter, require_adapters
 
 CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)
 

@@ -8,7 +8,7 @@ from operator_inputs import FEATURE_MAPS, assert_near, random_inputs
 from test_operator_state import assert_equal_states
 
 from hf_rfa import ConfigError, rfa_attention
-from hf_rfa.ops.decoder import Decoder
+from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import hf_rfa
-from hf_rfa.adapter import named_adapters
-from hf_rfa.calls import Interception, intercept
 from hf_rfa.distillation.distill import distill
 from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.calls import Interception, intercept
 
 CONFIG = hf_rfa.RFAConfig(num_features=8, window=16, sink_tokens=2)
 

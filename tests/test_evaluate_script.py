@@ -21,7 +21,7 @@ from hf_rfa.evaluation.columns import Column, markdown_table, untrained_columns
 from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.evaluation.model_card import write_model_card
 from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
-from hf_rfa.pair import CONFIG_FIELD
+from hf_rfa.runtime.record import CONFIG_FIELD
 
 WORDS = 128
 PNG = b"\x89PNG"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_rfa
-from hf_rfa.adapter import require_adapters
+from hf_rfa.runtime.adapter import require_adapters
 
 pytest.importorskip("yaml")
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "experiments"

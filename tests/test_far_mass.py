@@ -5,7 +5,7 @@ import torch
 from operator_inputs import random_inputs
 from torch.testing import assert_close
 
-from hf_rfa.ops.far_mass import far_masses
+from hf_rfa.calibration.far_mass import far_masses
 from hf_rfa.ops.layout import TokenLayout
 
 

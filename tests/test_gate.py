@@ -8,7 +8,7 @@ import torch
 from families import SHORT, build, token_ids
 
 import hf_rfa
-from hf_rfa.adapter import GATE, OPEN_GATE, require_adapters
+from hf_rfa.runtime.adapter import GATE, OPEN_GATE, require_adapters
 from hf_rfa.training import finetune
 
 GATED = dataclasses.replace(SHORT, gate=True)

@@ -12,11 +12,11 @@ from transformers import DynamicCache, StaticCache
 
 import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
-from hf_rfa.adapter import named_adapters
-from hf_rfa.cache import RFACacheLayer
-from hf_rfa.cache_names import cache_of
-from hf_rfa.generation import adopt_cache
-from hf_rfa.mask import RFAMask
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.arguments import cache_of
+from hf_rfa.runtime.cache import RFACacheLayer
+from hf_rfa.runtime.generation import adopt_cache
+from hf_rfa.runtime.mask import RFAMask
 
 NEW = 24  # tokens: three windows of 8
 

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import hf_rfa
 from hf_rfa.calibration.geometry import Moments, balance
+from hf_rfa.ops.attention import rfa_attention
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.operator import rfa_attention
 
 
 def covariances(heads=3, dim=6, seed=0):

@@ -7,7 +7,7 @@ import torch
 from families import SHORT, build, token_ids
 
 import hf_rfa
-from hf_rfa.adapter import LEARNED, require_adapters
+from hf_rfa.runtime.adapter import LEARNED, require_adapters
 from hf_rfa.training import finetune
 
 

@@ -12,12 +12,12 @@ import torch
 from operator_inputs import FEATURE_MAPS, Tensors, assert_near
 
 import hf_rfa
-import hf_rfa.ops.operator as operator
+import hf_rfa.ops.attention as operator
 from hf_rfa.calibration.candidates import ALPHAS
 from hf_rfa.calibration.fitting import GAMMAS
-from hf_rfa.omega import draw_omega
-from hf_rfa.ops.decoder import Decoder
-from hf_rfa.ops.graph import linear_heads_of_graph
+from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.compiled import linear_heads_of_graph
+from hf_rfa.ops.decode import Decoder
 
 N, DIM, FEATURES = 27, 8, 6
 #: None, tight, tighter than its own square in float32, ordinary, beyond all tokens.

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from hf_rfa.config import OMEGA_DRAWS
-from hf_rfa.omega import draw_omega
+from hf_rfa.features.omega import draw_omega
 
 
 def draw(

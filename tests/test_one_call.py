@@ -15,7 +15,7 @@ import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
 from hf_rfa.calibration.fitting import LayerFit
 from hf_rfa.calibration.self_text import write_text
-from hf_rfa.record import conversion_config, is_converted
+from hf_rfa.runtime.record import conversion_config, is_converted
 
 CONFIG = hf_rfa.RFAConfig(num_features=16, window=8, sink_tokens=2)
 LONGEST = 120

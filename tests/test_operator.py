@@ -10,7 +10,7 @@ from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, wi
 from torch.testing import assert_close
 
 from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
-from hf_rfa.ops.causal_walk import BLOCK_CHUNKS
+from hf_rfa.ops.causal.passes import BLOCK_CHUNKS
 from hf_rfa.ops.combine import FarStatistics
 
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])

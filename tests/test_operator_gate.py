@@ -5,7 +5,7 @@ import torch
 from operator_inputs import FEATURE_MAPS, Tensors, assert_near, random_inputs, tokens, with_gradients
 
 from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
-from hf_rfa.ops.causal_walk import BLOCK_CHUNKS
+from hf_rfa.ops.causal.passes import BLOCK_CHUNKS
 
 N = 60
 WINDOW = pytest.mark.parametrize("window", [0, 8])

@@ -5,9 +5,9 @@ import torch
 from operator_inputs import assert_near, random_inputs, with_gradients
 
 import hf_rfa
-import hf_rfa.ops.operator as operator
+import hf_rfa.ops.attention as operator
 from hf_rfa.ops import graph, near
-from hf_rfa.ops.graph import linear_heads_of_graph
+from hf_rfa.ops.compiled import linear_heads_of_graph
 from hf_rfa.ops.private import works
 
 OPTIONS = {"feature_map": "positive", "window": 8, "sink_tokens": 2, "alpha": 0.4}

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import hf_rfa
 from hf_rfa import UnsupportedModelError
 from hf_rfa.evaluation import copy_perplexity, greedy_agreement, greedy_continuations, kl_divergence, perplexity
-from hf_rfa.quiet import evaluation_mode, plain_torch, quiet_eval
+from hf_rfa.runtime.quiet import evaluation_mode, plain_torch, quiet_eval
 from hf_rfa.training import finetune
 
 

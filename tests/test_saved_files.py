@@ -230,7 +230,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
 
     writes = 3 if kind == "whole" else 2  # the pair, and config.json beside weights
     with monkeypatch.context() as patch:
-        patch.setattr("hf_rfa.saved_files.os.replace", limited)
+        patch.setattr("hf_rfa.saving.saved_files.os.replace", limited)
         for allowed in range(writes):
             room[:] = [None] * allowed
             with pytest.raises(CheckpointError, match="no space left"):
@@ -240,7 +240,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
                 hf_rfa.from_pretrained(folder)
         room[:] = [None] * writes
         save(scaled(converted(base(), draw=9)))
-    assert {a.draw_number for a in hf_rfa.adapter.require_adapters(hf_rfa.from_pretrained(folder))} == {9}
+    assert {a.draw_number for a in hf_rfa.runtime.adapter.require_adapters(hf_rfa.from_pretrained(folder))} == {9}
 
 
 def test_a_save_that_transformers_does_not_finish_leaves_no_conversion(base, folder, monkeypatch):

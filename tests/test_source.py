@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 import hf_rfa
 from hf_rfa import CheckpointError
 from hf_rfa.checkpoint import holds_conversion, load_any
-from hf_rfa.source import HUB_OPTIONS, Source
+from hf_rfa.saving.source import HUB_OPTIONS, Source
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -86,7 +86,7 @@ def test_every_option_reaches_every_file(published, cache, monkeypatch):
         heard.append((file, {key: given.get(key) for key in (*options, "revision", "subfolder")}))
         return cached_file(name, file, **given)
 
-    monkeypatch.setattr("hf_rfa.source.cached_file", listening)
+    monkeypatch.setattr("hf_rfa.saving.source.cached_file", listening)
     hf_rfa.from_pretrained("me/repo", revision="v1", subfolder="inner", **options)
     assert {"rfa_config.json", "rfa_model.safetensors", "config.json", "adapter_config.json"} <= {f for f, _ in heard}
     (_, first), *rest = heard
@@ -104,7 +104,7 @@ def test_a_branch_that_moves_meanwhile_does_not_mix_two_states(published, cache,
         moved.append(file)
         return found
 
-    monkeypatch.setattr("hf_rfa.source.cached_file", moving)
+    monkeypatch.setattr("hf_rfa.saving.source.cached_file", moving)
     loaded = hf_rfa.from_pretrained("me/repo", cache_dir=cache, local_files_only=True)
     assert len(moved) > 1
     assert same(loaded, published["main", None])

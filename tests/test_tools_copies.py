@@ -10,7 +10,7 @@ from families import CACHE, SHORT, build, inputs_for, outputs_of, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
-from hf_rfa.cache_names import cache_of
+from hf_rfa.runtime.arguments import cache_of
 
 
 def through_torch_save(thing):

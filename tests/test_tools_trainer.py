@@ -8,7 +8,7 @@ from families import PEFT_ASKS, SHORT, build, inputs_for, outputs_of, token_ids
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import hf_rfa
-from hf_rfa.adapter import require_adapters
+from hf_rfa.runtime.adapter import require_adapters
 
 # Transformers 5.23 renamed it.
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
