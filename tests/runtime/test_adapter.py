@@ -6,8 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from families import CACHE, PEFT_ASKS, SHORT, attention_modules, build, inputs_for, lora, outputs_of, token_ids
@@ -133,7 +133,7 @@ print(hashlib.sha256(b"".join(m.rfa.omega.numpy().tobytes() for m in attention_m
 @pytest.mark.multi_process
 def test_two_processes_see_the_same_draw():
     """Whatever their own random state, threads and hash seed are."""
-    tests = Path(__file__).parent
+    tests = paths.TESTS
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(tests=str(tests), root=str(tests.parent), seed=seed)],

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import hf_rfa
-from hf_rfa import RFAConfig, feature_maps
+from hf_rfa import RFAConfig
+from hf_rfa.features import maps as feature_maps
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 CONFIG = RFAConfig(window=32, softmax_heads=0.25)

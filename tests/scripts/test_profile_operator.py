@@ -1,12 +1,12 @@
 """The profile's command: everything that a call does is in its table, and its products are counted right."""
 
 import sys
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = paths.SCRIPTS
 
 
 @pytest.fixture

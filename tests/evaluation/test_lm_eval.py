@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_data import byte_tokenizer
+from tokenizers_of_tests import byte_tokenizer
 
 import hf_rfa
 

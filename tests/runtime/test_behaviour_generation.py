@@ -1,4 +1,4 @@
-"""What Transformers asks of every model that generates, in our own words and beyond tests/test_generation.py."""
+"""What Transformers asks of every model that generates, in our own words and beyond test_generation.py."""
 
 import copy
 

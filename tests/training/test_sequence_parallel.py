@@ -3,8 +3,8 @@
 import copy
 import itertools
 import json
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from hf_rfa.training import finetune
 from hf_rfa.training.carry import Carry
 from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
-WORKER = str(Path(__file__).parent / "worker_sequence_parallel.py")
+WORKER = str(paths.TESTS / "worker_sequence_parallel.py")
 
 
 @pytest.mark.multi_process

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import continue_greedily, generate
 from families import SHORT
 from matrix_checks import PASSED, check_model, inputs_for, outputs_of
-from test_generation import continue_greedily, generate
 from tiny_models import Case, all_cases, tiny_config, tiny_model, token_ids
 from transformers import AutoConfig, PreTrainedConfig
 

@@ -1,12 +1,11 @@
 """The matrix of architectures: every class of Transformers' tables as a tiny model, converted and tried.
 
-    pytest -m slow tests/test_matrix.py     # the whole matrix, against the recorded hf_rfa/supported.json
+    pytest -m slow tests/conversion/test_matrix.py     # the whole matrix, against the recorded hf_rfa/supported.json
 
 The default run tries a sample of unlike families.
 """
 
-from pathlib import Path
-
+import paths
 import pytest
 import transformers
 from matrix_checks import TOLERANCE, check_model, inputs_for, outputs_of, packing_error
@@ -131,7 +130,7 @@ def test_the_matrix_holds_every_class_of_transformers_tables():
 
 
 #: Classes whose own survey says that they route all of their attention through the interface; not in the repository.
-SURVEY = Path(__file__).parents[2] / "shared" / "architectures.tsv"
+SURVEY = paths.SHARED / "architectures.tsv"
 _TABLES = {"seq2seq": "seq_to_seq_causal_lm", "seq2seq_speech": "speech_seq_2_seq", "encoder_extra": "encoder"}
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from operator_inputs import FEATURE_MAPS, assert_near, random_inputs
-from test_operator_state import assert_equal_states
+from operator_states import assert_equal_states
 
 from hf_rfa import ConfigError, rfa_attention
 from hf_rfa.ops.decode import Decoder

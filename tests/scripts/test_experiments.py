@@ -2,15 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
+import paths
 import pytest
 
 import hf_rfa
 from hf_rfa.runtime.adapter import require_adapters
 
 pytest.importorskip("yaml")
-SCRIPTS = Path(__file__).parents[1] / "scripts" / "experiments"
+SCRIPTS = paths.SCRIPTS / "experiments"
 
 STUDY = """
 settings: {contexts: [256], eval_windows: 1, copy_gaps: [300], calibration_batches: 1, batch_size: 1}
@@ -112,7 +112,7 @@ def test_every_head_linear_trained_within_a_budget(tmp_path, monkeypatch):
     import linear_heads
 
     (tmp_path / "measure.py").write_text(MEASURE)
-    model = Path(__file__).parents[1] / "examples" / "stdlib-llama"
+    model = paths.ROOT / "examples" / "stdlib-llama"
     monkeypatch.setattr(sys, "argv", [
         "linear_heads.py", "--model", str(model), "--data", "stdlib", "--measure", str(tmp_path / "measure.py"),
         "--output", str(tmp_path / "out"), "--layer_features", "1:96", "--transfer_steps", "2", "--budget", "30",

@@ -6,6 +6,18 @@ import functools
 
 import pytest
 import torch
+from decoding import (
+    LEFT_PADDING,
+    NEW,
+    assistant_of,
+    continue_greedily,
+    disturbed,
+    generate,
+    in_pieces,
+    left_padded,
+    positions,
+    rest_of,
+)
 from families import CACHE, CAUSAL, SHORT, attention_modules, build, outputs_of, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -17,8 +29,6 @@ from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.generation import adopt_cache
 from hf_rfa.runtime.mask import RFAMask
-
-NEW = 24  # tokens: three windows of 8
 
 CONFIGS = {
     "linear": SHORT,
@@ -39,43 +49,10 @@ def converted(family: str, config: str = "linear"):
     return hf_rfa.convert(build(family), CONFIGS[config], calibrate=False)
 
 
-def positions(mask):
-    return (mask.cumsum(1) - 1).clamp_min(0)
-
-
-def continue_greedily(model, ids, count=NEW, mask=None):
-    """The definition: the whole text goes through the model for every new token, without a cache."""
-    for _ in range(count):
-        options = {} if mask is None else {"attention_mask": mask, "position_ids": positions(mask)}
-        logits = outputs_of(model, {"input_ids": ids, "use_cache": False, **options})
-        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return ids
-
-
-def generate(model, ids, count=NEW, **options):
-    return model.generate(ids, **{"do_sample": False, "max_new_tokens": count, **options})
-
-
 @functools.cache
 def expected_greedy(family: str, config: str, batch: int = 2):
     """What every way of decoding `token_ids(batch)` greedily must give."""
     return continue_greedily(converted(family, config), token_ids(batch))
-
-
-def in_pieces(model, ids, lengths, cache=None, mask=None):
-    """Logits of forwards over consecutive pieces of the text that share a cache, and the cache."""
-    logits, start = [], 0
-    for length in lengths:
-        options = {}
-        if mask is not None:
-            seen = mask[:, : start + length]
-            options = {"attention_mask": seen, "position_ids": positions(seen)[:, start:]}
-        with torch.no_grad():
-            output = model(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, **options)
-        logits.append(output.logits)
-        cache, start = cache_of(output), start + length
-    return torch.cat(logits, dim=1), cache
 
 
 def rfa_layers(cache):
@@ -179,15 +156,6 @@ def test_beam_sampling_and_several_sequences():
     assert torch.equal(*drawn)
 
 
-LEFT_PADDING = (23, 0, 9)  # tokens a row
-
-
-def left_padded(length=70):
-    ids = token_ids(len(LEFT_PADDING), length)
-    mask = (torch.arange(length) >= torch.tensor(LEFT_PADDING)[:, None]).long()
-    return ids.where(mask.bool(), 2), mask
-
-
 @GRID
 def test_a_left_padded_batch(family, config):
     model = converted(family, config)
@@ -262,25 +230,6 @@ def test_chunked_prefill_of_other_families(family):
 
 
 # --- assisted decoding -----------------------------------------------------------------------------------------------
-
-
-def disturbed(model, seed=1):
-    """A model that agrees with this one often, but not always."""
-    twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    return twin
-
-
-def assistant_of(model, kind):
-    if kind == "itself":
-        return copy.deepcopy(model)
-    if kind == "converted":
-        return disturbed(model)
-    assert kind == "unconverted"
-    return hf_rfa.revert(disturbed(model))
 
 
 @pytest.mark.parametrize(
@@ -634,11 +583,6 @@ def test_a_change_of_the_kernel_between_two_tokens_is_followed(config, change):
 def prefilled(config, ids, lengths=(33,), family="llama", mask=None):
     model = converted(family, config)
     return model, in_pieces(model, ids, lengths, mask=mask)[1]
-
-
-def rest_of(model, cache, ids, seen):
-    with torch.no_grad():
-        return model(ids[:, seen:], **{CACHE: cache}).logits
 
 
 def expected_rest(model, ids, seen):

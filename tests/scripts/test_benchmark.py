@@ -5,8 +5,8 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from families import CACHE
@@ -14,7 +14,7 @@ from families import CACHE
 import hf_rfa
 from hf_rfa.runtime.arguments import cache_of
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = paths.SCRIPTS
 LLAMA = {"heads": 4, "key_heads": 1, "head_dim": 16, "num_features": 8, "window": 16}
 
 

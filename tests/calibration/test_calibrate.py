@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from families import SHORT, attention_modules, build, inputs_for, outputs_of, token_ids
 from processes import launch
 from torch import nn
 from torch.testing import assert_close
+from trained_by_hand import harmful_and_helpful
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -110,25 +111,6 @@ def test_where_the_far_part_only_harms_there_is_none():
     assert local.loss == local.window_loss < 1e-3
     assert average.gamma > 0
     assert average.loss < 0.1 * average.window_loss
-
-
-def harmful_and_helpful():
-    """One layer, two heads of dim 16: q, k of head 0 are huge and constant (RoPE alone decides), of head 1 zero."""
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-    )  # fmt: skip
-    model = build(lambda: LlamaForCausalLM(config))
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        constant = torch.zeros(99, 32)
-        constant[:, 0] = 1.0  # the same for every token, what q and k read
-        constant[:, 1:] = 0.3 * torch.randn(99, 31, generator=torch.Generator().manual_seed(0))
-        model.model.embed_tokens.weight.copy_(constant)
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.weight.zero_()
-            projection.weight[:16, 0] = 3.0
-    return hf_rfa.convert(model, dataclasses.replace(SHORT, sink_tokens=0), calibrate=False)
 
 
 def test_pure_random_features_are_calibrated_too():
@@ -276,7 +258,7 @@ def test_repeats_are_planted_at_the_end_of_plain_texts_only():
     assert torch.equal(given, ids)
 
 
-PRETRAINED = Path(__file__).parents[2] / "shared" / "models" / "books-llama-copy"
+PRETRAINED = paths.SHARED / "models" / "books-llama-copy"
 
 
 @pytest.mark.slow
@@ -426,7 +408,7 @@ def test_a_projection_under_another_name_is_only_a_little_worse():
 @pytest.mark.multi_process
 def test_statistics_are_added_over_processes(tmp_path):
     """Two processes with half of the rows each fit what one process fits on all of them."""
-    launch([str(Path(__file__).with_name("worker_calibrate.py")), str(tmp_path)], 2)
+    launch([str(paths.TESTS / "worker_calibrate.py"), str(tmp_path)], 2)
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     alone = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(4, 120))).to_dict()

@@ -2,31 +2,21 @@
 
 import copy
 import json
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from families import SHORT, build, inputs_for, outputs_of, token_ids
-from test_calibrate import harmful_and_helpful
+from self_calibrating import CONFIG, LONGEST, short_llama
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trained_by_hand import harmful_and_helpful
+from transformers import AutoModelForCausalLM
 
 import hf_rfa
 from hf_rfa import ConfigError, UnsupportedModelError
 from hf_rfa.calibration.fitting import LayerFit
 from hf_rfa.calibration.self_text import write_text
 from hf_rfa.runtime.record import conversion_config, is_converted
-
-CONFIG = hf_rfa.RFAConfig(num_features=16, window=8, sink_tokens=2)
-LONGEST = 120
-
-
-def short_llama():
-    """A Llama that calibrates itself on 120 tokens a row, so that the tests are fast."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, vocab_size=99, num_key_value_heads=2, max_position_embeddings=LONGEST)
-    return build(lambda: LlamaForCausalLM(config))
-
 
 # --- one call --------------------------------------------------------------------------------------------------------
 
@@ -225,7 +215,7 @@ def test_the_window_alone_is_worse_for_the_models_of_these_tests():
 
 @pytest.mark.slow
 def test_a_pretrained_model_needs_no_data():
-    folder = Path(__file__).parents[2] / "shared" / "models" / "books-llama-copy"
+    folder = paths.SHARED / "models" / "books-llama-copy"
     if not folder.is_dir():
         pytest.skip("needs a pretrained model that copies")
     model = hf_rfa.convert(AutoModelForCausalLM.from_pretrained(folder), hf_rfa.RFAConfig(softmax_heads="auto"))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_one_call import CONFIG, LONGEST, short_llama
+from self_calibrating import CONFIG, LONGEST, short_llama
 from transformers import GenerationConfig
 
 import hf_rfa

@@ -7,25 +7,13 @@ import types
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers_of_tests import byte_tokenizer
 
 from hf_rfa.data import Document, evaluation_windows, load_documents, sequences, tokenize_documents, training_batches
 from hf_rfa.data.document_batches import IGNORED, carried_batches, packed_batches
 from hf_rfa.data.documents import TokenStream, check_tokenizer
 from hf_rfa.data.stdlib_corpus import HELD_OUT_MODULES, stdlib_documents
 from hf_rfa.errors import ConfigError
-
-
-def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token a byte, after two special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
-
 
 # --- the standard library -------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def test_passkey_is_found_by_a_model_that_reaches_it_and_by_no_other():
 def test_the_metric_loads_from_its_folder_and_counts_tokens(tiny_llama, tmp_path, monkeypatch):
     evaluate = pytest.importorskip("evaluate")
     from processes import ROOT
-    from test_data import byte_tokenizer
+    from tokenizers_of_tests import byte_tokenizer
 
     tiny_llama.resize_token_embeddings(258)
     tokenizer = byte_tokenizer(bos_token="<s>")

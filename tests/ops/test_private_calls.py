@@ -6,7 +6,8 @@ from operator_inputs import assert_near, random_inputs, with_gradients
 
 import hf_rfa
 import hf_rfa.ops.attention as operator
-from hf_rfa.ops import graph, near
+from hf_rfa.ops import compiled
+from hf_rfa.ops.causal import near
 from hf_rfa.ops.compiled import linear_heads_of_graph
 from hf_rfa.ops.private import works
 
@@ -32,7 +33,7 @@ def assert_same(results, tolerance):
 
 def test_this_torch_has_them():
     assert near.kernel_works()
-    assert graph.recording_works()
+    assert compiled.recording_works()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -51,9 +52,9 @@ def test_an_operation_of_a_graph_with_and_without_the_switches_of_autograd(monke
     monkeypatch.setattr(operator, "linear_heads", linear_heads_of_graph)
     calls = []
     for name in ("_by_autograd", "_by_transform"):
-        whole = getattr(graph, name)
-        monkeypatch.setattr(graph, name, lambda *args, name=name, whole=whole: calls.append(name) or whole(*args))
-    assert_same(both_ways(monkeypatch, graph, "recording_works", causal=causal), 1e-6)
+        whole = getattr(compiled, name)
+        monkeypatch.setattr(compiled, name, lambda *args, name=name, whole=whole: calls.append(name) or whole(*args))
+    assert_same(both_ways(monkeypatch, compiled, "recording_works", causal=causal), 1e-6)
     assert calls == ["_by_autograd", "_by_transform"]
 
 

@@ -6,8 +6,8 @@ Where there is a GPU they run on it; elsewhere Triton's interpreter runs them on
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, with_gradients
@@ -159,7 +159,7 @@ def test_narrow_types_differ_by_their_rounding(dtype, tolerance):
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_there():
     """The interpreter lets pass what the compiler refuses, and does not count shared memory."""
-    script = Path(__file__).parents[1] / "scripts" / "triton_resources.py"
+    script = paths.SCRIPTS / "triton_resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     printed = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in printed.stdout.splitlines()[2:]]

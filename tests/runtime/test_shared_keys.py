@@ -9,8 +9,8 @@ import dataclasses
 
 import pytest
 import torch
+from decoding import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of
 from families import CACHE, SHORT, attention_modules, checkpoint_activations, outputs_of
-from test_generation import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of
 from tiny_models import Case, all_cases, tiny_model, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from operator_inputs import FEATURE_MAPS, Tensors, assert_near, random_inputs, tokens, with_gradients
-from test_operator_state import assert_equal_states, run_in_pieces
+from operator_states import assert_equal_states, run_in_pieces
 
 from hf_rfa import rfa_attention, rfa_attention_reference
-from hf_rfa.ops import exact, linear, tiles
+from hf_rfa.ops import linear, softmax, tiles
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.documents import Documents
 from hf_rfa.ops.layout import PlanSpec, TokenLayout
@@ -117,15 +117,15 @@ def test_every_mixture_may_be_split_anywhere(seed):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("seed", range(12))
 def test_exact_heads_look_at_their_documents_alone_block_by_block(seed, causal, monkeypatch):
-    monkeypatch.setattr(exact, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
     inputs, options = random_call(3000 + seed, causal)
     options |= {name: inputs.pop(name) for name in ("gate_weight", "gate_bias") if name in inputs}
     options |= {"softmax_heads": (0, 1), "window": 8, "feature_map": "positive"}
     omega = inputs.pop("omega")  # has no gradient where all heads are exact
     attention = partial(rfa_attention, omega=omega)
     blocks = with_gradients(attention, inputs, **options)
-    monkeypatch.setattr(exact, "QUERY_BLOCK", N)
-    monkeypatch.setattr(exact, "_seen", lambda *args: None)
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", N)
+    monkeypatch.setattr(softmax, "_seen", lambda *args: None)
     whole = with_gradients(attention, inputs, **options)
     assert_near(blocks[0], whole[0], 1e-12)
     for leaf in ("query", "key", "value"):
@@ -134,16 +134,16 @@ def test_exact_heads_look_at_their_documents_alone_block_by_block(seed, causal, 
 
 def test_blocks_of_exact_heads_grow_with_documents_and_not_with_the_row(monkeypatch):
     widths = []
-    original = exact.F.scaled_dot_product_attention
+    original = softmax.F.scaled_dot_product_attention
 
     def attention(query, key, value, **options):
         widths.append(key.shape[2])
         return original(query, key, value, **options)
 
-    monkeypatch.setattr(exact.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(softmax.F, "scaled_dot_product_attention", attention)
     document = (torch.arange(1024) // 4)[None]
     rfa_attention(**random_inputs(1024, batch=1), document=document, softmax_heads=(0, 1), window=8)
-    assert widths == [exact.QUERY_BLOCK] * 4
+    assert widths == [softmax.QUERY_BLOCK] * 4
 
 
 # --- what it costs --------------------------------------------------------------------------------------------------
