@@ -1,7 +1,7 @@
 """Which model classes convert: the recorded matrix of architectures, and what it says of a name.
 
-`tests/conversion/test_matrix.py` builds a tiny model of every class, converts it and tries what a converted model must still do;
-`supported.json` is what it found.
+`tests/conversion/test_matrix.py` builds a tiny model of every class, converts it and tries what a converted model must
+still do; `supported.json` is what it found.
 """
 
 import json
