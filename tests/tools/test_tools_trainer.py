@@ -1,4 +1,4 @@
-"""`Trainer` beyond runtime/test_adapter.py: its switches, an encoder, an encoder-decoder that generates to be judged."""
+"""`Trainer` beyond runtime/test_adapter.py: its switches, an encoder, an encoder-decoder that is judged by its texts."""
 
 import dataclasses
 
