@@ -148,7 +148,7 @@ def _converted(model: PreTrainedModel, pair: SavedPair, source: Source) -> PreTr
     try:
         given = pair.scope.get("example_inputs")
         inputs = None if given is None else rebuild(given, execution_device(model))
-        swap_attention(model, pair.config, example_inputs=inputs, parts=pair.scope.get("parts"))
+        swap_attention(model, pair.config, example_inputs=inputs, submodels=pair.scope.get("parts"))
     except ConfigError as error:
         raise CheckpointError(f"The conversion in {source} does not fit the model: {error}") from error
     load_adapters(model, pair, source)

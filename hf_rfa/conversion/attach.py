@@ -41,7 +41,7 @@ def swap_attention(
     config: RFAConfig,
     *,
     example_inputs: Mapping[str, Any] | None = None,
-    parts: Sequence[str] | None = None,
+    submodels: Sequence[str] | None = None,
 ) -> ModelT:
     """`hf_rfa.convert` without its calibration: hang in the adapters, switch the implementation, verify, or undo all.
 
@@ -57,7 +57,9 @@ def swap_attention(
         raise UnsupportedModelError(
             "The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is."
         )
-    scope: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
+    scope: dict[str, Any] = (
+        {} if submodels is None else {"parts": list(submodels)}
+    )  # the name that it has in saved files
     if example_inputs is not None:
         scope["example_inputs"] = describe(example_inputs)
     refuse_meta(base)
@@ -68,7 +70,7 @@ def swap_attention(
     configs = OwnConfigs(model, base)
     before = implementations(base)
     try:
-        switch(base, before, parts)
+        switch(base, before, submodels)
         run, inputs = _watch(base, [dict(example_inputs)] if example_inputs is not None else guess_inputs(base))
         _refuse_unrouted(base, run)
         left = keep_unreached(base, before, [call.module for call in run.calls.values()])

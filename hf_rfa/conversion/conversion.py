@@ -1,6 +1,7 @@
 """`hf_rfa.convert`: swap the attention of a loaded model and fit it, in one call."""
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from hf_rfa.calibration.calibrate import calibrate as calibrate_heads
 from hf_rfa.calibration.self_text import check_can_write, write_text
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert, swap_attention
+from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.adapter import named_adapters
 from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import base_model, conversion_config, store_config
@@ -28,6 +30,7 @@ def convert(
     *,
     calibrate: Any = True,
     example_inputs: Mapping[str, Any] | None = None,
+    submodels: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
 ) -> ModelT:
     """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
@@ -47,8 +50,9 @@ def convert(
             False leaves it out: the far part then has the config's alpha and gamma on every head.
         example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
             to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
-        parts: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every part
-            that the dry run reaches.
+        submodels: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every
+            part that the dry run reaches.
+        parts: The old name of `submodels`.
 
     Returns:
         The same model.
@@ -70,6 +74,11 @@ def convert(
         >>> hf_rfa.calibration_report(model).tokens
         384
     """
+    if parts is not None:
+        if submodels is not None:
+            raise ConfigError("`parts` is the old name of `submodels`. Got both. Pass `submodels` alone.")
+        warnings.warn("`parts` of hf_rfa.convert is called `submodels` now.", FutureWarning, stacklevel=2)
+        submodels = parts
     config = RFAConfig() if config is None else config
     batches: Any = None
     with plain_torch():
@@ -78,7 +87,7 @@ def convert(
             check_can_write(base_model(model), config.window)
         elif not isinstance(calibrate, bool):
             batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
-        swap_attention(model, config, example_inputs=example_inputs, parts=parts)
+        swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
         if calibrate is False:
             return model
         try:

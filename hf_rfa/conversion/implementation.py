@@ -47,18 +47,18 @@ def implementations(model: PreTrainedModel) -> Implementations:
     return [(config, config._attn_implementation) for config in found.values()]
 
 
-def switch(model: PreTrainedModel, before: Implementations, parts: Sequence[str] | None) -> None:
-    """Switch the model to "rfa", but for the sub-configs that `parts` leaves out."""
+def switch(model: PreTrainedModel, before: Implementations, submodels: Sequence[str] | None) -> None:
+    """Switch the model to "rfa", but for the sub-configs that `submodels` leaves out."""
     named = [name for name in model.config.sub_configs if getattr(model.config, name, None) is not None]
-    unknown = [] if parts is None else [part for part in parts if part not in named]
-    if unknown or (parts is not None and (isinstance(parts, str) or not parts)):
+    unknown = [] if submodels is None else [name for name in submodels if name not in named]
+    if unknown or (submodels is not None and (isinstance(submodels, str) or not submodels)):
         raise ConfigError(
-            f"`parts` must list sub-configs of {type(model.config).__name__}: {named}. Got {parts!r}. Leave it out to "
+            f"`submodels` must list sub-configs of {type(model.config).__name__}: {named}. Got {submodels!r}. Leave it out to "
             "convert every part that is reached."
         )
     left_out: dict[int, Any] = {}
     for name in named:
-        if parts is not None and name not in parts:
+        if submodels is not None and name not in submodels:
             _collect(getattr(model.config, name), left_out)
     restore([(config, old if id(config) in left_out else IMPLEMENTATION) for config, old in before])
 

@@ -1,4 +1,4 @@
-"""`Trainer` beyond runtime/test_adapter.py: its switches, an encoder, an encoder-decoder that is judged by its texts."""
+"""`Trainer` beyond runtime/test_adapter.py: its switches, an encoder, an encoder-decoder judged by its texts."""
 
 import dataclasses
 
