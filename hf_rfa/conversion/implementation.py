@@ -53,8 +53,8 @@ def switch(model: PreTrainedModel, before: Implementations, submodels: Sequence[
     unknown = [] if submodels is None else [name for name in submodels if name not in named]
     if unknown or (submodels is not None and (isinstance(submodels, str) or not submodels)):
         raise ConfigError(
-            f"`submodels` must list sub-configs of {type(model.config).__name__}: {named}. Got {submodels!r}. Leave it "
-            "out to convert every part that is reached."
+            f"`submodels` must list sub-configs of {type(model.config).__name__}: {named}. Got {submodels!r}. Leave "
+            "it out to convert every part that is reached."
         )
     left_out: dict[int, Any] = {}
     for name in named:
