@@ -9,6 +9,7 @@ from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
 from hf_rfa.convert import revert, set_softmax_heads
+from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.distill import distill
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
 from hf_rfa.one_call import convert
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationReport",
     "CheckpointError",
     "ConfigError",
+    "DistillConfig",
     "RFAConfig",
     "RFAError",
     "ResampleCallback",
