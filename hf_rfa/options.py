@@ -21,12 +21,12 @@ from typing import Any, ClassVar, Self, get_type_hints
 from hf_rfa.errors import ConfigError
 from hf_rfa.value_types import convert, describe, plain
 
-#: Bounds that a field may have, the words for them, and whether a value keeps to them.
+#: Bounds that a field may have, the signs for them, and whether a value keeps to them.
 BOUNDS = {
-    "least": ("at least", lambda value, bound: value >= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "most": ("at most", lambda value, bound: value <= bound),
-    "below": ("below", lambda value, bound: value < bound),
+    "least": (">=", lambda value, bound: value >= bound),
+    "above": (">", lambda value, bound: value > bound),
+    "most": ("<=", lambda value, bound: value <= bound),
+    "below": ("<", lambda value, bound: value < bound),
 }
 
 
@@ -56,9 +56,12 @@ def part(
 
     A name that the whole or an earlier part has already is one and the same option, which both get.
     """
-    chosen = [f.name for f in fields(default) if only is None or f.name in set(only)]
-    renamed = dict(names or {})
-    options = {name: renamed.get(name, name) for name in chosen}
+    known, renamed = [f.name for f in fields(default)], dict(names or {})
+    chosen = known if only is None else list(only)
+    unknown = {*chosen, *renamed} - set(known)
+    if unknown:
+        raise TypeError(f"A part has the fields {known}. Got {sorted(unknown)}.")
+    options = {name: renamed.get(name, name) for name in known if name in chosen}
     return field(default=default, metadata={"options": options, "group": group})
 
 

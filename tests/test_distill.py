@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
         ({"steps": 0}, "`steps`"),
         ({"omega": "fixed"}, r"`omega` must be one of \['learned', 'random'\]"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
-        ({"cluster_scale": 0.0}, "`cluster_scale` must be a number above 0"),
+        ({"cluster_scale": 0.0}, "`cluster_scale` must be a number > 0"),
         ({"cluster_scale": 0.5}, "for the clustered map, which no head"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm`"),
         ({"weight_loss": -1.0}, "`weight_loss`"),

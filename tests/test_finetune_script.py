@@ -319,7 +319,7 @@ def main(monkeypatch):
         ({"baseline": True, "sequence_parallel": 2}, ConfigError, r"Got sequence_parallel=2"),
         ({"resample": "sometimes"}, ConfigError, r"`resample` must be one of .* or a whole number\. Got 'sometimes'"),
         ({"num_features": 0}, ConfigError, "`num_features` must be a positive integer"),
-        ({"distill_steps": 0}, ConfigError, r"`distill_steps` must be a whole number at least 1\. Got '0'"),
+        ({"distill_steps": 0}, ConfigError, r"`distill_steps` must be a whole number >= 1\. Got '0'"),
         ({"kl_weight": 1, "sequence_parallel": 2}, ConfigError, "cannot run on a share of the tokens"),
         ({"step": 3}, ConfigError, r"unknown words: \['--step=3'\]\. 'step' may be meant as `steps`"),
         ({"context": 5000}, ConfigError, "No document reaches the context of 5000 tokens: the longest has 700"),

@@ -65,18 +65,18 @@ def test_to_dict_is_flat_and_what_is_no_option_stays():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rate": 0}, r"`rate` must be a number above 0 and below 1\. Got 0\. Leave it out for its default, 0\.5\."),
-        ({"rate": float("nan")}, "`rate` must be a number above 0"),
+        ({"rate": 0}, r"`rate` must be a number > 0 and < 1\. Got 0\. Leave it out for its default, 0\.5\."),
+        ({"rate": float("nan")}, "`rate` must be a number > 0"),
         ({"rate": "1e-3"}, r"`rate` must be a number .* Got '1e-3'"),
         ({"rate": True}, "`rate`"),
-        ({"seed": 1.0}, r"`seed` must be a whole number at least 0\. Got 1\.0"),
+        ({"seed": 1.0}, r"`seed` must be a whole number >= 0\. Got 1\.0"),
         ({"seed": True}, "`seed`"),
         ({"name": 3}, r"`name` must be text\. Got 3\. Set it to one\."),
         ({"sizes": 3}, "`sizes` must be whole numbers with commas between"),
         ({"sizes": (3, 0.5)}, "`sizes`"),
         ({"loud": 1}, "`loud` must be true or false"),
         ({"mode": "medium"}, r"`mode` must be one of \['fast', 'slow'\]\. Got 'medium'"),
-        ({"limit": 0}, r"`limit` must be a whole number at least 1 or none\. Got 0"),
+        ({"limit": 0}, r"`limit` must be a whole number >= 1 or none\. Got 0"),
         ({"inner": 3}, "`inner` must be of the type Inner. Got 3"),
         ({"seed": 1}, r"`seed` is one option .* Got \{'Run.seed': 1, 'inner.seed': 0\}.*Run\.from_dict"),
     ],
@@ -89,10 +89,10 @@ def test_wrong_types_and_values_are_named(values, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rate", "fast"], "`rate` must be a number above 0 and below 1. Got 'fast'"),
+        (["--rate", "fast"], "`rate` must be a number > 0 and < 1. Got 'fast'"),
         (["--loud=perhaps"], "`loud` must be true or false"),
         (["--sizes", "1", "x"], "`sizes` must be whole numbers with commas between. Got '1,x'"),
-        (["--inner_depth", "0"], "`inner_depth` must be a whole number at least 1. Got '0'"),
+        (["--inner_depth", "0"], "`inner_depth` must be a whole number >= 1. Got '0'"),
         (["--ratte", "1"], r"unknown words: \['--ratte', '1'\]\. 'ratte' may be meant as `rate`\. Known ones"),
         (["--rat", "0.1"], "unknown words"),  # no abbreviations: a later option would change what they mean
         (["stray"], r"unknown words: \['stray'\]"),
@@ -113,7 +113,7 @@ def test_wrong_words_on_the_command_line_are_named(words, message):
         ("rate: 0.5\n", "must say `name`"),
         ("- a\n", "must hold keys and values"),
         ("a: [\n", "is no YAML file"),
-        ("name: a\nrate: 3\n", "`rate` must be a number above 0 and below 1. Got 3"),
+        ("name: a\nrate: 3\n", "`rate` must be a number > 0 and < 1. Got 3"),
         ("name: a\nseed: yes\n", "`seed` must be a whole number"),
     ],
 )
@@ -215,6 +215,10 @@ def test_no_function_has_more_than_10_parameters():
     assert not long
 
 
-def test_a_bound_that_there_is_not_is_refused():
+def test_a_bound_or_a_field_that_there_is_not_is_refused():
     with pytest.raises(TypeError, match="minimum"):
         option("x", 1, minimum=0)
+    with pytest.raises(TypeError, match="'depht'"):
+        part(Inner(), group="Inside", only=("depht",))
+    with pytest.raises(TypeError, match="'depht'"):
+        part(Inner(), group="Inside", names={"depht": "inner_depth"})

@@ -24,7 +24,7 @@ class FinetuneConfig(Settings):
         >>> FinetuneConfig(steps=0)
         Traceback (most recent call last):
         ...
-        hf_rfa.errors.ConfigError: `steps` must be a whole number at least 1. Got 0. Set it to, for example, 1.
+        hf_rfa.errors.ConfigError: `steps` must be a whole number >= 1. Got 0. Set it to, for example, 1.
     """
 
     steps: int = option("Optimiser steps of fine-tuning in total, those before a resume included.", least=1)
