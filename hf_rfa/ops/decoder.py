@@ -129,9 +129,10 @@ class _ExactPart:
 def _signature(tokens: Sequence[torch.Tensor], options: dict[str, Any]) -> tuple[Any, ...]:
     """Equal for two calls unless something differs that a decoder was checked or prepared for.
 
-    Of a tensor among the options, which one it is, where its numbers lie and how often they were written to.
+    Of a tensor among the options, which one it is, where its numbers lie and how often they were written to. And
+    whether inference mode is on: outside of it nobody may write into tables that were made in it.
     """
-    kinds = [(t.shape, t.dtype, t.device) for t in tokens]
+    kinds = [(t.shape, t.dtype, t.device) for t in tokens], torch.is_inference_mode_enabled()
     return kinds, {name: _identity(o) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
 
 
