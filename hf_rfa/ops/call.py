@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.features.maps import FarKernel, feature_map_of_heads, optimal_proposal
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 
@@ -226,7 +226,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
         raise ConfigError(
             f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
-            f"{tuple(omega.shape)}. Draw it with `hf_rfa.omega.draw_omega`."
+            f"{tuple(omega.shape)}. Draw it with `hf_rfa.features.omega.draw_omega`."
         )
 
 

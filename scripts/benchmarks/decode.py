@@ -15,7 +15,7 @@ import hf_rfa
 from benchmarks.device import Meter
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Panel, Result, Table
-from hf_rfa.ops.decoder import Decoder
+from hf_rfa.ops.decode import Decoder
 
 Tokens = tuple[Tensor, Tensor, Tensor]
 
