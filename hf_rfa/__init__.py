@@ -5,6 +5,7 @@ from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert
 from hf_rfa.conversion.conversion import convert
+from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.distill import distill
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
 from hf_rfa.ops.attention import rfa_attention, rfa_attention_reference
@@ -23,6 +24,7 @@ __all__ = [
     "CalibrationReport",
     "CheckpointError",
     "ConfigError",
+    "DistillConfig",
     "RFAConfig",
     "RFAError",
     "ResampleCallback",

@@ -1,6 +1,8 @@
 """The command line: `hf-rfa compare` and `hf-rfa supported`, also `python -m hf_rfa ...`."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_rfa
-from hf_rfa.config import FEATURE_MAPS
 from hf_rfa.errors import ConfigError, RFAError
 from hf_rfa.evaluation import report
 from hf_rfa.evaluation.compare import compare, default_model
 from hf_rfa.evaluation.results import CompareSettings, Comparison
+from hf_rfa.options import Settings, help_text, option_flag, options_of
 from hf_rfa.supported import OUTCOMES, find, read_matrix
+from hf_rfa.value_types import describe
 
 app = typer.Typer(
     help="Random-feature attention (RFA) for pretrained Transformers models.",
@@ -32,95 +35,40 @@ def _commands() -> None:
     """Random-feature attention (RFA) for pretrained Transformers models."""
 
 
-def _option(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+def _takes(
+    settings: type[Settings], *, filled: str
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """A command with an option for each of the settings; it gets {option: text} of those that were given.
 
+    Args:
+        filled: The option that the command fills in itself where it was not given, as its help says.
+    """
 
-_D = CompareSettings(model="")  # the defaults, in one place
-_CONVERSION, _MEASUREMENT, _TUNING, _RUN = "Conversion", "Measurement", "Calibration and fine-tuning", "Run"
+    def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        def with_options(**texts: str | None) -> None:
+            command({name: text for name, text in texts.items() if text is not None})
+
+        kinds = {}
+        for name, each in options_of(settings).items():
+            kinds[name] = Annotated[str | None, typer.Option(
+                option_flag(name), help=escape(each.help if name == filled else help_text(each)),
+                rich_help_panel=each.group or "What", metavar=describe(each.kind, short=True), show_default=False,
+            )]  # fmt: skip
+        signature = inspect.Signature([
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in kinds.items()
+        ])  # fmt: skip
+        # Which of the two Typer reads depends on its version.
+        with_options.__signature__, with_options.__annotations__ = signature, kinds  # type: ignore[attr-defined]
+        with_options.__doc__ = command.__doc__
+        return with_options
+
+    return decorate
 
 
 @app.command("compare")
-def compare_command(
-    model: Annotated[
-        str | None,
-        _option("What", "Folder or hub id of a causal LM. [dim]default: the embedded 3.5M-parameter model[/dim]"),
-    ] = None,
-    data: Annotated[
-        str,
-        _option(
-            "What",
-            "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, "
-            ".jsonl or .parquet, or the hub id of a dataset. A part is held out for measuring.",
-        ),
-    ] = _D.data,
-    output: Annotated[
-        Path, _option("What", "Folder for report.md, report.json, the plots and the converted model.")
-    ] = Path(_D.output),
-    feature_map: Annotated[
-        str, _option(_CONVERSION, f"Feature map of the far keys: {', '.join(FEATURE_MAPS)}.")
-    ] = _D.feature_map,
-    num_features: Annotated[
-        int, _option(_CONVERSION, "Random features per key head (omega vectors).", min=1)
-    ] = _D.num_features,
-    window: Annotated[
-        int, _option(_CONVERSION, "Chunk size of the exact near part: between one and two chunks are exact.", min=1)
-    ] = _D.window,
-    sink_tokens: Annotated[
-        int, _option(_CONVERSION, "First tokens that every query sees exactly.", min=0)
-    ] = _D.sink_tokens,
-    softmax_heads: Annotated[
-        str,
-        _option(
-            _CONVERSION,
-            "Key heads that stay softmax in the last column: 'auto' (the fewest that keep the loss small), a fraction "
-            "such as 0.25, or pairs layer:head such as 3:1,2:0.",
-        ),
-    ] = _D.softmax_heads,
-    contexts: Annotated[
-        str, _option(_MEASUREMENT, "Context lengths, tokens; each must divide the longest.")
-    ] = ",".join(map(str, _D.contexts)),
-    eval_windows: Annotated[
-        int, _option(_MEASUREMENT, "Held-out windows of the longest context to measure on.", min=1)
-    ] = _D.eval_windows,
-    copy_gaps: Annotated[
-        str, _option(_MEASUREMENT, "Tokens between the two appearances of a span that is to be copied.")
-    ] = ",".join(map(str, _D.copy_gaps)),
-    speed_contexts: Annotated[
-        str,
-        _option(
-            _MEASUREMENT, "Prompts whose time and cache are measured, tokens; may exceed what the model has learnt."
-        ),
-    ] = ",".join(map(str, _D.speed_contexts)),
-    speed_repeats: Annotated[
-        int, _option(_MEASUREMENT, "Timed runs of each model and prompt; medians are given.", min=1)
-    ] = _D.speed_repeats,
-    new_tokens: Annotated[int, _option(_MEASUREMENT, "Tokens decoded to measure the speed.", min=1)] = _D.new_tokens,
-    calibration_batches: Annotated[
-        int, _option(_TUNING, "Batches that calibration looks at.", min=1)
-    ] = _D.calibration_batches,
-    steps: Annotated[
-        int, _option(_TUNING, "Fine-tuning steps, the same for all columns; 0 leaves it out.", min=0)
-    ] = _D.steps,
-    batch_size: Annotated[
-        int, _option(_TUNING, "Sequences of the longest context in a batch.", min=1)
-    ] = _D.batch_size,
-    learning_rate: Annotated[
-        float, _option(_TUNING, "Highest learning rate of AdamW (linear warm-up, cosine decay).")
-    ] = _D.learning_rate,
-    repeat_probability: Annotated[
-        float,
-        _option(_TUNING, "Share of training sequences with spans repeated from far back.", min=0.0, max=1.0),
-    ] = _D.repeat_probability,
-    mixed_precision: Annotated[
-        str, _option(_TUNING, "'no', 'bf16', or 'auto': bf16 where the hardware multiplies it.")
-    ] = _D.mixed_precision,
-    seed: Annotated[int, _option(_RUN, "Seed of omega, of calibration and of training batches.", min=0)] = _D.seed,
-    threads: Annotated[
-        int | None, _option(_RUN, "CPU threads. [dim]default: the cores that are idle at the start[/dim]", min=1)
-    ] = _D.threads,
-    device: Annotated[str, _option(_RUN, "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.")] = _D.device,
-) -> None:
+@_takes(CompareSettings, filled="model")
+def compare_command(given: dict[str, Any]) -> None:
     """Convert a pretrained model and compare it with its original.
 
     Prints perplexity, KL divergence, copying, greedy agreement, speed and cache size of four models, right after
@@ -128,31 +76,10 @@ def compare_command(
     and nothing else) · [b]every head linear[/b] · [b]retrieval heads exact[/b]. Without options it needs no network
     and takes some minutes on two cores.
     """
-    settings = CompareSettings(
-        model=default_model() if model is None else model,
-        data=data,
-        output=str(output),
-        feature_map=feature_map,
-        num_features=num_features,
-        window=window,
-        sink_tokens=sink_tokens,
-        softmax_heads=parse_softmax_heads(softmax_heads),
-        contexts=_parse_integers("--contexts", contexts),
-        eval_windows=eval_windows,
-        copy_gaps=_parse_integers("--copy-gaps", copy_gaps),
-        calibration_batches=calibration_batches,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        repeat_probability=repeat_probability,
-        mixed_precision=mixed_precision,
-        speed_contexts=_parse_integers("--speed-contexts", speed_contexts),
-        speed_repeats=speed_repeats,
-        new_tokens=new_tokens,
-        seed=seed,
-        threads=threads,
-        device=device,
-    )
+    if "model" not in given:
+        given["model"] = default_model()
+    settings = CompareSettings.from_dict(given, source="The command line", dashes=True)
+    output = Path(settings.output)
     comparison, converted, tokenizer = compare(settings)
     paths = report.write_report(comparison, output)
     folder = output / "model"
@@ -207,30 +134,6 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(
         f"Exact heads (layer, key head): {heads}, of {comparison.key_heads}. {comparison.seconds:.0f} s in all."
     )
-
-
-def parse_softmax_heads(text: str) -> Any:
-    """'auto', a fraction, or 'layer:head,layer:head' as `RFAConfig.softmax_heads` takes it."""
-    if text == "auto":
-        return text
-    try:
-        if ":" not in text:
-            return float(text)
-        return [(int(layer), int(head)) for layer, head in (pair.split(":") for pair in text.split(","))]
-    except ValueError:
-        raise ConfigError(
-            f"`--softmax-heads` must be 'auto', a fraction or pairs layer:head. Got {text!r}. Pass, for example, 0.25 "
-            "or 3:1,2:0."
-        ) from None
-
-
-def _parse_integers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(number) for number in text.split(",")}))
-    except ValueError:
-        raise ConfigError(
-            f"`{option}` must be whole numbers with commas between. Got {text!r}. Pass, for example, 512,1024,2048."
-        ) from None
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hf_rfa.errors import ConfigError
 
@@ -69,7 +70,7 @@ class RFAConfig:
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
-    softmax_heads: Any = _help(
+    softmax_heads: Literal["auto"] | float | Sequence[tuple[int, int]] | None = _help(
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
         None,
@@ -83,7 +84,7 @@ class RFAConfig:
         "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
     )
     seed: int = _help("Seed of omega. One draw is a function of (seed, layer, draw number).", 0)
-    resample: Any = _help(
+    resample: Literal["never", "forward"] | int = _help(
         "When omega is redrawn in training: 'never', 'forward' (each training forward of the model, once), or an "
         "integer k (every k optimiser steps, by `ResampleCallback`).",
         "never",
@@ -118,7 +119,8 @@ class RFAConfig:
                 raise ConfigError(
                     f"`{name}` must be a finite number >= 0. Got {value!r}. Set it to, for example, 0.25."
                 )
-        if not (self.resample in ("never", "forward") or (_is_int(self.resample) and self.resample >= 1)):
+        every = self.resample if isinstance(self.resample, int) and not isinstance(self.resample, bool) else 0
+        if self.resample not in ("never", "forward") and every < 1:
             raise ConfigError(
                 "`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
                 f"{self.resample!r}. Set RFAConfig(resample='never')."

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from finetune_options import Options, conversion, read_options, settle
+from finetune_options import Options, settle
 from transformers import AutoTokenizer, set_seed
 
 import hf_rfa
 from hf_rfa.checkpoint import holds_conversion, load_any
+from hf_rfa.command_line import parse_arguments
 from hf_rfa.data import (
     Batch,
     TokenStream,
@@ -64,7 +65,7 @@ FINE_TUNED, BASELINE = "fine-tuned", "original, same tuning"
 
 
 def main(arguments: list[str]) -> None:
-    options = read_options(arguments, __doc__)
+    options = parse_arguments(Options, arguments, __doc__)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     output = Path(options.output)
     set_seed(options.seed)
@@ -123,12 +124,12 @@ def convert_and_distill(model, options: Options, tokens, tokenizer, state: Parti
         folder = Path(options.output) / FOLDERS[stage]
         if stage not in options.stages:
             continue
-        if options.resume and folder.exists():
+        if options.finetuning.resume and folder.exists():
             if state.is_main_process:
                 print(f"{stage}: taken from {folder}")
         elif stage == "calibrate":
             batches = itertools.islice(packed_batches(tokens, options.context, 2, options.seed + 1), 2)
-            hf_rfa.convert(model, conversion(options), calibrate=[inputs_of(batch) for batch in batches])
+            hf_rfa.convert(model, options.conversion, calibrate=[inputs_of(batch) for batch in batches])
             save(model, tokenizer, folder, state)
         else:
             if state.is_main_process:
@@ -141,7 +142,7 @@ def convert_and_distill(model, options: Options, tokens, tokenizer, state: Parti
 def last_stage(options: Options, output: Path) -> Path | None:
     """Where a resumed run has saved the last stage before fine-tuning that it has done."""
     folders = [output / FOLDERS[stage] for stage in ("calibrate", "distill") if stage in options.stages]
-    return next((folder for folder in reversed(folders) if options.resume and folder.exists()), None)
+    return next((folder for folder in reversed(folders) if options.finetuning.resume and folder.exists()), None)
 
 
 def check_start(options: Options) -> None:
@@ -149,8 +150,8 @@ def check_start(options: Options) -> None:
     if holds_conversion(options.model) == ("calibrate" in options.stages):
         state = "is converted already" if "calibrate" in options.stages else "is not converted yet"
         raise ConfigError(
-            f"{options.model!r} {state}. Got stages={options.stages}. An original starts with the stage 'calibrate', "
-            "a converted folder without it."
+            f"{options.model!r} {state}. Got stages={list(options.stages)}. An original starts with the stage "
+            "'calibrate', a converted folder without it."
         )
 
 
@@ -176,7 +177,8 @@ def make_batches(options: Options, tokens):
     if options.documents == "packed":
         return packed_batches(tokens, options.context, options.batch_size, options.seed)
     if options.documents == "carried":
-        lanes = options.batches_per_step or PartialState().num_processes // options.sequence_parallel
+        processes = PartialState().num_processes // options.finetuning.sequence_parallel
+        lanes = options.finetuning.batches_per_step or processes
         return carried_batches(tokens, options.context, options.batch_size, options.seed, lanes)
     shares = options.repeat_probability, options.loop_probability
     return training_batches(tokens, options.context, options.batch_size, options.seed, *shares)
@@ -192,18 +194,7 @@ def inputs_of(batch) -> dict[str, torch.Tensor]:
 def distill(model, options: Options, tokens) -> None:
     if options.documents == "carried":  # there is no state to carry yet: each piece stands alone
         options = dataclasses.replace(options, documents="packed")
-    hf_rfa.distill(
-        model,
-        map(inputs_of, make_batches(options, tokens)),
-        steps=options.distill_steps,
-        learning_rate=options.distill_learning_rate,
-        weight_loss=options.distill_weight_loss,
-        seed=options.seed,
-        output=options.output,
-        save_every=options.save_every,
-        resume=options.resume,
-        progress=options.progress,
-    )
+    hf_rfa.distill(model, map(inputs_of, make_batches(options, tokens)), options.distillation)
 
 
 def prepare_training(model, options: Options):
@@ -231,31 +222,14 @@ def fine_tune(make, options: Options, output: Path, tokens, validation, state: P
     """Trains the model that `make` loads; returns the whole of it in the main process, None in the others."""
     set_seed(options.seed)  # whether or not the stages before have run in this process
     model = prepare_training(make(), options).to(state.device)
-    teacher = original(options).to(state.device) if options.kl_weight else None
+    teacher = original(options).to(state.device) if options.finetuning.kl_weight else None
     done = finetune(
         model,
         make_batches(options, tokens),
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        feature_learning_rate=options.feature_learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_steps,
-        schedule=options.schedule,
-        max_grad_norm=options.max_grad_norm,
-        mixed_precision=options.mixed_precision,
-        batches_per_step=options.batches_per_step,
-        sequence_parallel=options.sequence_parallel,
-        fused_loss=options.fused_loss,
-        kl_weight=options.kl_weight,
+        dataclasses.replace(options.finetuning, output=output),
         teacher=teacher,
         evaluate=lambda m: {"perplexity": perplexity(m, validation, options.context)},
-        evaluate_every=options.evaluate_every,
-        output=output,
-        save_every=options.save_every,
-        resume=options.resume,
-        trackers=options.trackers,
         hooks=[hf_rfa.ResampleCallback()] if is_converted(model) else [],
-        progress=options.progress,
         description=f"fine-tuning {output}",
     )
     weights = full_state_dict(model) if is_sharded(model) else None
@@ -273,8 +247,7 @@ def finish(options: Options, output: Path, columns) -> None:
     """The model card with the comparison, and the upload."""
     table, folder = markdown_table(columns), output / FOLDERS["finetune"]
     (output / "columns.json").write_text(json.dumps([column.to_dict() for column in columns], indent=1))
-    settings = dataclasses.asdict(options)
-    write_model_card(folder, base_model=options.model, table=table, settings=settings, data=options.data)
+    write_model_card(folder, base_model=options.model, table=table, settings=options.to_dict(), data=options.data)
     print(table)
     if options.push_to_hub:
         from huggingface_hub import HfApi

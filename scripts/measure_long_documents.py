@@ -137,7 +137,7 @@ def measure_carried(tokens: int, softmax_heads: int, plot: Path | None) -> None:
     import torch
 
     from hf_rfa.data import carried_batches
-    from hf_rfa.training import finetune
+    from hf_rfa.training import FinetuneConfig, finetune
 
     document = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))
     started, seen = time.perf_counter(), []
@@ -150,7 +150,9 @@ def measure_carried(tokens: int, softmax_heads: int, plot: Path | None) -> None:
     steps = -(-(tokens - 1) // CONTEXT)
     batches = carried_batches([document], context=CONTEXT, batch_size=1)
     model = tiny_model(softmax_heads)
-    finetune(model, batches, steps=steps, fused_loss=True, hooks=[Watch()], progress=sys.stderr.isatty())
+    finetune(
+        model, batches, FinetuneConfig(steps=steps, fused_loss=True, progress=sys.stderr.isatty()), hooks=[Watch()]
+    )
     print("| tokens of the document so far | resident, MiB | peak so far, MiB | seconds |\n|---:|---:|---:|---:|")
     marks = [n for n in (10_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000) if n < tokens] + [tokens]
     for mark in marks:

@@ -13,7 +13,8 @@ import hf_rfa
 from hf_rfa import cli
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import compare, perplexity
-from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY
+from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY, CompareSettings
+from hf_rfa.options import options_of
 
 
 @pytest.fixture(scope="module")
@@ -121,31 +122,27 @@ def test_the_converted_model_is_written_as_it_was_measured(run, figures, data_fo
 
 def test_help_names_every_option():
     text = CliRunner().invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
-    for option in (
-        "--model",
-        "--data",
-        "--output",
-        "--feature-map",
-        "--softmax-heads",
-        "--contexts",
-        "--steps",
-        "--seed",
-    ):
-        assert option in text
+    found = options_of(CompareSettings)
+    assert len(found) == 23
+    for name, each in found.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert each.help.split()[0] in text
+    assert "(default: 512,1024,2048)" in text
     assert "compare" in CliRunner().invoke(cli.app, ["--help"]).stdout
 
 
 @pytest.mark.parametrize(
-    ("text", "heads"), [("auto", "auto"), ("0.25", 0.25), ("3:1", [(3, 1)]), ("3:1,0:0", [(3, 1), (0, 0)])]
+    ("text", "heads"),
+    [("auto", "auto"), ("0.25", 0.25), ("3:1", ((3, 1),)), ("3:1,0:0", ((0, 0), (3, 1))), ("none", None)],
 )
 def test_softmax_heads_on_the_command_line(text, heads):
-    assert cli.parse_softmax_heads(text) == heads
+    assert CompareSettings.from_dict({"model": "m", "softmax_heads": text}).conversion.softmax_heads == heads
 
 
 @pytest.mark.parametrize("text", ["some", "3:1:2", "3:x", ""])
 def test_softmax_heads_that_are_none(text):
-    with pytest.raises(ConfigError, match="--softmax-heads"):
-        cli.parse_softmax_heads(text)
+    with pytest.raises(ConfigError, match="`softmax_heads` must be 'auto' or a number or int:int with commas"):
+        CompareSettings.from_dict({"model": "m", "softmax_heads": text})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +151,9 @@ def test_softmax_heads_that_are_none(text):
         (["--contexts", "long"], "`--contexts` must be whole numbers"),
         (["--contexts", "100,256"], "must divide the longest"),
         (["--contexts", "512"], "The model's positions end at 256"),
-        (["--softmax-heads", "many"], "must be 'auto', a fraction"),
+        (["--softmax-heads", "many"], "`--softmax-heads` must be 'auto' or a number or int:int with commas between"),
+        (["--steps", "-1"], "`--steps` must be a whole number >= 0. Got '-1'"),
+        (["--repeat-probability", "1.5"], "`--repeat-probability` must be a number >= 0 and <= 1"),
         (["--feature-map", "cubic"], "`feature_map` must be one of"),
         (["--data", "./nowhere"], "No file or folder"),
     ],

@@ -180,7 +180,7 @@ def _rank(
     setting, kept = config.softmax_heads, set[Pair]()
     if setting is None:
         return kept, costs
-    if isinstance(setting, tuple):
+    if not isinstance(setting, (str, int, float)):
         unknown = [pair for pair in setting if pair not in costs]
         if unknown:
             raise UnsupportedModelError(

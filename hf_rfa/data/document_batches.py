@@ -88,7 +88,7 @@ def carried_batches(
     filled up with tokens that predict nothing and that nobody sees.
 
     Args:
-        lanes: Batches of one optimiser step (`finetune(batches_per_step=...)`). Batch i continues batch i - lanes, so
+        lanes: Batches of one optimiser step (`FinetuneConfig.batches_per_step`). Batch i continues batch i - lanes, so
             that the same documents meet whatever number of processes shares the lanes.
 
     Example:

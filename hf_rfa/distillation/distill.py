@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
 from hf_rfa.calibration.divergence import ignore
-from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
+from hf_rfa.distillation.config import DistillConfig
+from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
 from hf_rfa.runtime.calls import Interception, intercept
@@ -42,24 +43,7 @@ class Transfer:
         return {layer: sum(row[layer] for row in last) / len(last) for layer in last[-1]} if last else {}
 
 
-def distill(
-    model: nn.Module,
-    batches: Any,
-    *,
-    steps: int,
-    omega: str = "learned",
-    learning_rate: float = 1e-2,
-    weight_loss: float = 0.0,
-    sampled_queries: int = 64,
-    window_dropout: float = 0.0,
-    cluster_scale: float = 1.0,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-    output: str | Path | None = None,
-    save_every: int = 100,
-    resume: bool = False,
-    progress: bool = True,
-) -> Transfer:
+def distill(model: nn.Module, batches: Any, config: DistillConfig) -> Transfer:
     """Train the far kernels of a converted model towards its own softmax layers; only the adapters are changed.
 
     The loss of a layer is the squared error of its output behind the output projection W, relative to the output,
@@ -73,30 +57,14 @@ def distill(
         model: A converted model, best after `calibrate`. Trigonometric and positive maps alike.
         batches: An iterable, one item a step, of token ids (batch, seq), single rows of them, or dictionaries of the
             model's arguments (see `hf_rfa.calibration.batches.batches_of`); the same sequence on every resume.
-        steps: Adam steps in total, those before a resume included; one batch each.
-        omega: "learned" trains the projections too: they are no longer random, the config says so, and they are never
-            redrawn. "random" redraws omega in each step and trains only the geometry, so that the number of features
-            can be chosen, or omega redrawn, afterwards.
-        learning_rate: Its highest value; it falls to 0 along a cosine.
-        weight_loss: Weight of the cross-entropy on sampled attention weights, which names the keys that a head looks
-            up. Heads with the trigonometric map are left out of it: their estimates may be negative.
-        sampled_queries: On so many places of each sequence.
-        window_dropout: Share of the steps in which the far part has to answer for the near keys too.
-        cluster_scale: Clustered heads begin with all distances between keys times it, and the logits of queries as
-            they are. Calibration gives clusters borders so sharp that hardly a key has a second cluster whose gradient
-            could move it: with 0.5, heads that look things up learn more in as many steps.
-        max_grad_norm: The gradient of each layer is clipped to it.
-        seed: Of the sampled places and the window dropout.
-        output, save_every, resume: Folder of the checkpoint `distill.pt`, how often it is written, and whether to go
-            on from it; from the start if there is none yet. None saves nothing.
-        progress: Show a bar with the mean loss of the layers.
+        config: Steps, rate, losses, checkpoints: see `hf_rfa.DistillConfig`.
 
     Returns:
         The loss of each layer in each step.
 
     Raises:
-        ConfigError: An argument out of its range, nothing to train, something that is no batch, or batches that end
-            before `steps`.
+        ConfigError: A config that does not fit the model, nothing to train, something that is no batch, or batches
+            that end before `config.steps`.
         CheckpointError: The checkpoint cannot be read or belongs to another run.
         FloatingPointError: A loss is NaN or infinite; the message names layer and step. The kernels are those of the
             step before.
@@ -108,62 +76,62 @@ def distill(
         >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
         >>> config = hf_rfa.RFAConfig(window=16, num_features=8)
         >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), config, calibrate=False)
-        >>> result = hf_rfa.distill(model, [torch.randint(64, (2, 96))] * 3, steps=3, progress=False)
+        >>> settings = hf_rfa.DistillConfig(steps=3, progress=False)
+        >>> result = hf_rfa.distill(model, [torch.randint(64, (2, 96))] * 3, settings)
         >>> result.steps, sorted(result.losses[0])
         (3, [0, 1])
     """
-    loss = TransferLoss(weight_loss, sampled_queries, window_dropout, seed)
-    _check_arguments(steps, omega, learning_rate, cluster_scale, max_grad_norm, output, save_every, resume)
-    config = conversion_config(model)
-    learned = config.omega == "learned"
-    if learned and omega == "random":
+    learned = conversion_config(model).omega == "learned"
+    if learned and config.omega == "random":
         raise ConfigError("omega of this model is learned and is not redrawn. Got omega='random'. Pass 'learned'.")
     base = base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     with plain_torch():
         layers = {
-            adapter.layer: LayerTransfer(adapter, loss, learn_omega=omega == "learned", cluster_scale=cluster_scale)
+            adapter.layer: LayerTransfer(adapter, config)
             for adapter in adapters
             if adapter.converted and len(adapter.softmax_heads) < adapter.key_heads
         }
         if not layers:
             raise ConfigError("Every key head of the model is exact, so that there is nothing to train.")
-        if weight_loss and not any(layer.positive_heads for layer in layers.values()):
+        if config.weight_loss and not any(layer.positive_heads for layer in layers.values()):
             raise ConfigError(
                 "`weight_loss` needs heads whose estimated weights are positive. Got the trigonometric map "
                 "everywhere. Set weight_loss=0 or convert with another `feature_map`."
             )
-        if cluster_scale != 1 and not any("clustered" in adapter.feature_maps for adapter in adapters):
+        if config.cluster_scale != 1 and not any("clustered" in adapter.feature_maps for adapter in adapters):
             raise ConfigError(
-                f"`cluster_scale` is for the clustered map, which no head of this model has. Got {cluster_scale}. "
-                "Leave it out, or convert with `feature_map='clustered'`."
+                "`cluster_scale` is for the clustered map, which no head of this model has. Got "
+                f"{config.cluster_scale}. Leave it out, or convert with `feature_map='clustered'`."
             )
         optimizers = {number: torch.optim.Adam(layer.tensors.values(), lr=0.0) for number, layer in layers.items()}
-        path = None if output is None else Path(output) / CHECKPOINT
-        done = _load(path, layers, optimizers, steps) if path is not None and resume else Transfer()
+        path = None if config.output is None else Path(config.output) / CHECKPOINT
+        done = _load(path, layers, optimizers, config.steps) if path is not None and config.resume else Transfer()
         bar = tqdm(
-            total=steps, initial=done.steps, desc="attention transfer", unit="step", leave=False, disable=not progress
-        )
+            total=config.steps, initial=done.steps, desc="attention transfer", unit="step", leave=False,
+            disable=not config.progress,
+        )  # fmt: skip
         try:
-            for batch in _batches(batches_of(batches, base, name="batches"), done.steps, steps):
+            for batch in _batches(batches_of(batches, base, name="batches"), done.steps, config.steps):
                 _forward(base, adapters, layers, batch, done.steps)
                 _check_finite(layers, done.steps)
                 for number, layer in layers.items():
-                    nn.utils.clip_grad_norm_(layer.tensors.values(), max_grad_norm)
-                    optimizers[number].param_groups[0]["lr"] = learning_rate * _schedule(done.steps, steps)
+                    nn.utils.clip_grad_norm_(layer.tensors.values(), config.max_grad_norm)
+                    rate = config.learning_rate * _schedule(done.steps, config.steps)
+                    optimizers[number].param_groups[0]["lr"] = rate
                     optimizers[number].step()
                     optimizers[number].zero_grad()
                 done.losses.append({number: layer.loss for number, layer in layers.items()})
                 done.steps += 1
                 bar.set_postfix(loss=f"{sum(done.losses[-1].values()) / len(layers):.4f}", refresh=False)
                 bar.update()
-                if path is not None and (done.steps % save_every == 0 or done.steps == steps):
+                if path is not None and (done.steps % config.save_every == 0 or done.steps == config.steps):
                     _save(path, layers, optimizers, done)
         finally:
             bar.close()
             for layer in layers.values():
                 layer.write_back()
-            if omega == "learned" and done.steps and not learned:
+            if config.omega == "learned" and done.steps and not learned:
                 _mark_learned(model, adapters)
         return done
 
@@ -244,19 +212,3 @@ def _load(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[i
     if len(losses) > steps:
         raise CheckpointError(f"{str(path)!r} has {len(losses)} steps, more than `steps`={steps}. Raise `steps`.")
     return Transfer(len(losses), losses)
-
-
-def _check_arguments(
-    steps: int, omega: str, learning_rate: float, cluster_scale: float, max_grad_norm: float, output: Any,
-    save_every: int, resume: bool,
-) -> None:  # fmt: skip
-    if steps < 1 or save_every < 1:
-        raise ConfigError(f"`steps` and `save_every` must be at least 1. Got {steps} and {save_every}.")
-    if omega not in ("learned", "random"):
-        raise ConfigError(f"`omega` must be 'learned' or 'random'. Got {omega!r}. Choose one of them.")
-    positive = {"learning_rate": learning_rate, "cluster_scale": cluster_scale, "max_grad_norm": max_grad_norm}
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"`{name}` must be positive and finite. Got {value}. Leave it out for its default.")
-    if resume and output is None:
-        raise ConfigError("`resume=True` needs the folder of the run. Set `output`.")

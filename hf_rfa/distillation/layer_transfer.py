@@ -1,6 +1,5 @@
 """The trainable far kernel of one layer, and its loss against the softmax layer that it stands in for."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_rfa.calibration.head_errors import output_projection
+from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
-from hf_rfa.errors import ConfigError
 from hf_rfa.ops.attention import rfa_attention
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
@@ -17,24 +16,6 @@ from hf_rfa.runtime.adapter import GATE, GEOMETRY, RFAAdapter
 
 #: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
 LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01
-
-
-@dataclass(frozen=True)
-class TransferLoss:
-    """What `LayerTransfer` minimises: see `distill`."""
-
-    weight_loss: float
-    sampled_queries: int
-    window_dropout: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight_loss < float("inf"):
-            raise ConfigError(f"`weight_loss` must be a finite number >= 0. Got {self.weight_loss}. Set, e.g., 0.1.")
-        if self.sampled_queries < 1:
-            raise ConfigError(f"`sampled_queries` must be at least 1. Got {self.sampled_queries}. Set, e.g., 64.")
-        if not 0 <= self.window_dropout <= 1:
-            raise ConfigError(f"`window_dropout` must be a share, 0 to 1. Got {self.window_dropout}. Set, e.g., 0.5.")
 
 
 class LayerTransfer:
@@ -45,18 +26,16 @@ class LayerTransfer:
         loss: Of the last forward.
     """
 
-    def __init__(
-        self, adapter: RFAAdapter, loss: TransferLoss, *, learn_omega: bool, cluster_scale: float = 1.0
-    ) -> None:  # fmt: skip
-        self.adapter, self.settings, self.learn_omega = adapter, loss, learn_omega
+    def __init__(self, adapter: RFAAdapter, config: DistillConfig) -> None:
+        self.adapter, self.settings, self.learn_omega = adapter, config, config.omega == "learned"
         self.named = [*GEOMETRY, *(GATE if adapter.config.gate else ())]  # trained as they are
         start = {name: getattr(adapter, name) for name in self.named}
         start["log_alpha"] = adapter.alpha.clamp_min(LEAST_ALPHA).log()
         start["log_gamma"] = adapter.gamma.clamp_min(LEAST_GAMMA).log()
-        if learn_omega:
+        if self.learn_omega:
             start["omega"] = adapter.omega
-            if cluster_scale != 1:
-                start |= _scaled_clusters(adapter, cluster_scale)
+            if config.cluster_scale != 1:
+                start |= _scaled_clusters(adapter, config.cluster_scale)
         self.tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
         self.loss, self.step = float("nan"), 0
 

@@ -34,6 +34,7 @@ from hf_rfa.evaluation.results import (
     Training,
 )
 from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.training.config import FinetuneConfig
 from hf_rfa.training.loop import finetune
 
 # Steps of the progress bar, about a second each on two cores: what one measurement of quality, one calibration and
@@ -166,17 +167,11 @@ def _speed_contexts(settings: CompareSettings, model: PreTrainedModel) -> list[i
 
 def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """Three converted copies of the original, not calibrated yet."""
-    config = hf_rfa.RFAConfig(
-        feature_map=settings.feature_map,
-        num_features=settings.num_features,
-        window=settings.window,
-        sink_tokens=settings.sink_tokens,
-        seed=settings.seed,
-    )
+    config = dataclasses.replace(settings.conversion, softmax_heads=None)
     configs = {
         WINDOW_ONLY: dataclasses.replace(config, gamma=0.0),
         LINEAR: config,
-        EXACT: dataclasses.replace(config, softmax_heads=settings.softmax_heads),
+        EXACT: settings.conversion,
     }
     return {name: hf_rfa.convert(copy.deepcopy(original), config, calibrate=False) for name, config in configs.items()}
 
@@ -193,15 +188,11 @@ class _BarHook:
 
 def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: Tokens, bar: tqdm) -> Training:
     bf16 = settings.mixed_precision == "bf16" or (settings.mixed_precision == "auto" and _has_bfloat16(model.device))
-    done = finetune(
-        model,
-        tokens.training_batches(),
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        mixed_precision="bf16" if bf16 else "no",
-        hooks=[_BarHook(bar)],
+    config = FinetuneConfig(
+        steps=settings.steps, learning_rate=settings.learning_rate, mixed_precision="bf16" if bf16 else "no",
         progress=not bar.disable,
-    )
+    )  # fmt: skip
+    done = finetune(model, tokens.training_batches(), config, hooks=[_BarHook(bar)])
     return Training(done.step, done.tokens, done.seconds, done.losses)
 
 

@@ -46,7 +46,7 @@ class Tokens:
         return Measurer(
             original, evaluated=self.evaluated, held_out=self.held_out, bytes_per_token=self.bytes_per_token,
             contexts=self._settings.contexts, copy_gaps=self._settings.copy_gaps, first_token=self.first_token,
-            first_bin=self._settings.window,
+            first_bin=self._settings.conversion.window,
         )  # fmt: skip
 
     def training_batches(self) -> Iterator[Tensor]:

@@ -110,7 +110,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All figures as JSON-ready values; the fields are those of `hf_rfa.evaluation.results.Comparison`."""
-    values = dataclasses.asdict(comparison)
+    values = dataclasses.asdict(comparison) | {"settings": comparison.settings.to_dict()}
     for key in ("model", "data", "output"):
         values["settings"][key] = source_name(values["settings"][key])
     return values
@@ -118,7 +118,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 def markdown(comparison: Comparison) -> str:
     """The text of report.md."""
-    settings, environment = comparison.settings, comparison.environment
+    settings, environment, conversion = comparison.settings, comparison.environment, comparison.settings.conversion
     heads = comparison.softmax_heads
     parts = [
         "# hf_rfa compare",
@@ -127,11 +127,11 @@ def markdown(comparison: Comparison) -> str:
         + f"; {comparison.seconds:.0f} s in all.",
         _DEFINITIONS.format(
             tokens=f"{comparison.eval_tokens:,}",
-            window=settings.window,
-            window2=2 * settings.window,
-            sinks=settings.sink_tokens,
-            features=settings.num_features,
-            feature_map=settings.feature_map,
+            window=conversion.window,
+            window2=2 * conversion.window,
+            sinks=conversion.sink_tokens,
+            features=conversion.num_features,
+            feature_map=conversion.feature_map,
             heads=len(heads),
             key_heads=comparison.key_heads,
             head_list=", ".join(map(str, heads)) or "none",

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
+from hf_rfa.options import Settings, option, part
 
 #: Version of report.json.
 REPORT_VERSION = 1
@@ -18,35 +20,65 @@ EXACT = "retrieval heads exact"
 VARIANTS = (ORIGINAL, WINDOW_ONLY, LINEAR, EXACT)
 
 
-@dataclass(frozen=True)
-class CompareSettings:
-    """What `compare` does. `model` and `data` take a folder or an id of the Hugging Face Hub."""
+_MEASUREMENT, _TUNING, _RUN = "Measurement", "Calibration and fine-tuning", "Run"
 
-    model: str
-    data: str = "stdlib"
-    output: str = "hf-rfa-report"
-    feature_map: str = "hyperbolic"
-    num_features: int = 64
-    window: int = 64
-    sink_tokens: int = 4
-    softmax_heads: Any = "auto"  # of the last variant, see RFAConfig
-    contexts: tuple[int, ...] = (512, 1024, 2048)  # each a divisor of the longest
-    eval_windows: int = 8  # of the longest context
-    copy_gaps: tuple[int, ...] = (300, 1500)  # tokens between the two appearances of a span
-    calibration_batches: int = 2
-    steps: int = 40  # of fine-tuning; 0 = none
-    batch_size: int = 2  # sequences of the longest context, in calibration and fine-tuning
-    learning_rate: float = 1e-4
-    repeat_probability: float = 0.5  # share of training sequences with planted repeats, see hf_rfa.data
-    mixed_precision: str = "auto"  # of fine-tuning: "no", "bf16", or "auto" = bf16 where the hardware has it
-    speed_contexts: tuple[int, ...] = (1024, 4096, 16384)  # may be longer than what the model has learnt
-    speed_repeats: int = 3
-    new_tokens: int = 32  # decoded when speed is measured
-    seed: int = 0
-    threads: int | None = None  # None = the cores that are idle at the start
-    device: str = "auto"
+
+@dataclass(frozen=True)
+class CompareSettings(Settings):
+    """What `compare` does, and the options of `hf-rfa compare`."""
+
+    model: str = option("Folder or hub id of a causal LM; by default the embedded 3.5M-parameter model.")
+    data: str = option(
+        "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, "
+        ".jsonl or .parquet, or the hub id of a dataset. A part is held out for measuring.",
+        "stdlib",
+    )
+    output: str = option("Folder for report.md, report.json, the plots and the converted model.", "hf-rfa-report")
+    seed: int = option("Seed of omega, of calibration and of training batches.", 0, least=0)
+    conversion: RFAConfig = part(  # of the last column, whose exact heads the one before does without
+        RFAConfig(softmax_heads="auto"),
+        only=("feature_map", "num_features", "window", "sink_tokens", "softmax_heads", "seed"),
+        group="Conversion",
+    )
+    contexts: tuple[int, ...] = option(
+        "Context lengths, tokens; each must divide the longest.", (512, 1024, 2048), group=_MEASUREMENT
+    )
+    eval_windows: int = option(
+        "Held-out windows of the longest context to measure on.", 8, group=_MEASUREMENT, least=1
+    )
+    copy_gaps: tuple[int, ...] = option(
+        "Tokens between the two appearances of a span that is to be copied.", (300, 1500), group=_MEASUREMENT
+    )
+    speed_contexts: tuple[int, ...] = option(
+        "Prompts whose time and cache are measured, tokens; may exceed what the model has learnt.",
+        (1024, 4096, 16384), group=_MEASUREMENT,
+    )  # fmt: skip
+    speed_repeats: int = option(
+        "Timed runs of each model and prompt; medians are given.", 3, group=_MEASUREMENT, least=1
+    )
+    new_tokens: int = option("Tokens decoded to measure the speed.", 32, group=_MEASUREMENT, least=1)
+    calibration_batches: int = option("Batches that calibration looks at.", 2, group=_TUNING, least=1)
+    steps: int = option("Fine-tuning steps, the same for all columns; 0 leaves it out.", 40, group=_TUNING, least=0)
+    batch_size: int = option("Sequences of the longest context in a batch.", 2, group=_TUNING, least=1)
+    learning_rate: float = option(
+        "Highest learning rate of AdamW (linear warm-up, cosine decay).", 1e-4, group=_TUNING, above=0,
+        below=float("inf"),
+    )  # fmt: skip
+    repeat_probability: float = option(
+        "Share of training sequences with spans repeated from far back.", 0.5, group=_TUNING, least=0, most=1
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = option(
+        "Of fine-tuning; 'auto' is bf16 where the hardware multiplies it.", "auto", group=_TUNING
+    )
+    threads: int | None = option(
+        "CPU threads; by default the cores that are idle at the start.", None, group=_RUN, least=1
+    )
+    device: str = option("'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.", "auto", group=_RUN)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("contexts", "copy_gaps", "speed_contexts"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         if not self.contexts or any(n < 2 or max(self.contexts) % n for n in self.contexts):
             raise ConfigError(
                 "Each of `contexts` must divide the longest, so that all are measured on the same tokens. Got "
@@ -54,22 +86,14 @@ class CompareSettings:
             )
         if not self.speed_contexts or min(self.speed_contexts) < 1:
             raise ConfigError(
-                f"`speed_contexts` must be prompts of at least 1 token. Got {list(self.speed_contexts)}."
+                f"`speed_contexts` must be prompts of at least 1 token. Got {list(self.speed_contexts)}. Set, for "
+                "example, 1024,4096."
             )
-        if self.window < 1:
+        if self.conversion.window < 1:
             raise ConfigError(
-                f"`window` must be at least 1: without one there is no window-only model to compare with. Got "
-                f"{self.window}."
+                "`window` must be at least 1: without one there is no window-only model to compare with. Got "
+                f"{self.conversion.window}. Set it to, for example, 64."
             )
-        if self.steps < 0:
-            raise ConfigError(f"`steps` must be at least 0. Got {self.steps}. 0 leaves fine-tuning out.")
-        for name in ("eval_windows", "calibration_batches", "batch_size", "speed_repeats", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"`threads` must be at least 1. Got {self.threads}. Leave it out for the idle cores.")
-        if self.mixed_precision not in ("auto", "no", "bf16"):
-            raise ConfigError(f"`mixed_precision` must be 'auto', 'no' or 'bf16'. Got {self.mixed_precision!r}.")
 
 
 @dataclass(frozen=True)

@@ -53,21 +53,16 @@ class Share:
     size: int = 1
 
     @classmethod
-    def of(cls, accelerator: Accelerator, batches_per_step: int | None, size: int, kl_weight: float) -> "Share":
+    def of(cls, accelerator: Accelerator, batches_per_step: int | None, size: int) -> "Share":
         processes = accelerator.num_processes
-        if size < 1 or processes % size:
+        if processes % size:
             raise ConfigError(
                 f"`sequence_parallel` must divide the {processes} processes. Got {size}. Start as many processes as "
                 "it says, or a multiple: `torchrun --nproc_per_node ...`."
             )
-        if size > 1 and kl_weight:
-            raise ConfigError(
-                "The original attends by softmax and cannot run on a share of the tokens. Set `kl_weight=0` or "
-                "`sequence_parallel=1`."
-            )
         replicas = processes // size
         per_step = replicas if batches_per_step is None else batches_per_step
-        if per_step < 1 or per_step % replicas:
+        if per_step % replicas:
             raise ConfigError(
                 f"`batches_per_step` must be a multiple of the {replicas} processes that have batches of their own. "
                 f"Got {per_step}."

@@ -7,7 +7,7 @@ original.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import hf_rfa
 from hf_rfa.data import training_batches
 from hf_rfa.runtime.record import conversion_config
-from hf_rfa.training import Progress, finetune
+from hf_rfa.training import FinetuneConfig, Progress, finetune
 
 SHORT, SHORT_ROWS = 640, 2
 LONG, LONG_EVERY = 1536, 4
@@ -34,25 +34,26 @@ def transfer(
     feature_map = conversion_config(model).feature_map
     if cluster_scale is None:
         cluster_scale = CLUSTER_SCALE if feature_map == "clustered" else 1.0
-    hf_rfa.distill(
-        model, training_batches(token_lists, SHORT, SHORT_ROWS, seed + 1, loop_probability=1.0), steps=steps,
-        weight_loss=float(feature_map != "trigonometric"), sampled_queries=128, cluster_scale=cluster_scale, seed=seed,
-        progress=progress,
+    config = hf_rfa.DistillConfig(
+        steps=steps, weight_loss=float(feature_map != "trigonometric"), sampled_queries=128,
+        cluster_scale=cluster_scale, seed=seed, progress=progress,
     )  # fmt: skip
+    hf_rfa.distill(model, training_batches(token_lists, SHORT, SHORT_ROWS, seed + 1, loop_probability=1.0), config)
 
 
 def fine_tune(
     model: PreTrainedModel, original: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *,
     seed: int = 0, loop_probability: float = LOOP_PROBABILITY, long_tokens: int = LONG,
-    learning_rate: float = LEARNING_RATE, feature_learning_rate: float = FEATURE_LEARNING_RATE,
-    kl_weight: float = KL_WEIGHT, **options: Any,
+    evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None, **settings: Any,
 ) -> Progress:  # fmt: skip
-    """`finetune` of all weights and the features; `options` are its others."""
-    return finetune(
-        model, _mixture(token_lists, seed, loop_probability, long_tokens), steps=steps, learning_rate=learning_rate,
-        feature_learning_rate=feature_learning_rate, kl_weight=kl_weight, teacher=original if kl_weight else None,
-        fused_loss=False, mixed_precision="bf16", **options,
-    )  # fmt: skip
+    """`finetune` of all weights and the features; `settings` of `FinetuneConfig` in place of those above."""
+    usual = {
+        "learning_rate": LEARNING_RATE, "feature_learning_rate": FEATURE_LEARNING_RATE, "kl_weight": KL_WEIGHT,
+        "mixed_precision": "bf16",
+    }  # fmt: skip
+    config = FinetuneConfig(**{"steps": steps, **usual, **settings})
+    batches = _mixture(token_lists, seed, loop_probability, long_tokens)
+    return finetune(model, batches, config, teacher=original if config.kl_weight else None, evaluate=evaluate)
 
 
 def _mixture(

@@ -70,7 +70,9 @@ def run_all(
     study: Mapping[str, Any], arguments: argparse.Namespace, results: list[dict[str, Any]], path: Path
 ) -> None:
     """Every run of the study that has no result yet; each is added to `results`, and written to `path`."""
-    settings = CompareSettings(model=arguments.model, data=arguments.data, **settings_of(study))
+    settings = CompareSettings.from_dict(
+        {"model": arguments.model, "data": arguments.data, **study.get("settings", {})}, source=str(arguments.study)
+    )
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
     measure = tokens.measurer(original)
@@ -95,12 +97,6 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.model = arguments.model or default_model()
     return arguments
-
-
-def settings_of(study: Mapping[str, Any]) -> dict[str, Any]:
-    """What is measured, and on how many tokens: fields of CompareSettings."""
-    given = dict(study.get("settings", {}))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -94,8 +94,8 @@ def test_all_of_them_calibrate_alike(batches):
 
 def test_distill_takes_rows_too():
     model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
-    assert hf_rfa.distill(model, SINGLE_ROWS["dataset"], steps=2, progress=False).steps == 2
-    assert hf_rfa.distill(model, iter([ROWS.numpy()]), steps=1, progress=False).steps == 1
+    assert hf_rfa.distill(model, SINGLE_ROWS["dataset"], hf_rfa.DistillConfig(steps=2, progress=False)).steps == 2
+    assert hf_rfa.distill(model, iter([ROWS.numpy()]), hf_rfa.DistillConfig(steps=1, progress=False)).steps == 1
 
 
 TEXTS = r"Got a text: 'some.*pass `\[tokenizer\(text\)"
@@ -156,7 +156,7 @@ def test_by_calibrate_and_distill_too(name):
     with pytest.raises(ConfigError, match=f"`batches.*{message}"):
         hf_rfa.calibrate(model, batches)
     with pytest.raises(ConfigError, match=f"`batches.*{message}"):
-        hf_rfa.distill(model, batches, steps=1, progress=False)
+        hf_rfa.distill(model, batches, hf_rfa.DistillConfig(steps=1, progress=False))
     assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 

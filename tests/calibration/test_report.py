@@ -151,4 +151,4 @@ def test_a_figure_that_is_no_number_is_not_written(comparison, tmp_path):
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
-        CompareSettings(model="m", **settings)
+        CompareSettings.from_dict({"model": "m", **settings})

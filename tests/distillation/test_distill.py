@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import hf_rfa
+from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.distill import distill
-from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
+from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_rfa.features.maps import FarKernel
@@ -53,7 +54,7 @@ def test_the_loss_falls_on_the_same_inputs_and_the_model_stays(tiny_llama, featu
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     before = kernels(model)
     fixed = [next(batches())] * 60
-    result = distill(model, fixed, steps=60, omega=omega, learning_rate=3e-2, progress=False)
+    result = distill(model, fixed, DistillConfig(steps=60, omega=omega, learning_rate=3e-2, progress=False))
     for layer in (0, 1):
         first = sum(row[layer] for row in result.losses[:5])
         assert 5 * result.mean(5)[layer] < 0.9 * first
@@ -69,8 +70,8 @@ def test_what_was_trained_is_what_the_model_then_does(tiny_llama):
     """The loss of the last state, measured by a further transfer's first step at no learning rate to speak of."""
     model = converted(tiny_llama)
     ids = next(batches())
-    trained = distill(model, [ids] * 40, steps=40, learning_rate=3e-2, progress=False)
-    again = distill(model, [ids], steps=1, learning_rate=1e-12, progress=False)
+    trained = distill(model, [ids] * 40, DistillConfig(steps=40, learning_rate=3e-2, progress=False))
+    again = distill(model, [ids], DistillConfig(steps=1, learning_rate=1e-12, progress=False))
     for layer in (0, 1):
         assert again.losses[0][layer] <= trained.losses[0][layer] * 0.95
         assert again.losses[0][layer] == pytest.approx(trained.losses[-1][layer], rel=0.05)
@@ -78,7 +79,7 @@ def test_what_was_trained_is_what_the_model_then_does(tiny_llama):
 
 def test_a_learned_omega_is_never_redrawn_and_survives_saving(tiny_llama, tmp_path):
     model = converted(tiny_llama)
-    distill(model, batches(), steps=2, progress=False)
+    distill(model, batches(), DistillConfig(steps=2, progress=False))
     with pytest.raises(ConfigError, match="learned"):
         hf_rfa.resample(model)
     with pytest.raises(ConfigError, match="never redrawn"):
@@ -88,18 +89,18 @@ def test_a_learned_omega_is_never_redrawn_and_survives_saving(tiny_llama, tmp_pa
     ids = next(batches())
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
     with pytest.raises(ConfigError, match="not redrawn"):
-        distill(loaded, batches(), steps=1, omega="random", progress=False)
+        distill(loaded, batches(), DistillConfig(steps=1, omega="random", progress=False))
 
 
 def test_geometry_learned_for_all_draws_helps_a_draw_it_never_saw(tiny_llama):
     model = converted(tiny_llama, feature_map="positive")
     ids = next(batches())
     untrained = copy.deepcopy(model)
-    distill(model, [ids] * 60, steps=60, omega="random", learning_rate=3e-2, progress=False)
+    distill(model, [ids] * 60, DistillConfig(steps=60, omega="random", learning_rate=3e-2, progress=False))
     losses = []
     for each in (untrained, model):
         hf_rfa.resample(each, draw=1000)
-        losses.append(distill(each, [ids], steps=1, learning_rate=1e-12, progress=False).losses[0])
+        losses.append(distill(each, [ids], DistillConfig(steps=1, learning_rate=1e-12, progress=False)).losses[0])
     assert all(losses[1][layer] < losses[0][layer] for layer in (0, 1))
 
 
@@ -161,7 +162,9 @@ def test_the_weight_loss_moves_weights_to_the_key_that_is_looked_up(tiny_llama):
     model = converted(tiny_llama, feature_map="hyperbolic")
     ids = next(batches())
     result = distill(
-        model, [ids] * 60, steps=60, weight_loss=1.0, sampled_queries=128, learning_rate=3e-2, progress=False
+        model,
+        [ids] * 60,
+        DistillConfig(steps=60, weight_loss=1.0, sampled_queries=128, learning_rate=3e-2, progress=False),
     )
     for layer in (0, 1):
         assert result.losses[-1][layer] < result.losses[0][layer] - 0.05
@@ -173,8 +176,8 @@ def test_window_dropout_makes_the_far_part_answer_for_the_near_keys(tiny_llama):
     losses = {}
     for share in (0.0, 1.0):
         model = converted(copy.deepcopy(tiny_llama))
-        distill(model, [ids] * 60, steps=60, window_dropout=share, learning_rate=3e-2, progress=False)
-        judge = distill(model, [ids], steps=1, window_dropout=1.0, learning_rate=1e-12, progress=False)
+        distill(model, [ids] * 60, DistillConfig(steps=60, window_dropout=share, learning_rate=3e-2, progress=False))
+        judge = distill(model, [ids], DistillConfig(steps=1, window_dropout=1.0, learning_rate=1e-12, progress=False))
         losses[share] = sum(judge.losses[0].values())
     assert losses[1.0] < losses[0.0]
 
@@ -182,7 +185,7 @@ def test_window_dropout_makes_the_far_part_answer_for_the_near_keys(tiny_llama):
 def test_exact_heads_are_left_alone(tiny_llama):
     model = converted(tiny_llama, softmax_heads=[(0, 0), (0, 1), (1, 0)])
     before = kernels(model)
-    result = distill(model, batches(), steps=3, weight_loss=0.5, progress=False)
+    result = distill(model, batches(), DistillConfig(steps=3, weight_loss=0.5, progress=False))
     assert set(result.losses[0]) == {1}
     after = kernels(model)
     assert torch.equal(after[0]["query_transform"], before[0]["query_transform"])
@@ -194,10 +197,10 @@ def test_a_run_that_crashed_resumes_to_the_same_kernels(tiny_llama, tmp_path):
     settings = {"steps": 6, "weight_loss": 0.3, "window_dropout": 0.5, "progress": False}
     model = converted(tiny_llama)
     crashing, resumed = copy.deepcopy(model), copy.deepcopy(model)
-    expected = distill(model, batches(), **settings)
+    expected = distill(model, batches(), DistillConfig(**settings))
     with pytest.raises(ConfigError, match="ended after 5 of 6"):
-        distill(crashing, batches(5), output=tmp_path, save_every=2, **settings)
-    done = distill(resumed, batches(), output=tmp_path, save_every=2, resume=True, **settings)
+        distill(crashing, batches(5), DistillConfig(output=tmp_path, save_every=2, **settings))
+    done = distill(resumed, batches(), DistillConfig(output=tmp_path, save_every=2, resume=True, **settings))
     assert done.losses == expected.losses
     for layer, tensors in kernels(resumed).items():
         for name, tensor in tensors.items():
@@ -206,15 +209,15 @@ def test_a_run_that_crashed_resumes_to_the_same_kernels(tiny_llama, tmp_path):
 
 def test_a_damaged_or_foreign_checkpoint_is_an_error(tiny_llama, tmp_path):
     model = converted(tiny_llama)
-    distill(model, batches(), steps=2, output=tmp_path, progress=False)
+    distill(model, batches(), DistillConfig(steps=2, output=tmp_path, progress=False))
     with pytest.raises(CheckpointError, match="more than `steps`"):
-        distill(model, batches(), steps=1, output=tmp_path, resume=True, progress=False)
+        distill(model, batches(), DistillConfig(steps=1, output=tmp_path, resume=True, progress=False))
+    other = hf_rfa.convert(hf_rfa.revert(model), dataclasses.replace(CONFIG, num_features=4), calibrate=False)
     with pytest.raises(CheckpointError, match="layer 0 trains"):
-        distill(hf_rfa.convert(hf_rfa.revert(model), dataclasses.replace(CONFIG, num_features=4), calibrate=False),
-                batches(), steps=3, output=tmp_path, resume=True, progress=False)  # fmt: skip
+        distill(other, batches(), DistillConfig(steps=3, output=tmp_path, resume=True, progress=False))
     (tmp_path / "distill.pt").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="Cannot resume"):
-        distill(model, batches(), steps=3, output=tmp_path, resume=True, progress=False)
+        distill(model, batches(), DistillConfig(steps=3, output=tmp_path, resume=True, progress=False))
 
 
 def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_llama):
@@ -223,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
         model.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
     before = kernels(model)
     with pytest.raises(FloatingPointError, match=r"layer 1 .* step 1"):
-        distill(model, batches(), steps=2, progress=False)
+        distill(model, batches(), DistillConfig(steps=2, progress=False))
     for layer, tensors in kernels(model).items():
         assert torch.equal(tensors["omega"], before[layer]["omega"])
 
@@ -232,9 +235,9 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
     ("settings", "message"),
     [
         ({"steps": 0}, "`steps`"),
-        ({"omega": "fixed"}, "'learned' or 'random'"),
+        ({"omega": "fixed"}, r"`omega` must be one of \['learned', 'random'\]"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
-        ({"cluster_scale": 0.0}, "`cluster_scale` must be positive"),
+        ({"cluster_scale": 0.0}, "`cluster_scale` must be a number > 0"),
         ({"cluster_scale": 0.5}, "for the clustered map, which no head"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm`"),
         ({"weight_loss": -1.0}, "`weight_loss`"),
@@ -246,24 +249,28 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
 )
 def test_bad_arguments_are_refused(tiny_llama, settings, message):
     with pytest.raises(ConfigError, match=message):
-        distill(converted(tiny_llama), batches(2), **{"steps": 2, "progress": False, **settings})
+        distill(converted(tiny_llama), batches(2), DistillConfig(**{"steps": 2, "progress": False, **settings}))
 
 
 def test_what_cannot_be_trained_is_refused(tiny_llama):
     with pytest.raises(UnsupportedModelError, match="not converted"):
-        distill(tiny_llama, batches(), steps=1)
+        distill(tiny_llama, batches(), DistillConfig(steps=1))
     with pytest.raises(ConfigError, match="trigonometric"):
-        distill(converted(copy.deepcopy(tiny_llama), feature_map="trigonometric"), batches(), steps=1, weight_loss=1.0)
+        distill(
+            converted(copy.deepcopy(tiny_llama), feature_map="trigonometric"),
+            batches(),
+            DistillConfig(steps=1, weight_loss=1.0),
+        )
     everything = [(0, 0), (0, 1), (1, 0), (1, 1)]
     with pytest.raises(ConfigError, match="Every key head"):
-        distill(converted(tiny_llama, softmax_heads=everything), batches(), steps=1)
+        distill(converted(tiny_llama, softmax_heads=everything), batches(), DistillConfig(steps=1))
 
 
 def test_no_gradient_crosses_a_layer(tiny_llama):
     """Each observer takes its gradient at once, so that the memory is that of one layer."""
     model = converted(tiny_llama)
     adapter = next(named_adapters(model))[2]
-    layer = LayerTransfer(adapter, TransferLoss(0.0, 8, 0.0, 0), learn_omega=True)
+    layer = LayerTransfer(adapter, DistillConfig(steps=1, sampled_queries=8))
     with intercept(Interception(observers={adapter: layer})):
         output = model(next(batches())).logits
     assert all(tensor.grad is not None for tensor in layer.tensors.values())
@@ -278,8 +285,8 @@ def test_clusters_begin_as_soft_as_asked_for(tiny_llama):
     x = torch.randn(50, adapter.omega.shape[-1], generator=torch.Generator().manual_seed(0))
 
     def start(scale):
-        loss = TransferLoss(1.0, 8, 0.0, 0)
-        tensors = LayerTransfer(adapter, loss, learn_omega=True, cluster_scale=scale).tensors
+        config = DistillConfig(steps=1, weight_loss=1.0, sampled_queries=8, cluster_scale=scale)
+        tensors = LayerTransfer(adapter, config).tensors
         return {name: tensor[0].detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ def test_also_after_a_plain_state_dict(group):
 
 def test_also_after_a_distillation(group):
     model = converted(WHOLE)
-    hf_rfa.distill(model, [token_ids(2, 90)], steps=1, progress=False)
+    hf_rfa.distill(model, [token_ids(2, 90)], hf_rfa.DistillConfig(steps=1, progress=False))
     assert trained(model, 0) == []
     assert trained(model, 1)
     steps(model)

@@ -9,7 +9,7 @@ from families import SHORT, build, token_ids
 
 import hf_rfa
 from hf_rfa.runtime.adapter import GATE, OPEN_GATE, require_adapters
-from hf_rfa.training import finetune
+from hf_rfa.training import FinetuneConfig, finetune
 
 GATED = dataclasses.replace(SHORT, gate=True)
 
@@ -56,10 +56,10 @@ def test_decoding_is_the_uncached_forward(family):
 def test_attention_transfer_and_fine_tuning_train_it():
     model = hf_rfa.convert(build("llama"), GATED, calibrate=token_ids())
     before = gates(model)
-    hf_rfa.distill(model, [token_ids()] * 3, steps=3, omega="random", progress=False)
+    hf_rfa.distill(model, [token_ids()] * 3, hf_rfa.DistillConfig(steps=3, omega="random", progress=False))
     transferred = gates(model)
     assert all((transferred[key] - before[key]).abs().max() > 1e-4 for key in before)
-    finetune(model, [token_ids()] * 2, steps=2, learning_rate=1e-3, warmup_steps=0, progress=False)
+    finetune(model, [token_ids()] * 2, FinetuneConfig(steps=2, learning_rate=1e-3, warmup_steps=0, progress=False))
     assert all((gates(model)[key] - transferred[key]).abs().max() > 1e-4 for key in before)
 
 

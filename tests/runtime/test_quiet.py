@@ -14,7 +14,7 @@ import hf_rfa
 from hf_rfa import UnsupportedModelError
 from hf_rfa.evaluation import copy_perplexity, greedy_agreement, greedy_continuations, kl_divergence, perplexity
 from hf_rfa.runtime.quiet import evaluation_mode, plain_torch, quiet_eval
-from hf_rfa.training import finetune
+from hf_rfa.training import FinetuneConfig, finetune
 
 
 @contextmanager
@@ -82,10 +82,10 @@ def test_so_is_one_on_text_of_the_models_own(surroundings):
 @around
 def test_so_is_a_distillation(surroundings):
     want, got = converted(CLUSTERED, token_ids(2, 90)), converted(CLUSTERED, token_ids(2, 90))
-    hf_rfa.distill(want, [token_ids(2, 90)] * 2, steps=2, progress=False)
+    hf_rfa.distill(want, [token_ids(2, 90)] * 2, hf_rfa.DistillConfig(steps=2, progress=False))
     batches = [token_ids(2, 90)] * 2
     with surroundings():
-        hf_rfa.distill(got, batches, steps=2, progress=False)
+        hf_rfa.distill(got, batches, hf_rfa.DistillConfig(steps=2, progress=False))
     assert_close(adapters_of(got), adapters_of(want), atol=0, rtol=0)
     assert not any(tensor.is_inference() for tensor in got.state_dict().values())
 
@@ -167,7 +167,7 @@ MEASURES = {
     "kl_divergence": lambda model: kl_divergence(model, mixed(), IDS, 40),
     "copy_perplexity": lambda model: copy_perplexity(model, IDS, gap=10, span=12, samples=2),
     "greedy": lambda model: greedy_agreement(model, greedy_continuations(model, IDS, 8, 4, 2), 8),
-    "finetune": lambda model: finetune(model, iter([token_ids(2, 30)] * 2), steps=2, progress=False),
+    "finetune": lambda model: finetune(model, iter([token_ids(2, 30)] * 2), FinetuneConfig(steps=2, progress=False)),
 }
 
 
@@ -207,12 +207,10 @@ def test_a_teacher_is_not_changed():
     model, teacher = build("llama"), mixed()
     before = flags(teacher)
     twin = copy.deepcopy(teacher).eval()
+    config = FinetuneConfig(steps=1, kl_weight=0.5, progress=False)
     losses = [
-        finetune(
-            copy.deepcopy(model), iter([token_ids(2, 30)]), steps=1, kl_weight=0.5, teacher=t, progress=False
-        ).losses
-        for t in (teacher, twin)
-    ]  # fmt: skip
+        finetune(copy.deepcopy(model), iter([token_ids(2, 30)]), config, teacher=t).losses for t in (teacher, twin)
+    ]
     assert losses[0] == losses[1]
     assert flags(teacher) == before
     assert all(parameter.requires_grad for parameter in teacher.parameters())

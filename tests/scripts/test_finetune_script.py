@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import time
@@ -20,10 +22,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
+from hf_rfa.command_line import parse_arguments
 from hf_rfa.data import load_documents, tokenize_documents
 from hf_rfa.data.document_batches import carried_batches, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.training import finetune
+from hf_rfa.training import FinetuneConfig, finetune
 
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
 WORKER = str(ROOT / "tests" / "worker_accelerate.py")
@@ -205,7 +208,9 @@ def test_the_original_after_the_same_tuning_is_one_more_column(run):
     assert columns["original, same tuning"]["kl_to_original"] > 0
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     batches = packed_batches(training_tokens(run), 128, 1, seed=0)
-    expected = finetune(model, batches, steps=2, learning_rate=1e-2, batches_per_step=2, progress=False)
+    expected = finetune(
+        model, batches, FinetuneConfig(steps=2, learning_rate=1e-2, batches_per_step=2, progress=False)
+    )
     assert progress(run, "both/baseline")["losses"] == pytest.approx(expected.losses, rel=1e-4)
     assert progress(run, "both")["losses"] != pytest.approx(expected.losses, rel=1e-6)
     tuned = AutoModelForCausalLM.from_pretrained(run / "both" / "baseline" / "final")
@@ -221,7 +226,9 @@ def test_a_stream_of_documents_is_trained_with_the_state_carried(run):
     # A stream keeps the documents' own order; so do the same ones in a generator.
     documents = (ids for _ in range(9) for ids in training_tokens(run))
     batches = carried_batches(documents, 64, 1, lanes=2)
-    expected = finetune(model, batches, steps=3, learning_rate=1e-2, batches_per_step=2, progress=False)
+    expected = finetune(
+        model, batches, FinetuneConfig(steps=3, learning_rate=1e-2, batches_per_step=2, progress=False)
+    )
     assert progress(run, "carried")["losses"] == pytest.approx(expected.losses, rel=1e-4)
 
 
@@ -275,9 +282,8 @@ def test_one_document_on_two_processes_trains_like_on_one(run):
 def test_random_documents_may_be_in_a_loop(run, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     script = runpy.run_path(SCRIPT)
-    options = script["Options"](
-        model="", output="", documents="random", context=200, batch_size=4, loop_probability=1.0
-    )  # fmt: skip
+    given = {"documents": "random", "context": 200, "batch_size": 4, "loop_probability": 1.0}
+    options = script["Options"].from_dict({"model": "", "output": ""} | given)
     batch = next(script["make_batches"](options, [torch.arange(1000)]))
     assert batch.shape == (4, 200)
     assert all(len(row.unique()) <= 160 for row in batch)
@@ -299,8 +305,8 @@ def main(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"train": "everything"}, ConfigError, "`train` must be of"),
-        ({"stages": "sleep"}, ConfigError, "`stages` must be of"),
+        ({"train": "everything"}, ConfigError, r"`train` must be one of .*Got 'everything'"),
+        ({"stages": "sleep"}, ConfigError, r"`stages` must be some of .*Got 'sleep'"),
         ({"stages": "finetune"}, ConfigError, r"is not converted yet\. Got stages=\['finetune'\]"),
         ({"streaming": True, "documents": "random"}, ConfigError, "A stream has no random positions"),
         (
@@ -311,6 +317,11 @@ def main(monkeypatch):
         ({"baseline": True, "documents": "carried"}, ConfigError, r"no state to carry .*Got documents=carried"),
         ({"baseline": True, "train": "adapter"}, ConfigError, r"no adapter\. Got train=adapter"),
         ({"baseline": True, "sequence_parallel": 2}, ConfigError, r"Got sequence_parallel=2"),
+        ({"resample": "sometimes"}, ConfigError, r"`resample` must be one of .* or a whole number\. Got 'sometimes'"),
+        ({"num_features": 0}, ConfigError, "`num_features` must be a positive integer"),
+        ({"distill_steps": 0}, ConfigError, r"`distill_steps` must be a whole number >= 1\. Got '0'"),
+        ({"kl_weight": 1, "sequence_parallel": 2}, ConfigError, "cannot run on a share of the tokens"),
+        ({"step": 3}, ConfigError, r"unknown words: \['--step=3'\]\. 'step' may be meant as `steps`"),
         ({"context": 5000}, ConfigError, "No document reaches the context of 5000 tokens: the longest has 700"),
         ({"text_column": "body"}, ConfigError, r"no column 'body'\. Its columns are 'text'\. Set `text_column`"),
         ({"data": "missing.jsonl"}, FileNotFoundError, "No file or folder at 'missing.jsonl'"),
@@ -379,7 +390,43 @@ def test_a_run_of_a_version_with_fewer_options_is_resumed(run, main):
         main(run, resume=True)
 
 
+#: What settings.json of the run above was before options had types: texts where there now are numbers and None.
+AS_TEXT = {"softmax_heads": "0.25", "resample": "2", "stages": ["calibrate", "finetune"], "trackers": []}
+
+
+@pytest.mark.parametrize("heads", ["0.25", "none"])
+def test_a_run_of_a_version_with_untyped_options_is_resumed(run, main, heads):
+    (run / "bad").mkdir()
+    with pytest.raises(AssertionError, match="work was done"):
+        main(run, softmax_heads=heads)
+    settings = json.loads((run / "bad" / "settings.json").read_text())
+    assert settings["softmax_heads"] == (None if heads == "none" else 0.25)
+    assert settings["resample"] == 2
+    (run / "bad" / "settings.json").write_text(json.dumps(settings | AS_TEXT | {"softmax_heads": heads}))
+    with pytest.raises(ConfigError, match=r"other settings: \{'resample': 2\}. Got \{'resample': 'never'\}"):
+        main(run, resume=True, softmax_heads=heads, resample="never")
+    with pytest.raises(AssertionError, match="work was done"):
+        main(run, resume=True, softmax_heads=heads)
+
+
+def test_the_configs_and_the_commands_of_the_documentation_are_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    options = runpy.run_path(SCRIPT)["Options"]
+    found = {path.name: parse_arguments(options, [str(path)]) for path in (ROOT / "scripts" / "configs").iterdir()}
+    assert sorted(found) == ["books.yaml", "long_carried.yaml"]
+    assert found["books.yaml"].finetuning.batches_per_step == 4
+    assert found["books.yaml"].stages == ("calibrate", "distill", "finetune")
+    assert found["long_carried.yaml"].conversion.softmax_heads is None
+    document = (ROOT / "docs" / "long_documents.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"scripts/finetune\.py scripts/configs/(.*)", document)
+    assert len(commands) >= 2
+    for command_line in commands:
+        parse_arguments(options, shlex.split(str(ROOT / "scripts" / "configs" / command_line), comments=True))
+
+
 def test_an_unknown_key_of_the_yaml_file_is_named(run, main):
     (run / "run.yaml").write_text("modle: x\n")
-    with pytest.raises(ConfigError, match=r"unknown keys: \['modle'\]"):
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml has unknown keys: \['modle'\]\. 'modle' may be meant as `model`"
+    ):
         main(run)

@@ -204,7 +204,7 @@ def test_it_is_compiled_afterwards():
     assert counter.frame_count == 1  # neither the dry runs nor calibration are compiled
     answer(model)
     assert counter.frame_count == 2
-    hf_rfa.distill(model, [token_ids(2, 90)], steps=1, progress=False)
+    hf_rfa.distill(model, [token_ids(2, 90)], hf_rfa.DistillConfig(steps=1, progress=False))
     assert counter.frame_count == 2
 
 
@@ -218,7 +218,7 @@ def test_one_graph_without_an_eager_forward_before(change, tmp_path):
     elif change == "resample":
         hf_rfa.resample(model)
     elif change == "kernel":
-        hf_rfa.distill(model, [token_ids(2, 90)], steps=1, progress=False)
+        hf_rfa.distill(model, [token_ids(2, 90)], hf_rfa.DistillConfig(steps=1, progress=False))
     elif change == "load":
         hf_rfa.save_pretrained(model, tmp_path)
         model = hf_rfa.from_pretrained(tmp_path)

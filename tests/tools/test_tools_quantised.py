@@ -164,7 +164,7 @@ def test_distillation_is_that_of_the_dequantised_model(kind):
     losses = []
     for model in (quantise(build("llama"), kind), dequantised(quantise(build("llama"), kind))):
         hf_rfa.convert(model, RFAConfig(window=8, num_features=16, sink_tokens=2), calibrate=False)
-        result = hf_rfa.distill(model, [token_ids(2, 96)] * 2, steps=2, progress=False)
+        result = hf_rfa.distill(model, [token_ids(2, 96)] * 2, hf_rfa.DistillConfig(steps=2, progress=False))
         losses += [result.losses]
     for got, want in zip(*losses, strict=True):
         assert got == pytest.approx(want, rel=1e-3)

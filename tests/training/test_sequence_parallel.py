@@ -14,7 +14,7 @@ from processes import launch
 import hf_rfa
 from hf_rfa.data.document_batches import IGNORED, Batch, carried_batches, packed_batches
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.training import finetune
+from hf_rfa.training import FinetuneConfig, finetune
 from hf_rfa.training.carry import Carry
 from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
@@ -55,7 +55,11 @@ def test_what_cannot_be_split_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match="exact window"), sequence_parallel(pure, None):
         pass
     with pytest.raises(ConfigError, match="`sequence_parallel` must divide the 1 processes"):
-        finetune(pure, iter([torch.ones(1, 64, dtype=torch.long)]), steps=1, sequence_parallel=2, progress=False)
+        finetune(
+            pure,
+            iter([torch.ones(1, 64, dtype=torch.long)]),
+            FinetuneConfig(steps=1, sequence_parallel=2, progress=False),
+        )
 
 
 # --- cut documents: the state is carried ----------------------------------------------------------------------------
@@ -120,24 +124,26 @@ def test_carried_training_resumes_in_the_middle_of_a_document(tiny_llama, tmp_pa
         return itertools.islice(carried_batches(documents, context=16, batch_size=1, lanes=2), count)
 
     options = {"steps": 8, "batches_per_step": 2, "learning_rate": 1e-2, "progress": False}
-    whole = finetune(copy.deepcopy(model), batches(), **options)
+    whole = finetune(copy.deepcopy(model), batches(), FinetuneConfig(**options))
     with pytest.raises(ConfigError, match="ended after 5 of 8"):
-        finetune(copy.deepcopy(model), batches(10), output=tmp_path, save_every=3, **options)
-    resumed = finetune(copy.deepcopy(model), batches(), output=tmp_path, resume=True, **options)
+        finetune(copy.deepcopy(model), batches(10), FinetuneConfig(output=tmp_path, save_every=3, **options))
+    resumed = finetune(copy.deepcopy(model), batches(), FinetuneConfig(output=tmp_path, resume=True, **options))
     assert resumed.losses == whole.losses
     without = [Batch(b.input_ids, b.targets, fresh=torch.ones_like(b.fresh)) for b in batches(16)]
-    assert finetune(copy.deepcopy(model), without, **options).losses[3:] != whole.losses[3:]  # the state matters
+    assert (
+        finetune(copy.deepcopy(model), without, FinetuneConfig(**options)).losses[3:] != whole.losses[3:]
+    )  # the state matters
 
 
 def test_carrying_what_cannot_be_carried_is_refused(tiny_llama):
     walk = carried_batches([torch.arange(90)], context=16, batch_size=1)
     with pytest.raises(UnsupportedModelError, match="not converted"):
-        finetune(tiny_llama, walk, steps=1, progress=False)
+        finetune(tiny_llama, walk, FinetuneConfig(steps=1, progress=False))
     hf_rfa.convert(tiny_llama, hf_rfa.RFAConfig(resample=2), calibrate=False)
     with pytest.raises(ConfigError, match="one draw of omega"):
-        finetune(tiny_llama, walk, steps=1, progress=False)
+        finetune(tiny_llama, walk, FinetuneConfig(steps=1, progress=False))
     hf_rfa.revert(tiny_llama)
     hf_rfa.convert(tiny_llama, hf_rfa.RFAConfig(), calibrate=False)
     (getattr(tiny_llama, "activation_checkpointing_enable", None) or tiny_llama.gradient_checkpointing_enable)()
     with pytest.raises(ConfigError, match="activation checkpointing"):
-        finetune(tiny_llama, walk, steps=1, progress=False)
+        finetune(tiny_llama, walk, FinetuneConfig(steps=1, progress=False))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import hf_rfa
 from hf_rfa.data.document_batches import IGNORED, Batch, packed_batches
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.training import finetune
+from hf_rfa.training import FinetuneConfig, finetune
 from hf_rfa.training.loss import LossModule
 
 
@@ -84,29 +84,33 @@ def test_a_model_that_scales_its_logits_is_not_trained_on_the_wrong_loss(tiny_ll
 
     tiny_llama.forward = scaled
     with pytest.raises(ConfigError, match="Set `fused_loss=False`"):
-        finetune(tiny_llama, [ids_of()], steps=1, fused_loss=True, progress=False)
+        finetune(tiny_llama, [ids_of()], FinetuneConfig(steps=1, fused_loss=True, progress=False))
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="Cannot write checkpoints"):
-        finetune(tiny_llama, [ids_of()], steps=1, output=tmp_path / "file" / "run", progress=False)
+        finetune(tiny_llama, [ids_of()], FinetuneConfig(steps=1, output=tmp_path / "file" / "run", progress=False))
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("hf_rfa.training.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="0 MiB left"):
-        finetune(tiny_llama, [ids_of()], steps=1, output=tmp_path / "run", progress=False)
+        finetune(tiny_llama, [ids_of()], FinetuneConfig(steps=1, output=tmp_path / "run", progress=False))
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tiny_llama, tmp_path, monkeypatch):
-    finetune(tiny_llama, [ids_of()], steps=1, output=tmp_path, progress=False)
+    finetune(tiny_llama, [ids_of()], FinetuneConfig(steps=1, output=tmp_path, progress=False))
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("accelerate.Accelerator.save_state", full)
     with pytest.raises(CheckpointError, match=r"Could not save step 2 .* checkpoint-1 is whole"):
-        finetune(tiny_llama, [ids_of()] * 2, steps=2, output=tmp_path, resume=True, progress=False)
+        finetune(tiny_llama, [ids_of()] * 2, FinetuneConfig(steps=2, output=tmp_path, resume=True, progress=False))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def two_batches_a_step(output):
+    return FinetuneConfig(steps=2, batches_per_step=2, output=output, save_every=1, progress=False)
 
 
 class Breaker:
@@ -118,10 +122,7 @@ class Breaker:
 
 def test_a_loss_that_is_no_number_names_step_batch_and_last_checkpoint(tiny_llama, tmp_path):
     with pytest.raises(FloatingPointError, match=r"The loss is nan at step 2, in batch 2 \(.*checkpoint-1\."):
-        finetune(
-            tiny_llama, [ids_of()] * 4, steps=2, batches_per_step=2, output=tmp_path, save_every=1, hooks=[Breaker()],
-            progress=False,
-        )  # fmt: skip
+        finetune(tiny_llama, [ids_of()] * 4, two_batches_a_step(tmp_path), hooks=[Breaker()])
 
 
 def test_a_gradient_that_is_no_number_leaves_the_weights_of_the_step_before(tiny_llama, tmp_path):
@@ -141,10 +142,7 @@ def test_a_gradient_that_is_no_number_leaves_the_weights_of_the_step_before(tiny
     with pytest.raises(
         FloatingPointError, match=r"norm is nan at step 2, in one of the batches 2 to 3 .*checkpoint-1"
     ):
-        finetune(
-            tiny_llama, [ids_of()] * 4, steps=2, batches_per_step=2, output=tmp_path, save_every=1, hooks=[Keep()],
-            progress=False,
-        )  # fmt: skip
+        finetune(tiny_llama, [ids_of()] * 4, two_batches_a_step(tmp_path), hooks=[Keep()])
     assert len(calls) == 4
     assert all(torch.equal(tensor, after_one[name]) for name, tensor in tiny_llama.state_dict().items())
     assert all(p.grad is None for p in tiny_llama.parameters())

@@ -1,0 +1,234 @@
+"""Settings as dataclasses: each field is defined once, and is checked, saved, read and asked for from there.
+
+    @dataclass(frozen=True)
+    class Run(Settings):
+        model: str = option("Folder or hub id.")
+        tuning: FinetuneConfig = part(FinetuneConfig(steps=100, schedule="wsd"), group="Fine-tuning")
+
+    Run(model="m", steps=0)  # ConfigError: `steps` must be ... Got 0. ...
+    Run.from_dict({"model": "m", "steps": "5"})  # texts are read; `command_line.parse_arguments` gives them
+
+A part is a dataclass whose fields are options of the whole, in the YAML file and in `to_dict` beside the others. Its
+defaults are those of the instance given.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Self, get_type_hints
+
+from hf_rfa.errors import ConfigError
+from hf_rfa.value_types import convert, describe, plain
+
+#: Bounds that a field may have, the signs for them, and whether a value keeps to them.
+BOUNDS = {
+    "least": (">=", lambda value, bound: value >= bound),
+    "above": (">", lambda value, bound: value > bound),
+    "most": ("<=", lambda value, bound: value <= bound),
+    "below": ("<", lambda value, bound: value < bound),
+}
+
+
+def option(help: str, default: Any = MISSING, *, group: str | None = None, **bounds: float) -> Any:
+    """A field with its help text; without a default it must be given.
+
+    Args:
+        group: Heading of the help under which it is shown.
+        bounds: `least`, `above`, `most`, `below`.
+    """
+    unknown = set(bounds) - set(BOUNDS)
+    if unknown:
+        raise TypeError(f"A bound must be one of {list(BOUNDS)}. Got {sorted(unknown)}.")
+    return field(default=default, metadata={"help": help, "bounds": bounds, "group": group})
+
+
+def part(
+    default: Any, *, group: str, only: Iterable[str] | None = None, names: Mapping[str, str] | None = None
+) -> Any:
+    """A field that is a dataclass itself, whose fields become options of the whole.
+
+    Args:
+        default: An instance; its values are the options' defaults.
+        group: Heading of the help under which they are shown.
+        only: The fields that become options; by default all. The others stay as in `default`.
+        names: Other names of some options, {field: option}.
+
+    A name that the whole or an earlier part has already is one and the same option, which both get.
+    """
+    known, renamed = [f.name for f in fields(default)], dict(names or {})
+    chosen = known if only is None else list(only)
+    unknown = {*chosen, *renamed} - set(known)
+    if unknown:
+        raise TypeError(f"A part has the fields {known}. Got {sorted(unknown)}.")
+    options = {name: renamed.get(name, name) for name in known if name in chosen}
+    return field(default=default, metadata={"options": options, "group": group})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: a field of the settings or of one of their parts."""
+
+    name: str
+    kind: Any  # its annotation
+    default: Any  # MISSING if it must be given
+    help: str
+    group: str | None
+    bounds: Mapping[str, float]
+    places: tuple[tuple[str | None, str], ...]  # (part or None, field) of each value that it sets
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    def check(self, value: Any, *, label: str | None = None, text: bool = False) -> Any:
+        """The value as its type has it; `text`: strings are read, as from a command line or a YAML file.
+
+        Raises:
+            ConfigError: Of another type, or out of its bounds.
+        """
+        try:
+            found = convert(self.kind, value, text=text)
+        except ValueError:
+            found = MISSING
+        numbers = isinstance(found, (int, float)) and not isinstance(found, bool)
+        kept = not numbers or all(BOUNDS[name][1](found, bound) for name, bound in self.bounds.items())
+        if found is MISSING or not kept:
+            bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in self.bounds.items())
+            what = describe(self.kind, bounds)
+            raise ConfigError(f"`{label or self.name}` must be {what}. Got {value!r}. {self._advice()}")
+        return found
+
+    def _advice(self) -> str:
+        if self.required:
+            return f"Set it to, for example, {self.bounds['least']}." if "least" in self.bounds else "Set it to one."
+        return f"Leave it out for its default, {shown(self.default)}."
+
+
+def options_of(settings: type) -> dict[str, Option]:
+    """Every option by its name: the fields in their order, those of parts where the part stands."""
+    found: dict[str, Option] = {}
+    kinds = get_type_hints(settings)
+    for own in fields(settings):
+        group = own.metadata["group"]
+        if "options" not in own.metadata:
+            found[own.name] = _option(own, own.name, kinds[own.name], own.default, group, (None, own.name))
+            continue
+        default: Any = own.default
+        inner_kinds = get_type_hints(type(default))
+        for each in fields(default):
+            name, place = own.metadata["options"].get(each.name), (own.name, each.name)
+            if name in found:
+                found[name] = dataclasses.replace(found[name], places=(*found[name].places, place))
+            elif name is not None:
+                value = getattr(default, each.name)
+                found[name] = _option(each, name, inner_kinds[each.name], value, group, place)
+    return found
+
+
+def _option(
+    own: dataclasses.Field[Any], name: str, kind: Any, default: Any, group: str | None, place: tuple[str | None, str]
+) -> Option:
+    return Option(name, kind, default, own.metadata["help"], group, own.metadata.get("bounds", {}), (place,))
+
+
+class Settings:
+    """Base of frozen dataclasses made of `option` and `part`: checked where they are made, JSON-ready."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for each in options_of(type(self)).values():
+            where, name = each.places[0]
+            if where is None:
+                object.__setattr__(self, name, each.check(getattr(self, name)))
+        for own in fields(self):
+            kind, given = type(own.default), getattr(self, own.name)
+            if "options" in own.metadata and not isinstance(given, kind):
+                raise ConfigError(
+                    f"`{own.name}` must be of the type {kind.__name__}. Got {given!r}. Make one, or leave it out."
+                )
+        for name, each in options_of(type(self)).items():
+            values = {_shown_place(self, place): _value_at(self, place) for place in each.places}
+            if any(value != next(iter(values.values())) for value in values.values()):
+                raise ConfigError(
+                    f"`{name}` is one option of all that have it. Got {values}. Give them the same, or make the "
+                    f"settings by `{type(self).__name__}.from_dict`, which does."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by its name, JSON-ready."""
+        return {name: plain(_value_at(self, each.places[0])) for name, each in options_of(type(self)).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "The settings", dashes: bool = False) -> Self:
+        """The settings with these options; strings are read, so that what a YAML file or a command line says is taken.
+
+        Args:
+            values: {option: value}; the others have their defaults.
+            source: Where the values come from, for the messages.
+            dashes: Name the options in messages as on the command line, `--max-steps`.
+
+        Raises:
+            ConfigError: An unknown name (with the names near to it), one that is missing, or a value that is wrong.
+        """
+        known = options_of(cls)
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"{source} has unknown keys: {unknown}. {near_names(unknown, list(known))}")
+        missing = [name for name, each in known.items() if each.required and name not in values]
+        if missing:
+            raise ConfigError(f"{source} must say {_listed(missing)}. Got {sorted(values)}. Set {_listed(missing)}.")
+        arguments: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {own.name: {} for own in fields(cls) if "options" in own.metadata}
+        for name, each in known.items():
+            value = each.default
+            if name in values:
+                value = each.check(values[name], label=option_flag(name) if dashes else name, text=True)
+            for where, target in each.places:
+                (arguments if where is None else inner[where])[target] = value
+        for own in fields(cls):
+            if own.name in inner:
+                default: Any = own.default
+                arguments[own.name] = dataclasses.replace(default, **inner[own.name])
+        return cls(**arguments)
+
+
+def _value_at(settings: Settings, place: tuple[str | None, str]) -> Any:
+    where, name = place
+    return getattr(settings if where is None else getattr(settings, where), name)
+
+
+def _shown_place(settings: Settings, place: tuple[str | None, str]) -> str:
+    return f"{place[0] or type(settings).__name__}.{place[1]}"
+
+
+def option_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def near_names(unknown: Sequence[Any], known: Sequence[str]) -> str:
+    """What unknown names may be meant as, and all that there are."""
+    near = {name: difflib.get_close_matches(str(name), known, n=3) for name in unknown}
+    hints = [f"{name!r} may be meant as {_listed(close)}" for name, close in near.items() if close]
+    return (f"{'; '.join(hints)}. " if hints else "") + f"Known ones: {sorted(known)}."
+
+
+def help_text(each: Option) -> str:
+    """The help of one option with its default, as every command line shows it."""
+    if each.default is None:  # the text says what is done then
+        return each.help
+    return f"{each.help} ({'must be given' if each.required else f'default: {shown(each.default)}'})"
+
+
+def shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ",".join(":".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in value) or "empty"
+    return str(value)
