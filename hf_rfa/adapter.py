@@ -136,7 +136,8 @@ class RFAAdapter(nn.Module):
 
         A cache remembers it, also in another process. Worked out again only after a change.
         """
-        versions = tuple(p._version for p in self.parameters(recurse=False) if not p.is_inference())
+        own = (*self._parameters.values(), *self._buffers.values())
+        versions = tuple((id(t), t._version) for t in own if t is not None and not t.is_inference())
         known = self._python.get("fingerprint")
         if known is not None and (known[0] == versions or torch.compiler.is_compiling()):
             return known[1]
@@ -144,7 +145,12 @@ class RFAAdapter(nn.Module):
         digest.update(repr((self.config.window, self.config.sink_tokens, self.converted, self.layer)).encode())
         for name, tensor in self.state_dict().items():
             if name != "draw":  # what was drawn counts, not how often
-                digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                numbers = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+                plain = torch.func.debug_unwrap(
+                    numbers
+                )  # while `torch.func` transforms something all tensors are wrapped
+                data = plain.numpy().tobytes() if plain is numbers else bytes(plain.tolist())
+                digest.update(name.encode() + data)
         self._python["fingerprint"] = versions, digest.hexdigest()
         return digest.hexdigest()
 

@@ -93,10 +93,10 @@ def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFAC
     before it was converted) become the layer's state. A module that `shares` the keys of an earlier one has no layer
     in a cache of Transformers; here it has a state of its own, beside that of the layer before it.
     """
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
     if shares:
         return _beside_earlier(cache, index)
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise UnsupportedModelError(
             f"Layer {index} got a cache with {len(cache.layers)} layers. Pass a cache made for this model: "
@@ -122,6 +122,7 @@ def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFAC
         assert layer.keys is not None
         assert layer.values is not None
         new.given = layer.keys, layer.values
+        new.took_over = True
     cache.layers[index] = new
     return new
 
@@ -134,7 +135,7 @@ def _beside_earlier(cache: Cache, index: int) -> RFACacheLayer:
             f"Layer {index} attends to the keys of an earlier layer, but no layer before it has random features. "
             "Convert both, or neither: RFAConfig(layers=...)."
         )
-    if earlier[-1].given is not None:
+    if any(layer.took_over for layer in earlier):
         raise UnsupportedModelError(
             f"Layer {index} attends to the keys of an earlier layer, and the cache was filled before the model was "
             "converted. Start with an empty cache."

@@ -15,6 +15,7 @@ from hf_rfa.cache import RFACacheLayer
 from hf_rfa.calls import (
     ForwardCall,
     Interception,
+    TracedLayerCall,
     begin_layer,
     current_forward,
     current_interception,
@@ -107,7 +108,8 @@ def _attend(
     if torch.compiler.is_compiling() and mask is not None and isinstance(adapter, RFAAdapter) and adapter.masked:
         rows = mask.rows
     if rows is not None:
-        if isinstance(adapter, RFAAdapter) and adapter.converted:
+        # A sliding layer would answer exactly, but its state would go without these tokens.
+        if isinstance(adapter, RFAAdapter) and (adapter.converted or layer_call(adapter).cache_layer is not None):
             raise UnsupportedModelError(
                 f"{type(module).__name__} combines its mask with something that it did not have when it was converted "
                 "(for example image tokens that see each other), which random features cannot follow. Call the model "
@@ -153,10 +155,11 @@ def _attend(
     counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
     turn = layer_call(adapter)
     turn.turns += 1
-    cache_layer = turn.cache_layer
+    # Called past its pre-hook (`module.forward`), a module would find its last call here, and that one's cache.
+    cache_layer = turn.cache_layer if turn.turns <= 1 + adapter.attends_twice else None
     if cache_layer is not None and adapter.attends_twice:
         if turn.turns == 1:
-            adapter.traced_call = turn if torch.compiler.is_compiling() else None
+            adapter.traced_call = turn if isinstance(turn, TracedLayerCall) else None
         else:
             cache_layer = cache_layer.companion("twin")
     shard = interception.shards.get(adapter)
@@ -235,6 +238,7 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         cache = cache.self_attention_cache
     if (
         cache is None
+        or not attends_here(module)
         or adapter.cross
         or adapter.masked
         or interception.recorder is not None
@@ -249,9 +253,21 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"{type(module).__name__} has no `layer_idx`, so that its place in the cache is unknown. Call the model "
             "with use_cache=False."
         )
-    layer = adopt_cache_layer(cache, index + kwargs.get("cycle_offset", 0), shares=shares_keys(module))
-    layer.expected = True
+    if "cache_offset" in kwargs and kwargs.get("shared_kv_states") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs in a loop whose turns read the keys and values of its last turn from the "
+            'cache (recurrent_kv_cache_mode="last_loop"), which a state of constant size does not hold. Call it with '
+            'use_cache=False, or set that option of its config to "per_loop".'
+        )
+    index += kwargs.get("cycle_offset", 0) + kwargs.get("cache_offset", 0)
+    layer = adopt_cache_layer(cache, index, shares=shares_keys(module))
+    layer.expected = "traced" if torch.compiler.is_compiling() else "called"
     begin_layer(adapter, layer)
+
+
+def attends_here(module: nn.Module) -> bool:
+    """Whether a converted module's attention is ours: `model.set_attn_implementation` may name another one."""
+    return bool(getattr(getattr(module, "config", None), "_attn_implementation", IMPLEMENTATION) == IMPLEMENTATION)
 
 
 def shares_keys(module: nn.Module) -> bool:

@@ -1,11 +1,12 @@
 """The cache of a converted model: one `RFAState` a layer, whose linear heads need the same bytes at any length."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hf_rfa.calls import is_called_with
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
 from hf_rfa.feature_maps import FarKernel
 from hf_rfa.ops.combine import FarStatistics
@@ -37,7 +38,8 @@ class RFACacheLayer(CacheLayerMixin):
     attends twice in a forward; those of modules that attend to the keys of an earlier one.
 
     A cache belongs to one conversion: `filled_by` is the fingerprint of the adapter whose state it holds, and
-    `expected` says that the converted module, whose pre-hook sets it, is the one that brings new keys.
+    `expected` says that the converted module, whose pre-hook sets it ("traced": while a tracer looked on, which cannot
+    read the context), is the one that brings new keys.
     """
 
     is_croppable = True
@@ -50,9 +52,10 @@ class RFACacheLayer(CacheLayerMixin):
         self.seen = 0  # token slots, padding included
         self.filled_by: str | None = None
         self.draw: int | None = None  # for the error's text
-        self.expected = False
+        self.expected: Literal["", "called", "traced"] = ""
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.took_over = False  # tokens of a plain cache, which layers that share these keys have never seen
         self.companions: dict[Any, RFACacheLayer] = {}
         self._steps: list[_Step] = []
 
@@ -83,12 +86,12 @@ class RFACacheLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self.expected:
+        if not (self.expected == "traced" or (self.expected and is_called_with(self))):
             raise StaleStateError(
                 "This cache belongs to a converted model: it holds a state of constant size and no keys. Got it in a "
                 "layer with softmax attention (the model was reverted, or is another one). Start with a new cache."
             )
-        self.expected = False
+        self.expected = ""
         return key_states, value_states
 
     def check(self, fingerprint: str, draw: int) -> None:
@@ -174,7 +177,7 @@ class RFACacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.given = None, 0, None
+        self.state, self.seen, self.given, self.took_over = None, 0, None, False
         self.filled_by = self.draw = None
         self.companions.clear()
         self._steps.clear()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -111,15 +111,17 @@ class ForwardCall:
 
 
 _forward_call: ContextVar[ForwardCall | None] = ContextVar("forward_call", default=None)
+_layer_call: "ContextVar[LayerCall | None]" = ContextVar("layer_call", default=None)
 
 
 @contextmanager
 def forward_call(call: ForwardCall) -> Iterator[None]:
-    """Within the block the model's layers belong to `call`."""
-    token = _forward_call.set(call)
+    """Within the block the model's layers belong to `call`, and with it the calls of layers end, also by an error."""
+    token, layer = _forward_call.set(call), _layer_call.set(None)
     try:
         yield
     finally:
+        _layer_call.reset(layer)
         _forward_call.reset(token)
 
 
@@ -175,21 +177,38 @@ class TracedLayerCall:
         self.cache_layer = cache_layer
 
 
-_layer_call: ContextVar[LayerCall | None] = ContextVar("layer_call", default=None)
-
-
 def begin_layer(adapter: "RFAAdapter", cache_layer: "RFACacheLayer | None") -> None:
     """A forward of the adapter's module begins."""
     if torch.compiler.is_compiling():
         adapter.traced_call = TracedLayerCall(cache_layer)
-    else:
-        _layer_call.set(LayerCall(adapter, cache_layer))
+        return
+    _layer_call.set(LayerCall(adapter, cache_layer))
+    if adapter.traced_call is not None:  # of a traced call that an error ended
+        adapter.traced_call = None
 
 
 def layer_call(adapter: "RFAAdapter") -> LayerCall | TracedLayerCall:
-    """The forward of its module that the adapter is asked to attend in; one without a cache if none was begun."""
+    """The forward of its module that the adapter is asked to attend in; one without a cache if none was begun.
+
+    Raises:
+        UnsupportedModelError: It was begun where no tracer looked on, and now one does, which cannot read of it.
+    """
+    traced = adapter.traced_call
+    if traced is not None:  # also where the graph breaks between the module's pre-hook and its attention
+        adapter.traced_call = None
+        return cast(TracedLayerCall, traced)
     if torch.compiler.is_compiling():
-        traced, adapter.traced_call = adapter.traced_call, None
-        return traced if traced is not None else TracedLayerCall(None)
+        raise UnsupportedModelError(
+            "A converted attention module was compiled without its pre-hooks, which tell it of the cache. Compile the "
+            "module (`module.compile()`), its layer or the model, not `module.forward`."
+        )
     call = _layer_call.get()
     return call if call is not None and call.belongs_to(adapter) else LayerCall(adapter, None)
+
+
+def is_called_with(cache_layer: "RFACacheLayer") -> bool:
+    """Whether the forward of a converted module that this thread is in got this cache; a tracer has to believe it."""
+    if torch.compiler.is_compiling():
+        return True
+    call = _layer_call.get()
+    return call is not None and call.cache_layer is cache_layer

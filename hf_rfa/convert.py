@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
-from hf_rfa.adopted_cache import remember_recording
 from hf_rfa.attention import stash_cache
 from hf_rfa.config import RFAConfig
 from hf_rfa.converted_class import enter, leave
@@ -60,7 +59,6 @@ def swap_attention(
     for module in base.modules():
         if isinstance(module, PreTrainedModel):
             refuse_attention_weights(module, {})
-    remember_recording()
     configs = OwnConfigs(model, base)
     before = implementations(base)
     try:

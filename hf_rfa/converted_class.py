@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
+from hf_rfa.adopted_cache import remember_recording
 from hf_rfa.forward import ARGUMENTS, converted_forward
 from hf_rfa.generation import generate, prepare_cache
 from hf_rfa.peft_files import teach_peft
@@ -32,6 +33,7 @@ _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
 def enter(base: PreTrainedModel, adapted: set[int]) -> None:
     """Give every Transformers model in `base` that holds one of the `adapted` modules (by id) the converted class."""
     teach_peft()
+    remember_recording()
     record = getattr(base, RECORD)
     for module in base.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in adapted for part in module.modules()):
@@ -77,8 +79,9 @@ def _subclass(original: Any) -> Any:
 def _method(original: Any, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(getattr(original, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Looked up at each call: others replace methods of Transformers' classes, as Liger does.
-        return answer(self, getattr(original, name).__get__(self), *args, **kwargs)
+        # Looked up in each call: others replace methods of the class (Liger's kernels), before or after a conversion.
+        # No bound method: where torch.compile breaks its graph it makes one anew by its name, which is this one's.
+        return answer(self, functools.partial(getattr(original, name), self), *args, **kwargs)
 
     return method
 
@@ -100,4 +103,5 @@ def _reduce(self: Any, protocol: Any) -> Any:
 def _new(original: type) -> Any:
     """An empty instance, for pickle and copy."""
     teach_peft()
+    remember_recording()
     return object.__new__(converted_class(original))

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_rfa.adapter import ADAPTER_NAME, RFAAdapter
-from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own
+from hf_rfa.attention import IMPLEMENTATION, mask_of_its_own, shares_keys
 from hf_rfa.calls import Interception, intercept, layer_call
 from hf_rfa.quiet import quiet_eval
 
@@ -56,7 +56,7 @@ class DryRun:
                 module,
                 key.shape[1],
                 key.shape[3],
-                cross=key.shape[2] != query.shape[2],
+                cross=key.shape[2] != query.shape[2] and not shares_keys(module),
                 sliding_window=extras.get("sliding_window"),
                 masked=mask_of_its_own(mask, extras) is not None,
                 causal=mask.causal

@@ -21,7 +21,7 @@ from hf_rfa.calls import (
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.packing import refuse_packing, refuse_packing_beside_a_cache
 from hf_rfa.record import INSIDE, Conversion
-from hf_rfa.refusals import refuse_attention_weights
+from hf_rfa.refusals import refuse_attention_weights, refuse_shared_keys
 from hf_rfa.resample import resample
 
 #: The attribute of a converted class that holds the names of its forward's arguments, without `self`.
@@ -36,6 +36,7 @@ def converted_forward(model: Any, own: Callable[..., Any], *args: Any, **kwargs:
     named = {**dict(zip(getattr(type(model), ARGUMENTS), args, strict=False)), **kwargs}
     _refuse_tracing(model)
     refuse_attention_weights(model, named)
+    refuse_shared_keys(named)
     if torch.compiler.is_compiling():
         refuse_in_graph()
         _refuse_redraws_in_graph(model, record)

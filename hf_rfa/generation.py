@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.adapter import named_adapters
 from hf_rfa.adopted_cache import adopt_cache_layer, has_place
-from hf_rfa.attention import shares_keys
+from hf_rfa.attention import attends_here, shares_keys
 from hf_rfa.cache import RFACacheLayer
 from hf_rfa.cache_names import CACHE_NAMES
 from hf_rfa.errors import UnsupportedModelError
@@ -38,11 +38,11 @@ def prepare_cache(
     result = own(generation_config, model_kwargs, *args, **kwargs)
     cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
     if cache is not None:
-        adopt_cache(model, cache)
+        records = adopt_cache(model, cache)
         prepared = _caches.get()
         if generation_config.is_assistant:  # asked of the layers that were just replaced
             cache.activate_past_recording()
-        elif prepared is not None:
+        elif prepared is not None and not records:  # whoever asked for it before goes on from there
             prepared.append(weakref.ref(cache))
     return result
 
@@ -69,17 +69,25 @@ def generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> 
             config.num_hidden_layers = layers
 
 
-def adopt_cache(model: GenerationMixin, cache: Cache) -> None:
-    """Put an `RFACacheLayer` into `cache` for every self-attention module of a converted model."""
+def adopt_cache(model: GenerationMixin, cache: Cache) -> bool:
+    """Put an `RFACacheLayer` into `cache` for every self-attention module of a converted model.
+
+    Returns:
+        Whether one of them records its past: somebody has asked the cache for it already.
+    """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    records = False
     for _, module, adapter in named_adapters(model):  # type: ignore[arg-type]
         index = getattr(module, "layer_idx", None)
-        if adapter.cross or adapter.masked or not getattr(module, "is_causal", True):
+        if adapter.cross or adapter.masked or not attends_here(module) or not getattr(module, "is_causal", True):
             continue
         # Modules that several layers share are told which one they are; a model that drafts with its first layers
         # makes a cache of these alone.
         if index is not None and index >= 0 and has_place(own, index):
-            adopt_cache_layer(own, index, shares=shares_keys(module)).check(adapter.fingerprint, adapter.draw_number)
+            layer = adopt_cache_layer(own, index, shares=shares_keys(module))
+            layer.check(adapter.fingerprint, adapter.draw_number)
+            records = records or layer.record_past
+    return records
 
 
 def stop_recording(cache: Cache) -> None:

@@ -97,6 +97,8 @@ class RFAMask:
                 f"A model takes its attention mask apart (mask[{index}]), which random features cannot follow. Keep "
                 "softmax attention for this model."
             )
+        if last.start == 0:  # logits_to_keep=0: all of them
+            return self
         rows = None if self.rows is None else self.rows.last(-last.start)
         return dataclasses.replace(self, rows=rows, _layouts={}, _valid=[])
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.cache_names import CACHE_NAMES
@@ -46,13 +45,14 @@ def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> 
     return bool(change <= _ROUNDING.get(one.dtype, _COARSE_ROUNDING))
 
 
-def refuse_packing(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """For models that do not keep packed documents apart."""
-    if is_packed(kwargs):
+def refuse_packing(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """For models that do not keep packed documents apart by plain positions, as the dry run tried them."""
+    if is_packed(kwargs) and not _has_rows_of_positions(kwargs):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep packed documents apart: it does not tell all of its layers where "
             "a document ends. Pad the documents instead, one a row."
         )
+    refuse_packing_beside_a_cache(model, kwargs)
 
 
 def refuse_packing_beside_a_cache(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ def refuse_packing_beside_a_cache(model: PreTrainedModel, kwargs: Mapping[str, A
 
 def is_packed(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call describes several documents in a row; not asked under compilation, where it costs the graph."""
-    positions = kwargs.get("position_ids")
+    positions: Any = kwargs.get("position_ids")
     if torch.compiler.is_compiling() or kwargs.get("attention_mask") is not None:
         return False
     lengths = kwargs.get("cu_seq_lens_q")
@@ -80,9 +80,17 @@ def is_packed(kwargs: Mapping[str, Any]) -> bool:
     documents = kwargs.get("seq_idx")
     if isinstance(documents, torch.Tensor) and bool((documents.diff(dim=-1) != 0).any()):
         return True
+    if _has_rows_of_positions(kwargs):
+        positions = positions[0]  # those of the text, in which Transformers looks for documents
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
         return False
     return bool((positions.diff(dim=1) != 1).any())
+
+
+def _has_rows_of_positions(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call gives four positions a token, (4, B, N), as Qwen2-VL and its relatives know them."""
+    positions = kwargs.get("position_ids")
+    return isinstance(positions, torch.Tensor) and positions.dim() == 3 and len(positions) == 4
 
 
 def _token_outputs(output: Any, length: int) -> torch.Tensor | None:

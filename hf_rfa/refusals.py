@@ -45,6 +45,16 @@ def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
         raise UnsupportedModelError(_NO_WEIGHTS)
 
 
+def refuse_shared_keys(kwargs: Mapping[str, Any]) -> None:
+    """With a cache, Gemma 3n and Gemma 4 would hand out the keys and values of the last forward's tokens alone."""
+    if kwargs.get("return_shared_kv_states"):
+        raise UnsupportedModelError(
+            "A converted model keeps no keys and values of all tokens to hand out. Got return_shared_kv_states=True "
+            "(an assistant that reads the keys of its target, such as Gemma4Assistant, asks for it). Drop it, or use "
+            "an assistant with keys of its own."
+        )
+
+
 def refuse_attention_weights(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
     """Some models swallow the argument, and would answer with empty tuples."""
     asked = kwargs.get("output_attentions")

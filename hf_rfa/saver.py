@@ -1,5 +1,6 @@
 """`save_pretrained` of a converted model, and so what a `Trainer` writes."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ _UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_
 
 
 def save_with_pair(
-    model: Any, own: Callable[..., Any], save_directory: str | Path, is_main_process: bool = True,
-    push_to_hub: bool = False, **kwargs: Any,
+    model: Any, own: Callable[..., Any], save_directory: str | Path, *args: Any, **kwargs: Any
 ) -> None:  # fmt: skip
     """`save_pretrained` of a converted model: its class's own, then the pair of files beside what that wrote."""
+    kwargs |= dict(zip(list(inspect.signature(own).parameters)[1:], args, strict=False))  # given by position
+    is_main_process, push_to_hub = kwargs.pop("is_main_process", True), kwargs.pop("push_to_hub", False)
     record, folder = model.__dict__.get(RECORD), Path(save_directory)
     if record is None:  # a part of a converted model, saved alone
         own(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)

@@ -72,6 +72,8 @@ def test_a_compiled_call_counts_dropped_far_parts():
     assert counts[0][0] > 0
 
 
+# torch 2.14 looks at `.grad` of what its own check has computed.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_operation_is_what_its_schema_and_its_fake_say():
     inputs = {name: tensor.requires_grad_() for name, tensor in random_inputs(40, dtype=torch.float32).items()}
     heads = {name: torch.full((2,), 0.5) for name in ("alpha", "gamma", "proposal")}

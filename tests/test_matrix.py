@@ -21,6 +21,9 @@ SAMPLE = [
     Case("causal_lm", "deepseek_v2", "DeepseekV2ForCausalLM"),  # latent attention, values of another dim, experts
     Case("causal_lm", "flint", "FlintForCausalLM"),  # sliding windows, learned sinks
     Case("causal_lm", "llama4_text", "Llama4ForCausalLM"),  # chunked attention
+    Case("causal_lm", "gemma3n_text", "Gemma3nForCausalLM"),  # layers that share keys and values
+    Case("causal_lm", "gemma4_text", "Gemma4ForCausalLM"),  # the same, with heads of two dims
+    Case("causal_lm", "qwen3_next", "Qwen3NextForCausalLM"),  # linear attention between
     Case("causal_lm", "bamba", "BambaForCausalLM"),  # recurrent layers between
     Case("causal_lm", "falcon_h1", "FalconH1ForCausalLM"),  # a recurrence beside the attention
     Case("causal_lm", "biogpt", "BioGptForCausalLM"),  # packing is ignored by Transformers
@@ -37,13 +40,15 @@ FEATURES = (
     "soft-capping",
     "a position bias",
     "works on its attention masks itself",
+    "takes its attention mask apart",
     "masks of one's own (4-D)",
     "No layer",
 )
 #: What the families that people name must come to; the rest is what it is found to be.
 MUST_CONVERT = """
     LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM GemmaForCausalLM
-    Gemma3ForCausalLM PhiForCausalLM Phi3ForCausalLM GptOssForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM
+    Gemma3ForCausalLM Gemma3nForCausalLM Gemma4ForCausalLM GPTJForCausalLM Qwen3NextForCausalLM
+    PhiForCausalLM Phi3ForCausalLM GptOssForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM
     OPTForCausalLM DeepseekV3ForCausalLM Llama4ForCausalLM MixtralForCausalLM Olmo2ForCausalLM CohereForCausalLM
     GraniteForCausalLM JambaForCausalLM BartForConditionalGeneration WhisperForConditionalGeneration BertForMaskedLM
     RobertaForMaskedLM ModernBertForMaskedLM CLIPModel ViTModel Wav2Vec2Model Qwen2_5_VLModel LlavaModel

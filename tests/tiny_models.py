@@ -42,7 +42,8 @@ SIZES: dict[str, Any] = {
     "kv_channels": 8,
     "attention_head_dim": 8,
     "vocab_size": VOCABULARY,
-    "sliding_window": 16,
+    **dict.fromkeys("sliding_window sliding_window_size local_attention attention_window_size".split(), 16),
+    "keep_window_size": 16,
     "attention_chunk_size": 16,
     "max_position_embeddings": 512,
     "n_positions": 512,
@@ -59,6 +60,9 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 12,
     "first_k_dense_replace": 1,
     "first_k_dense_layers": 1,
+    **dict.fromkeys("linear_key_head_dim linear_value_head_dim linear_head_dim".split(), 8),
+    **dict.fromkeys("linear_num_value_heads linear_num_heads".split(), 4),
+    "linear_num_key_heads": 2,
     "pad_token_id": 2,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -73,21 +77,32 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
     "encoder_hash_byte_group_vocab": 97,
+    # A layer that a training step leaves out gives its parameters no gradient. (Dropout stays as published.)
     **dict.fromkeys(
-        "attention_dropout attn_pdrop attention_probs_dropout_prob hidden_dropout_prob resid_pdrop embd_pdrop dropout "
-        "activation_dropout hidden_dropout encoder_layerdrop decoder_layerdrop layerdrop drop_path_rate "
-        "dropout_rate activation_dropout residual_dropout classifier_dropout resid_dropout embedding_dropout "
-        "feat_proj_dropout layerdrop final_dropout attn_dropout mlp_dropout ffn_dropout "
-        "speech_encoder_layerdrop".split(),
-        0.0,
+        "encoder_layerdrop decoder_layerdrop layerdrop drop_path_rate speech_encoder_layerdrop".split(), 0.0
     ),
 }
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {**_ROPE, "mrope_section": [2, 1, 1]}
+#: That of DeepSeek's own checkpoints, which changes the scale of the scores too.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+#: Six layers, the last two of which attend to the keys and values of the third and the fourth.
+_SHARING = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
+#: Heads of another dim in the layers of full attention.
+_GEMMA4 = {"global_head_dim": 16, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0}
+_VIBEVOICE = {"num_filters": 2, "depths": (1,) * 7}  # filters double at each depth
 
-#: What a family needs besides, by model type: its own invariants, and layers of each of its kinds.
+#: What a family needs besides, by model type: its own invariants, layers of each of its kinds, and what its published
+#: checkpoints set where the config class has another default. Nothing that changes what a layer does is switched off.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 128, "patch_size": 16},
     "blip-2": {"image_token_index": VOCABULARY - 1, "num_query_tokens": 4},
@@ -95,17 +110,29 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_shared_experts": 1},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "deepseek_v2": {"rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek_v3": {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0], "laurel_rank": 8},
+    "gemma4_text": {**_SHARING, **_GEMMA4, "use_double_wide_mlp": True},  # as E2B and E4B
+    "gemma4_unified_text": {**_GEMMA4, "attention_k_eq_v": True},  # as the larger ones
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {"num_hidden_layers": 4, "layer_types": None},  # one of four without chunks and rotary positions
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "mistral": {"sliding_window": None},  # as from version 0.2 on; with one, no layer is left to convert
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "neomme": {"head_dim": 16},
@@ -120,8 +147,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "smollm3": {"num_hidden_layers": 4, "layer_types": None},  # one of four without rotary positions
     "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "timesformer": {"drop_path_rate": 0},  # the field wants a whole number
+    "vibevoice_acoustic_tokenizer": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
     "whisper": {"max_source_positions": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
@@ -186,6 +216,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **more: Any) -> PreTrained
     for name, part in config_class.sub_configs.items():
         if name in more or name in overrides:
             continue
+        part = getattr(part, "config_class", part)  # since Transformers 5.24, beside a model type
         if part is AutoConfig:
             whole = config_class() if whole is None else whole
             part = type(getattr(whole, name))
@@ -215,13 +246,13 @@ def _is_pattern(field: dataclasses.Field) -> bool:
     )
 
 
-def tiny_model(case: Case) -> PreTrainedModel:
-    """The same random model every time, in evaluation mode; the caller's random state stays as it was."""
+def tiny_model(case: Case, **more: Any) -> PreTrainedModel:
+    """The same random model every time, in evaluation mode, `more` in its config; the caller's random state stays."""
     model_class = getattr(transformers, case.class_name)
     config_class = type(AutoConfig.for_model(case.model_type))
     if not issubclass(config_class, model_class.config_class):
         config_class = model_class.config_class
-    config = tiny_config(config_class)
+    config = tiny_config(config_class, **more)
     if case.table == "causal_lm" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -229,7 +260,7 @@ def tiny_model(case: Case) -> PreTrainedModel:
         model = model_class(config).eval()
         fixed = {id(p) for m in model.modules() if "Sinusoidal" in type(m).__name__ for p in m.parameters()}
         for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():
+            if parameter.is_floating_point() and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)  # as if it had been trained
             elif parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in fixed:
                 parameter.mul_(4)

@@ -132,6 +132,6 @@ class _ExactPart:
             self.cache = self.cache.select_rows(rows)
 
 
-def _kinds(*tokens: torch.Tensor) -> list[tuple[Any, ...]]:
-    """What a decoder was checked for."""
-    return [(t.shape, t.dtype, t.device) for t in tokens]
+def _kinds(*tokens: torch.Tensor) -> tuple[Any, ...]:
+    """What a decoder was made for; outside of inference mode nobody may write into tables that were made in it."""
+    return torch.is_inference_mode_enabled(), [(t.shape, t.dtype, t.device) for t in tokens]

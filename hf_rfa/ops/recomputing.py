@@ -97,6 +97,29 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
     return np.array(tensor.tolist())  # `numpy()` cannot see through the wrapper
 
 
+_FIRST_ORDER = (
+    "Random-feature attention has no derivative of the second order: its backward pass is written out. Got a "
+    "derivative of its gradient (torch.func.grad of a torch.func.grad, hessian, create_graph=True). Use "
+    "`hf_rfa.rfa_attention_reference`, which is plain operations."
+)
+
+
+class FirstOrder(torch.autograd.Function):
+    """The gradients that it is handed, which have none themselves: `apply(count, *gradients, *sources)`."""
+
+    @staticmethod
+    def forward(count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *above: torch.Tensor | None) -> Any:
+        raise NotImplementedError(_FIRST_ORDER)
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(recipe: Recipe, followed: Flags, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -143,11 +166,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: torch.Tensor | None) -> Any:
-        raise NotImplementedError(
-            "Random-feature attention has no derivative of the second order: its backward pass is written out. Got a "
-            "derivative of its gradient (torch.func.grad of a torch.func.grad, hessian, create_graph=True). Use "
-            "`hf_rfa.rfa_attention_reference`, which is plain operations."
-        )
+        raise NotImplementedError(_FIRST_ORDER)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], recipe: Recipe, followed: Flags, *tensors: Any) -> Any:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.near import near_attention, near_gradients
+from hf_rfa.ops.recomputing import FirstOrder
 from hf_rfa.ops.state import accumulation_dtype
 from hf_rfa.ops.tiles import (
     ShortPlan,
@@ -96,10 +96,13 @@ class _ShortDocuments(torch.autograd.Function):
         # As the forms that answer longer documents: second derivatives of the bidirectional one alone.
         if above is not None and torch.is_grad_enabled() and not ctx.settings.causal:
             return _differentiable_gradients(ctx, above)
-        return _first_gradients(ctx, above)
+        with torch.no_grad():
+            found = _first_gradients(ctx, above)
+        if torch.is_grad_enabled():
+            return FirstOrder.apply(len(found), *found, *ctx.saved_tensors, above)
+        return found
 
 
-@once_differentiable
 def _first_gradients(ctx: Any, above: torch.Tensor | None) -> Any:
     query, key, value, sink_logits, *far, output, normalisers = ctx.saved_tensors
     nothing = _zeros(far, ctx.needs_input_grad[5:])

@@ -90,7 +90,9 @@ class LossModule(nn.Module):
         seen: list[Tensor] = []
         hook = causal.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
         try:
-            logits = model(input_ids=input_ids, logits_to_keep=1, **inputs).logits
+            # A tensor: told by a number, Gemma 4 computes its last layers for those positions alone.
+            last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+            logits = model(input_ids=input_ids, logits_to_keep=last, **inputs).logits
         finally:
             hook.remove()
         return seen[-1], causal.get_output_embeddings(), logits
