@@ -136,19 +136,19 @@ class RFAAdapter(nn.Module):
 
         A cache remembers it, also in another process. Worked out again only after a change.
         """
+        known = self._python.get("fingerprint")
+        if known is not None and torch.compiler.is_compiling():  # a graph cannot ask which tensors these are
+            return known[1]
         own = (*self._parameters.values(), *self._buffers.values())
         versions = tuple((id(t), t._version) for t in own if t is not None and not t.is_inference())
-        known = self._python.get("fingerprint")
-        if known is not None and (known[0] == versions or torch.compiler.is_compiling()):
+        if known is not None and known[0] == versions:
             return known[1]
         digest = hashlib.blake2b(digest_size=12)
         digest.update(repr((self.config.window, self.config.sink_tokens, self.converted, self.layer)).encode())
         for name, tensor in self.state_dict().items():
             if name != "draw":  # what was drawn counts, not how often
                 numbers = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-                plain = torch.func.debug_unwrap(
-                    numbers
-                )  # while `torch.func` transforms something all tensors are wrapped
+                plain = torch.func.debug_unwrap(numbers)  # inside a transform of `torch.func` every tensor is wrapped
                 data = plain.numpy().tobytes() if plain is numbers else bytes(plain.tolist())
                 digest.update(name.encode() + data)
         self._python["fingerprint"] = versions, digest.hexdigest()
