@@ -1,20 +1,21 @@
 """hf_rfa: convert a pretrained Transformers model from softmax to random-feature attention with one call."""
 
-from hf_rfa.adapter import far_statistics
-from hf_rfa.attention import register
-from hf_rfa.backend import backend, set_backend
-from hf_rfa.cache import cache_bytes
 from hf_rfa.calibration.calibrate import calibrate
-from hf_rfa.calibration.report import CalibrationReport
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
-from hf_rfa.convert import revert, set_softmax_heads
+from hf_rfa.conversion.attach import revert
+from hf_rfa.conversion.conversion import convert
 from hf_rfa.distillation.distill import distill
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
-from hf_rfa.one_call import convert
-from hf_rfa.ops.operator import rfa_attention, rfa_attention_reference
-from hf_rfa.record import calibration_report
-from hf_rfa.resample import ResampleCallback, resample
+from hf_rfa.ops.attention import rfa_attention, rfa_attention_reference
+from hf_rfa.report import CalibrationReport
+from hf_rfa.runtime.adapter import far_statistics
+from hf_rfa.runtime.attention import register
+from hf_rfa.runtime.backends import backend, set_backend
+from hf_rfa.runtime.cache import cache_bytes
+from hf_rfa.runtime.record import calibration_report
+from hf_rfa.runtime.resampling import ResampleCallback, resample
+from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 register()
 

@@ -9,17 +9,17 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_rfa.adapter_loading import load_adapters
-from hf_rfa.base_model import describe_base, load_base, not_in_base, saved_nowhere
-from hf_rfa.convert import swap_attention
-from hf_rfa.devices import execution_device
+from hf_rfa.conversion.attach import swap_attention
+from hf_rfa.conversion.example_inputs import rebuild
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.example_inputs import rebuild
-from hf_rfa.pair import CONFIG_FIELD, SavedPair, read_pair, write_pair
-from hf_rfa.peft_files import save_peft
-from hf_rfa.record import RECORD, base_model, conversion_config
-from hf_rfa.saved_files import CONFIG_FILE, PEFT_CONFIG, WEIGHTS_FILE, naming
-from hf_rfa.source import HUB_OPTIONS, Source
+from hf_rfa.runtime.devices import execution_device
+from hf_rfa.runtime.record import CONFIG_FIELD, RECORD, base_model, conversion_config
+from hf_rfa.saving.adapter_loading import load_adapters
+from hf_rfa.saving.base_model import describe_base, load_base, not_in_base, saved_nowhere
+from hf_rfa.saving.pair import SavedPair, read_pair, write_pair
+from hf_rfa.saving.peft_files import save_peft
+from hf_rfa.saving.saved_files import CONFIG_FILE, PEFT_CONFIG, WEIGHTS_FILE, naming
+from hf_rfa.saving.source import HUB_OPTIONS, Source
 
 
 def save_pretrained(

@@ -31,7 +31,6 @@ from finetune_options import Options, conversion, read_options, settle
 from transformers import AutoTokenizer, set_seed
 
 import hf_rfa
-from hf_rfa.adapter import require_adapters
 from hf_rfa.checkpoint import holds_conversion, load_any
 from hf_rfa.data import (
     Batch,
@@ -48,7 +47,8 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
 from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.model_card import write_model_card
-from hf_rfa.record import is_converted
+from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.record import is_converted
 from hf_rfa.training import finetune
 from hf_rfa.training.checkpoint import check_output
 from hf_rfa.training.sharded import full_state_dict, is_sharded

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_rfa.omega import draw_omega
+from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.triton import causal, forward, launch_gradients

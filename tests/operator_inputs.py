@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
-from hf_rfa.omega import draw_omega
+from hf_rfa.features.omega import draw_omega
 
 FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
 Tensors = dict[str, torch.Tensor]

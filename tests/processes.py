@@ -4,9 +4,10 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import paths
+
+ROOT = paths.ROOT
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_rfa.devices import execution_device
 from hf_rfa.errors import ConfigError
-from hf_rfa.example_inputs import accepts
+from hf_rfa.runtime.arguments import accepts
+from hf_rfa.runtime.devices import execution_device
 
 #: Token ids (batch, seq) int64, or keyword arguments of the model.
 Batch = torch.Tensor | Mapping[str, Any]

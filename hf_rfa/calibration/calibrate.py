@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
 from hf_rfa.calibration.candidates import CandidateSource
 from hf_rfa.calibration.divergence import Divergence, ignore, measure
 from hf_rfa.calibration.fitting import LayerFit
-from hf_rfa.calibration.report import CalibrationReport, HeadCalibration
-from hf_rfa.calls import Interception, intercept
 from hf_rfa.config import RFAConfig
-from hf_rfa.convert import set_softmax_heads
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.quiet import plain_torch, quiet_eval
-from hf_rfa.record import base_model, conversion_config, store_report
+from hf_rfa.report import CalibrationReport, HeadCalibration
+from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
+from hf_rfa.runtime.calls import Interception, intercept
+from hf_rfa.runtime.quiet import plain_torch, quiet_eval
+from hf_rfa.runtime.record import base_model, conversion_config, store_report
+from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.
 AUTO_SHARE = 0.25

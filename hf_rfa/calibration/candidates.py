@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hf_rfa.adapter import RFAAdapter
 from hf_rfa.calibration.clusters import KeyClusters
 from hf_rfa.calibration.geometry import Geometry, Moments
 from hf_rfa.config import AUTO_MAPS
+from hf_rfa.runtime.adapter import RFAAdapter
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 

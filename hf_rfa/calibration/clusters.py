@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hf_rfa.adapter import RFAAdapter
 from hf_rfa.calibration.geometry import Geometry, Moments, root_metric
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter
 
 #: How sharply a key belongs to its nearest centroid: shares are softmax(-SHARPNESS / 2 |k' - w|^2). With 4 the error
 #: before training is a tenth larger, with 16 no smaller, and then hardly a key has a second cluster to train.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rfa.adapter import RFAAdapter
-from hf_rfa.calibration.report import NATS, RELATIVE
-from hf_rfa.calls import Interception, intercept
+from hf_rfa.report import NATS, RELATIVE
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.calls import Interception, intercept
 
 
 @dataclass

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rfa.adapter import RFAAdapter
 from hf_rfa.calibration.candidates import Candidate, CandidateSource
 from hf_rfa.calibration.geometry import Geometry
 from hf_rfa.calibration.head_errors import grams_of_heads, output_projection, squared_errors
-from hf_rfa.feature_maps import optimal_proposal
+from hf_rfa.calibration.parts import attention_parts
+from hf_rfa.features.maps import optimal_proposal
 from hf_rfa.ops.arguments import far_kernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.parts import attention_parts
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter
 
 GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 

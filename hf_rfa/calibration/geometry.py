@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rfa.ops.far_mass import far_masses
+from hf_rfa.calibration.far_mass import far_masses
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
 

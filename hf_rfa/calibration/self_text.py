@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_rfa.devices import execution_device
 from hf_rfa.errors import ConfigError
-from hf_rfa.quiet import quiet_eval
+from hf_rfa.runtime.devices import execution_device
+from hf_rfa.runtime.quiet import quiet_eval
 
 ROWS = 4
 LENGTH = 1024

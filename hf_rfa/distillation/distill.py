@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_rfa.adapter import RFAAdapter, named_adapters
 from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
 from hf_rfa.calibration.divergence import ignore
-from hf_rfa.calls import Interception, intercept
 from hf_rfa.distillation.layer_transfer import LayerTransfer, TransferLoss
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.quiet import plain_torch, quiet_eval
-from hf_rfa.record import base_model, conversion_config, store_config
+from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
+from hf_rfa.runtime.calls import Interception, intercept
+from hf_rfa.runtime.quiet import plain_torch, quiet_eval
+from hf_rfa.runtime.record import base_model, conversion_config, store_config
 
 CHECKPOINT = "distill.pt"
 WARMUP_SHARE = 0.05

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_rfa.adapter import GATE, GEOMETRY, RFAAdapter
 from hf_rfa.calibration.head_errors import output_projection
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.operator import attend
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import GATE, GEOMETRY, RFAAdapter
 
 #: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
 LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01
@@ -39,7 +39,7 @@ class TransferLoss:
 
 
 class LayerTransfer:
-    """Observer of one layer (see `hf_rfa.calls.Interception`) that takes the gradient of its loss in each forward.
+    """Observer of one layer (see `hf_rfa.runtime.calls.Interception`) that takes the gradient of its loss in each forward.
 
     Attributes:
         tensors: What is trained, by name; alpha and gamma as logarithms.

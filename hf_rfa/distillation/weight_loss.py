@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel
-from hf_rfa.ops.far_mass import places
+from hf_rfa.calibration.far_mass import places
+from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.layout import TokenLayout
 
 

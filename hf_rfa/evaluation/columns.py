@@ -19,7 +19,7 @@ from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_w
 from hf_rfa.evaluation.measuring import Measurer, with_far_recovery
 from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY, Quality
 from hf_rfa.evaluation.retrieval_tasks import PasskeyScore, passkey_retrieval
-from hf_rfa.record import conversion_config, is_converted
+from hf_rfa.runtime.record import conversion_config, is_converted
 
 
 @dataclass(frozen=True)

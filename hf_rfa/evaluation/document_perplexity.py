@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_rfa.adapter import require_adapters
-from hf_rfa.cache_names import cache_argument
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import next_token_nll, window_logits
-from hf_rfa.quiet import evaluation_mode
+from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.arguments import cache_argument
+from hf_rfa.runtime.quiet import evaluation_mode
 
 
 def sliding_window_nll(model: PreTrainedModel, document: Tensor, context: int, stride: int) -> Tensor:

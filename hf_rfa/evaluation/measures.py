@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
-from hf_rfa.quiet import evaluation_mode
+from hf_rfa.runtime.arguments import cache_argument, cache_of
+from hf_rfa.runtime.quiet import evaluation_mode
 
 # Float32 copies of the logits are made for so many positions at a time: 256 of a vocabulary of 128k are 128 MiB.
 POSITIONS_AT_ONCE = 256

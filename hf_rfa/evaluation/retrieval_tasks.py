@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import next_token_nll, window_logits
-from hf_rfa.quiet import evaluation_mode
+from hf_rfa.runtime.quiet import evaluation_mode
 
 #: Tokens of the marker that is repeated to ask for the key, and of the key.
 MARKER, KEY = 16, 8

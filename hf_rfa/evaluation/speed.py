@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from hf_rfa.cache import cache_bytes
-from hf_rfa.cache_names import cache_argument, cache_of
 from hf_rfa.errors import ConfigError
-from hf_rfa.quiet import evaluation_mode
+from hf_rfa.runtime.arguments import cache_argument, cache_of
+from hf_rfa.runtime.cache import cache_bytes
+from hf_rfa.runtime.quiet import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.feature_maps import FarKernel, feature_map_of_heads
+from hf_rfa.features.maps import FarKernel, feature_map_of_heads
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import BACKENDS, AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
@@ -167,7 +167,7 @@ def _fitting(kernel: FarKernel, key_heads: int, dim: int, causal: bool) -> FarKe
     if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
         raise ConfigError(
             f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
-            f"{tuple(omega.shape)}. Draw it with `hf_rfa.omega.draw_omega`."
+            f"{tuple(omega.shape)}. Draw it with `hf_rfa.features.omega.draw_omega`."
         )
     feature_map_of_heads(kernel.feature_maps, key_heads)
     per_head, row = ((key_heads,), "(key heads,)"), ((key_heads, dim), "(key heads, head_dim)")

@@ -4,7 +4,7 @@ import torch
 
 from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.chunked import chunked_causal
+from hf_rfa.ops.causal.chunked import chunked_causal
 from hf_rfa.ops.chunks import PURE_CHUNK
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.dispatch import form_of_call

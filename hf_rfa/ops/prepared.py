@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hf_rfa.feature_maps import FarKernel, Features, pull_in, squared_bound
+from hf_rfa.features.maps import FarKernel, Features, pull_in, squared_bound
 
 
 class PreparedQueries:

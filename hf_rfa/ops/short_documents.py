@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.near import near_attention, near_gradients
+from hf_rfa.ops.causal.near import near_attention, near_gradients
 from hf_rfa.ops.recomputing import FirstOrder
 from hf_rfa.ops.state import accumulation_dtype
 from hf_rfa.ops.tiles import (

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_rfa.adapter import require_adapters
-from hf_rfa.cache import RFACacheLayer
 from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import ConfigError
 from hf_rfa.ops.state import RFAState
+from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.cache import RFACacheLayer
 
 
 class Carry:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_rfa.data.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
-from hf_rfa.quiet import evaluation_mode
+from hf_rfa.runtime.quiet import evaluation_mode
 
 #: Positions whose float32 logits are made at a time.
 POSITIONS_AT_ONCE = 512

@@ -26,18 +26,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_rfa.adapter import RFAAdapter, require_adapters
-from hf_rfa.calls import Interception, intercept
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.feature_maps import FarKernel
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.operator import attend
 from hf_rfa.ops.scan import chunk_sums, merge_states
 from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
+from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
+from hf_rfa.runtime.calls import Interception, intercept
 
 #: Keys whose features are made at once for a process's far sums, and made again in the backward pass.
 KEYS_AT_ONCE = 4096

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from hf_rfa.cache_names import cache_argument
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError
+from hf_rfa.runtime.arguments import cache_argument
 from hf_rfa.training.carry import Carry
 from hf_rfa.training.sequence_parallel import shard_batch
 

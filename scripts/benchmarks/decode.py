@@ -15,8 +15,8 @@ from benchmarks.device import Meter
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Panel, Result, Table
 from hf_rfa.ops.arguments import operator_arguments
-from hf_rfa.ops.decoder import Decoder
-from hf_rfa.ops.operator import attend
+from hf_rfa.ops.attention import attend
+from hf_rfa.ops.decode import Decoder
 
 Tokens = tuple[Tensor, Tensor, Tensor]
 

@@ -34,7 +34,7 @@ from benchmarks.device import Meter
 from benchmarks.memory import resident
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Result, Table
-from hf_rfa.cache_names import cache_argument, cache_of
+from hf_rfa.runtime.arguments import cache_argument, cache_of
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 2, 512, 1536, 8192
 PREFILL_CHUNK = 4096  # tokens

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_rfa.omega import draw_omega
+from hf_rfa.features.omega import draw_omega
 
 PASSES = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
-from hf_rfa.adapter import require_adapters
 from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.runtime.adapter import require_adapters
 
 ROWS, CONTEXT = 2, 2048
 

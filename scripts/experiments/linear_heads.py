@@ -21,8 +21,8 @@ from goals import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
-from hf_rfa.cache_names import cache_of
 from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.runtime.arguments import cache_of
 
 CALIBRATION = (2, 2048)  # rows, tokens
 TIMED_STEPS = 8

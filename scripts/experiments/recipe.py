@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import hf_rfa
 from hf_rfa.data import training_batches
-from hf_rfa.record import conversion_config
+from hf_rfa.runtime.record import conversion_config
 from hf_rfa.training import Progress, finetune
 
 SHORT, SHORT_ROWS = 640, 2

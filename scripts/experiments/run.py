@@ -35,12 +35,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
-from hf_rfa.adapter import require_adapters
-from hf_rfa.cache_names import cache_of
 from hf_rfa.evaluation.compare import default_model
 from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
 from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
+from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.arguments import cache_of
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
 STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.chunked import align, final_state
+from hf_rfa.ops.causal.chunked import align, final_state
 from hf_rfa.ops.chunks import tokens_of
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.state import RFAState

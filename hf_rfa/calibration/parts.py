@@ -1,0 +1,34 @@
+"""Both parts of the operator before they are put together, for fitting what joins them (`calibrate`)."""
+
+import torch
+
+from hf_rfa.ops.bidirectional import BidirectionalPass
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.causal.chunked import CausalPass
+from hf_rfa.ops.chunks import from_chunks
+from hf_rfa.ops.combine import Part
+
+
+def attention_parts(call: OperatorCall) -> tuple[Part | None, Part]:
+    """The near and the far part of every query, (B, Hk, G, N, M) and (B, Hk, G, N); the far one without gamma.
+
+    There is no near part if `window = 0`. The call must be in float32 or float64 and have no exact heads.
+    """
+    run = CausalPass(call) if call.causal else BidirectionalPass(call)
+    blocks = [(near, far) for _, near, far in run.blocks()]
+    groups, length = call.query.shape[2:4]
+
+    def join(parts: list[Part]) -> Part:
+        def tokens(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return from_chunks(torch.cat(tensors, dim=2), run.plan, groups, length)
+
+        # -inf times the zero of padding is no number.
+        log_scale = [p.log_scale.clamp_min(torch.finfo(p.log_scale.dtype).min).unsqueeze(-1) for p in parts]
+        return Part(
+            tokens([p.numerator for p in parts]),
+            tokens([p.denominator.unsqueeze(-1) for p in parts]).squeeze(-1),
+            tokens(log_scale).squeeze(-1),
+        )
+
+    near = [near for near, _ in blocks if near is not None]
+    return join(near) if near else None, join([far for _, far in blocks])

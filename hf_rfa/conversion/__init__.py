@@ -1,0 +1,1 @@
+"""From softmax attention to random features and back."""

@@ -1,0 +1,99 @@
+"""`hf_rfa.convert`: swap the attention of a loaded model and fit it, in one call."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hf_rfa.calibration.batches import batches_of
+from hf_rfa.calibration.calibrate import calibrate as calibrate_heads
+from hf_rfa.calibration.self_text import check_can_write, write_text
+from hf_rfa.config import RFAConfig
+from hf_rfa.conversion.attach import revert, swap_attention
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.quiet import plain_torch
+from hf_rfa.runtime.record import base_model, conversion_config, store_config
+from hf_rfa.runtime.softmax_heads import set_softmax_heads
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def convert(
+    model: ModelT,
+    config: RFAConfig | None = None,
+    *,
+    calibrate: Any = True,
+    example_inputs: Mapping[str, Any] | None = None,
+    parts: Sequence[str] | None = None,
+) -> ModelT:
+    """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
+
+    Every attention module that goes through Transformers' attention interface gets an `RFAAdapter`. Layers that
+    `config.layers` leaves out, layers with a sliding window, chunks or another mask of their own and cross-attention
+    stay exact softmax. Parts that the dry run does not reach (the image tower of a model that is fed text) keep the
+    attention that they have. The result is verified by a second dry run, then every head is calibrated
+    (`hf_rfa.calibrate`); if anything fails, the model is put back as it was. `hf_rfa.calibration_report(model)` says
+    what each head became and what it lost.
+
+    Args:
+        model: A loaded Transformers model (or a PEFT model around one).
+        config: None = `RFAConfig()`.
+        calibrate: True: on four texts of at most 1,024 tokens that the model writes itself, whatever its
+            `generation_config` says. Batches of your own (see `hf_rfa.calibrate`) are better, and encoders need them.
+            False leaves it out: the far part then has the config's alpha and gamma on every head.
+        example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
+            to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
+        parts: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every part
+            that the dry run reaches.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
+            something that random features cannot express; the message names it.
+        ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit: `calibrate` is
+            neither a bool nor batches, say.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=96))
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(num_features=32, window=16, sink_tokens=2))
+        >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
+        ('LlamaForCausalLM', torch.Size([1, 100, 64]))
+        >>> hf_rfa.calibration_report(model).tokens
+        384
+    """
+    config = RFAConfig() if config is None else config
+    batches: Any = None
+    with plain_torch():
+        # All that can be said of the arguments is said before anything is changed.
+        if calibrate is True and isinstance(config, RFAConfig):
+            check_can_write(base_model(model), config.window)
+        elif not isinstance(calibrate, bool):
+            batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
+        swap_attention(model, config, example_inputs=example_inputs, parts=parts)
+        if calibrate is False:
+            return model
+        try:
+            logger.info("%s", calibrate_heads(model, _own_text(model) if batches is None else batches))
+        except BaseException:
+            revert(model)
+            raise
+    return model
+
+
+def _own_text(model: nn.Module) -> torch.Tensor:
+    """What the model writes while every head is exact, that is, as the original would."""
+    config = conversion_config(model)
+    converted = [adapter for _, _, adapter in named_adapters(model) if adapter.converted]
+    set_softmax_heads(model, [(adapter.layer, head) for adapter in converted for head in range(adapter.key_heads)])
+    text = write_text(base_model(model), window=config.window)
+    store_config(model, config)
+    return text

@@ -1,0 +1,1 @@
+"""Feature maps and the draws of omega."""

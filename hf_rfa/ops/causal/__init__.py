@@ -1,0 +1,1 @@
+"""The causal form in chunks, with a backward pass that recomputes."""

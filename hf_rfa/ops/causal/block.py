@@ -1,0 +1,247 @@
+"""One block of chunks of the causal operator: its forward pass. `causal_gradients` has its backward pass.
+
+Plain tensors, nothing is recorded by autograd. Rows and key heads are one dimension A = B * Hk; a block has n chunks
+of C tokens, R = G * C queries each, F features, s sinks. `delay` is 1 beside a window, 0 without: once chunk i has
+read the far sums, chunk i - delay is added to them. They are S (A, F, M + 1), divided by exp(m), m (A).
+
+    far:   num_i = psi(q_i)^T S_i,    S_{i+1} = e_i S_i + psi(K)^T diag(w) [V, 1],    e_i, w <= 1
+    out_i = (a_i near_i + b_i num_i) / Z_i,  Z_i the sum of both denominators (and exp(sink logit))
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_rfa.ops.causal.near import near_attention, windows
+from hf_rfa.ops.causal.scratch import Scratch
+from hf_rfa.ops.combine import smallest_denominator
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block reads.
+
+    Attributes:
+        query: (A, n, R, D).
+        key, value: (A, n + 1, C, D or M): chunk start - 1 (zeros before the first) and the block's own.
+        sink_key, sink_value: (A, n, s, D or M), the sinks of each chunk's document.
+        mask: (1 or A, 1 or n, R, W), 0 or -inf, of the near keys; None without a window.
+        fold: (1 or A, n, C) bool: which keys of chunk i - delay go into the far sums.
+        keep: (1 or A, n) bool: whether chunk i continues the document of the chunk before it.
+        decay: (A, n + 1, C), log g summed from each chunk's first slot; None without a gate.
+        sink_logits: (A, 1, R) or None.
+        log_gamma: (A, 1, 1), -inf where gamma is 0.
+        steady: Whether `keep` is known to be all True.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+    mask: torch.Tensor | None
+    fold: torch.Tensor
+    keep: torch.Tensor
+    decay: torch.Tensor | None
+    sink_logits: torch.Tensor | None
+    log_gamma: torch.Tensor
+    scaling: float
+    delay: int
+    steady: bool
+
+    @property
+    def groups(self) -> int:
+        """G, query heads of a key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def far(self) -> slice:
+        """The chunks of `key` that the block adds to the far sums."""
+        return slice(1 - self.delay, 1 - self.delay + self.query.shape[1])
+
+
+@dataclass(frozen=True)
+class Features:
+    """psi of a block's queries (A, n, R, F) and far keys (A, n, C, F), and their log-scales (A, n, R), (A, n, C)."""
+
+    query: torch.Tensor
+    query_scale: torch.Tensor
+    key: torch.Tensor
+    key_scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a block adds to the far sums, and when.
+
+    Attributes:
+        weights: (A, n, C) w of the far keys.
+        shrink: (A, n) e.
+        extended: (A, n, C, M + 1), w [v, 1].
+        key_scale: (A, n, C), the log-scale of the far keys, -inf where a key is not added.
+        read_peak: (A, n), m as each chunk reads it.
+        query_scale: (A, n, R), the log-scale of the queries' features.
+        end_peak: (A), m after the block.
+    """
+
+    weights: torch.Tensor
+    shrink: torch.Tensor
+    extended: torch.Tensor
+    key_scale: torch.Tensor
+    read_peak: torch.Tensor
+    query_scale: torch.Tensor
+    end_peak: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Near and far part of a block before they are combined.
+
+    Attributes:
+        near, near_log: (A, n, R, M), (A, n, R): softmax over the near keys, log of its normaliser; None if no window.
+        far: (A, n, R, M + 1), the far numerator and denominator.
+        far_log: (A, n, R), the logarithm of what `far` was divided by; -inf where there are no far keys.
+    """
+
+    near: torch.Tensor | None
+    near_log: torch.Tensor | None
+    far: torch.Tensor
+    far_log: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OwnKeys:
+    """No window: how a chunk's own keys count. exp(scale_j - base_r) and psi(q_r).psi(k_j), both (A, n, R, C), base
+    (A, n, R), and exp(m - base) (A, n, R), with which the state is read."""
+
+    weights: torch.Tensor
+    scores: torch.Tensor
+    base: torch.Tensor
+    lifted: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Of each query (A, n, R): L, the log of the whole denominator, b / Z, the log of what its far sums are divided by
+    (-inf where it has no far keys), and whether the estimate of those sums is dropped."""
+
+    log_total: torch.Tensor
+    far_weight: torch.Tensor
+    far_log: torch.Tensor
+    dropped: torch.Tensor
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """-inf (nothing there) replaced by 0, so that differences stay defined."""
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+def block_sums(block: Block, psi: Features, carry_peak: torch.Tensor, scratch: Scratch) -> Sums:
+    """What the block adds to far sums that are divided by exp(carry_peak)."""
+    key_scale, query_scale = psi.key_scale, psi.query_scale
+    if block.decay is not None:
+        key_scale = key_scale - block.decay[:, block.far]
+        if block.delay:  # as of the first slot of the chunk that adds it
+            key_scale = key_scale + block.decay[:, :-1, -1:]
+        query_scale = query_scale + block.decay[:, 1:].repeat(1, 1, block.groups)
+    key_scale = key_scale.masked_fill(~block.fold, -torch.inf)
+    read_peak, after, end_peak = _running_peak(block, key_scale.amax(-1), carry_peak)
+    base = finite(after)
+    shrink = (read_peak - base).exp_()
+    weights = (key_scale - base.unsqueeze(-1)).exp_()
+    extended = extend(block.value[:, block.far], weights, scratch)
+    return Sums(weights, shrink, extended, key_scale, read_peak, query_scale, end_peak)
+
+
+def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch) -> Parts:
+    """Forward pass of a block: both parts of every query. The state S^T (A, M + 1, F) becomes that after the block."""
+    rows, chunks, queries = psi.query.shape[:3]
+    far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # each chunk's in one piece
+    steps = zip(
+        *(x.unbind(1) for x in (psi.query, psi.key, sums.extended.mT, sums.shrink[..., None, None], far)), strict=True
+    )
+    for query, key, new, factor, read in steps:
+        torch.bmm(query, state.mT, out=read)
+        state.mul_(factor).baddbmm_(new, key)
+    if block.delay:
+        assert block.mask is not None
+        near_keys = (
+            windows(block.key, block.sink_key, scratch, "near keys"),
+            windows(block.value, block.sink_value, scratch, "near values"),
+        )
+        near, near_log = near_attention(block.query, *near_keys, block.mask, block.scaling)
+        return Parts(near, near_log, far, sums.query_scale + sums.read_peak.unsqueeze(-1))
+    own = own_keys(block, psi, sums)
+    far.mul_(own.lifted.unsqueeze(-1))
+    far += (own.weights * own.scores) @ extend(block.value[:, 1:], None, scratch)
+    return Parts(None, None, far, sums.query_scale + own.base)
+
+
+def _running_peak(
+    block: Block, peaks: torch.Tensor, peak: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m as each chunk reads it (A, n), m after each addition (A, n), and m after the block (A)."""
+    if block.steady and block.decay is None:
+        running = torch.cat([peak.unsqueeze(1), peaks], dim=1).cummax(1).values
+        return running[:, :-1], running[:, 1:], running[:, -1]
+    read, after = [], []
+    for i in range(peaks.shape[1]):
+        read.append(peak.masked_fill(~block.keep[:, i], -torch.inf))
+        after.append(torch.maximum(read[-1], peaks[:, i]))
+        peak = after[-1] if block.decay is None else after[-1] + block.decay[:, i + 1, -1]
+    return torch.stack(read, 1), torch.stack(after, 1), peak
+
+
+def extend(value: torch.Tensor, weights: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+    """w [v, 1]: one product then gives numerators and denominators together."""
+    name = "values" if weights is None else "weighted values"
+    whole = scratch(name, value, *value.shape[:-1], value.shape[-1] + 1)
+    if weights is None:
+        whole[..., :-1], whole[..., -1] = value, 1.0
+    else:
+        torch.mul(value, weights.unsqueeze(-1), out=whole[..., :-1])
+        whole[..., -1] = weights
+    return whole
+
+
+def own_keys(block: Block, psi: Features, sums: Sums) -> OwnKeys:
+    """The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing."""
+    key_scale, read_peak = sums.key_scale, sums.read_peak
+    chunk, groups = key_scale.shape[-1], block.groups
+    base = torch.maximum(key_scale.cummax(-1).values, read_peak.unsqueeze(-1))
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=base.device).tril()
+    weights = key_scale.unsqueeze(-2) - finite(base).unsqueeze(-1)
+    weights = weights.masked_fill_(~causal, -torch.inf).exp_()
+    lifted = (read_peak.unsqueeze(-1) - finite(base)).exp()
+    if groups > 1:
+        weights, base, lifted = weights.repeat(1, 1, groups, 1), base.repeat(1, 1, groups), lifted.repeat(1, 1, groups)
+    return OwnKeys(weights, psi.query @ psi.key.mT, base, lifted)
+
+
+def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:
+    """Both parts under one normaliser, into output (A, n, R, M); see `ops.combine` for what is dropped when."""
+    far_log, denominator = parts.far_log + block.log_gamma, parts.far[..., -1]
+    dropped = ~(denominator > smallest_denominator(denominator.dtype))
+    log_scale = far_log.masked_fill(dropped, -torch.inf)
+    total = log_scale + denominator.masked_fill(dropped, 1.0).log_()
+    if parts.near_log is not None:
+        total = torch.maximum(total, parts.near_log)
+    if block.sink_logits is not None:
+        total = torch.maximum(total, block.sink_logits)
+    if parts.near_log is None:
+        total = finite(total)
+    far_weight = (log_scale - total).exp_()
+    mass = far_weight * denominator
+    if parts.near_log is not None:
+        near_weight = (parts.near_log - total).exp_()
+        mass += near_weight
+    if block.sink_logits is not None:
+        mass += (block.sink_logits - total).exp_()
+    share = mass.reciprocal()
+    if parts.near_log is None:  # zero where nothing answers
+        share.masked_fill_(mass == 0, 0.0)
+    far_weight *= share
+    torch.mul(parts.far[..., :-1], far_weight.unsqueeze(-1), out=output)
+    if parts.near is not None:
+        output.addcmul_(parts.near, (near_weight * share).unsqueeze(-1))
+    return Combined(total + mass.log_(), far_weight, far_log, dropped)

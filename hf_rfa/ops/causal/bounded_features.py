@@ -1,0 +1,130 @@
+"""The hyperbolic map where its exponents are small: exp(w.x') without a maximum, exp(-w.x') as its reciprocal.
+
+`FarKernel` divides the features of each token by their maximum, so that no exponent can overflow. Of tokens whose
+|w.x'| is at most `LARGEST` (tempered kernels hardly ever come near it) nothing needs to be divided: half of the
+exponentials and three passes over the features are saved. Their gradient is written out, too. The features are made
+transposed, (F, tokens), so that the two halves of F are contiguous, and as powers of two, which take a third of the
+time of powers of e.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hf_rfa.features.maps import FarKernel, pull_in, squared_bound
+from hf_rfa.ops.causal.scratch import Scratch
+
+#: psi(q).psi(k) then lies within exp(+-2 * 20): far from the ends of float32, for any number of keys.
+LARGEST = 20.0
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class BoundedFeatures:
+    """psi of tokens (A, n, R, F), its log-scale (A, n, R), and what the gradient needs of the way there.
+
+    With c = x - center, y = A c, w.x' = f a w.y:  y (A, n, R, D), square |y|^2, shrink f or None, of (A, n, R).
+    """
+
+    features: torch.Tensor
+    log_scale: torch.Tensor
+    y: torch.Tensor
+    square: torch.Tensor
+    shrink: torch.Tensor | None
+
+
+class BoundedMap:
+    """The features of one side, queries or keys, of a far kernel whose heads are all hyperbolic."""
+
+    def __init__(self, far: FarKernel, scaling: float, rows: int, keys: bool, scratch: Scratch) -> None:
+        def of_rows(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().repeat(rows, *(1,) * (x.dim() - 1))
+
+        size = far.alpha * math.sqrt(scaling)
+        centers = (far.key_center, far.query_center) if keys else (far.query_center, far.key_center)
+        center, other = (of_rows(x).unsqueeze(1) if bool(x.any()) else None for x in centers)
+        transform = far.key_transform if keys else far.query_transform
+        radius = far.key_radius if keys else far.query_radius
+        self._center, self._other, self._scaling, self._keys, self._scratch = center, other, scaling, keys, scratch
+        self._transform = None if transform is None else of_rows(transform)
+        self._bound = None
+        if radius is not None and bool((radius > 0).any()):
+            self._bound = of_rows(squared_bound(radius)).view(-1, 1, 1)
+        self._omega = of_rows(far.omega * size[:, None, None])
+        self._longest = torch.linalg.vector_norm(self._omega, dim=-1).amax(-1)
+        self._half_square = of_rows(size.square() / 2).view(-1, 1, 1)
+        self._constant = -math.log(2 * far.omega.shape[1]) / 2
+        self._repeated: dict[tuple[int, float], torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor) -> BoundedFeatures:
+        """The features of x (A, n, R, D)."""
+        count, chunks, tokens, _ = x.shape
+        centred = x if self._center is None else x - self._center.unsqueeze(2)
+        y = centred if self._transform is None else (centred.flatten(1, 2) @ self._transform.mT).view_as(x)
+        square = torch.linalg.vector_norm(y, dim=-1).square_()
+        omega, side = self._of_chunks(chunks, 1 / LN2), "key" if self._keys else "query"
+        exponent = self._scratch(f"{side} exponents", x, count * chunks, omega.shape[1], tokens)
+        torch.bmm(omega, y.reshape(-1, *y.shape[2:]).mT, out=exponent)
+        shrink, inside = None, square
+        if self._bound is not None:
+            shrink, inside = pull_in(square, self._bound), torch.minimum(square, self._bound)
+            exponent.mul_(shrink.view(-1, 1, tokens))
+        large = self._large(exponent, inside)
+        buffer = self._scratch(f"{side} features", x, count * chunks, 2, *exponent.shape[1:])
+        projection, inverse = buffer[:, 0], buffer[:, 1]
+        torch.exp2(exponent, out=projection)
+        torch.reciprocal(projection, out=inverse)
+        log_scale = self._constant - self._half_square * inside
+        if large is not None:
+            # Tokens of their own, so that no other token sees a difference.
+            where, peak, highest = large
+            projection.mT[where], inverse.mT[where] = (highest - peak).exp2_(), (-highest - peak).exp2_()
+            log_scale.view(-1, tokens)[where] += peak.squeeze(-1) * LN2
+        if self._other is not None:
+            exact = (centred if self._keys else x).flatten(1, 2) @ self._other.mT
+            log_scale = log_scale.add_(exact.view_as(log_scale), alpha=self._scaling)
+        features = buffer.view(count, chunks, -1, tokens).mT
+        return BoundedFeatures(features, log_scale, y, square, shrink)
+
+    def gradient(self, made: BoundedFeatures, features: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+        """Gradient of x (A, n, R, D), from those of the features, which is overwritten, and of their log-scale."""
+        count, chunks, tokens = made.square.shape
+        halves = [x.mT.reshape(count * chunks, 2, -1, tokens) for x in (features, made.features)]
+        (given, given_inverse), (value, inverse) = (half.unbind(1) for half in halves)
+        projection = given.mul_(value).addcmul_(given_inverse, inverse, value=-1)
+        square = -self._half_square * log_scale
+        omega = self._of_chunks(chunks, 1.0)
+        if made.shrink is not None:
+            projection.mul_(made.shrink.view(-1, 1, tokens))
+        x = torch.bmm(projection.mT, omega).view(made.y.shape)
+        if self._bound is not None:
+            # Outside of the bound f = bound / |y|, and |f y| is constant.
+            outside = made.square > self._bound
+            square = torch.where(outside, (x * made.y).sum(-1) / (-2 * made.square), square)
+        x.addcmul_(made.y, square.unsqueeze(-1), value=2)
+        if self._transform is not None:
+            x = (x.flatten(1, 2) @ self._transform).view_as(x)
+        if self._other is not None:
+            x.addcmul_(log_scale.unsqueeze(-1), self._other.unsqueeze(2), value=self._scaling)
+        return x
+
+    def _large(
+        self, exponent: torch.Tensor, square: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None:
+        """Where the exponents (A * n, m, R), powers of two, of a token are large, their maxima and they themselves."""
+        if (square.amax((1, 2)).sqrt_() * self._longest).max() <= LARGEST:  # |w.x'| <= |w| |x'|
+            return None
+        low, high = torch.aminmax(exponent)
+        if low >= -LARGEST / LN2 and high <= LARGEST / LN2:
+            return None
+        peak = torch.maximum(exponent.amax(1), exponent.amin(1).neg_())
+        where = (peak > LARGEST / LN2).nonzero(as_tuple=True)
+        return where, peak[where].unsqueeze(-1), exponent.mT[where]
+
+    def _of_chunks(self, chunks: int, factor: float) -> torch.Tensor:
+        """`factor` times omega (A, m, D), a copy for each chunk: (A * n, m, D), as batched products want it."""
+        key = (chunks, factor)
+        if key not in self._repeated:
+            self._repeated[key] = (self._omega * factor).repeat_interleave(chunks, 0)
+        return self._repeated[key]

@@ -1,0 +1,142 @@
+"""The causal operator in chunks: O(N) time and memory, exactly the reference's numbers.
+
+Chunk c attends exactly to chunks c - 1 and c and to the sinks, and to all earlier keys through a running sum of
+features. `window = 0` has no exact part: the own chunk goes through the features too. This module aligns the tokens,
+`causal_function` walks over them, and what remains is put into a state.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.causal.function import WalkSettings, causal_attention
+from hf_rfa.ops.causal.passes import Walk, WalkInputs
+from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
+from hf_rfa.ops.combine import FarStatistics, Part
+from hf_rfa.ops.layout import Plan, PlanSpec
+from hf_rfa.ops.state import RFAState, accumulation_dtype
+from hf_rfa.ops.tiles import ShortRule
+
+
+def chunked_causal(
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
+) -> tuple[torch.Tensor, RFAState | None]:
+    """Causal RFA of a call, q, k and v in their own type, the far kernel in float32 or float64.
+
+    Returns the output (B, Hk, G, N, M), zero for the documents that are `short`, and the state after the last token,
+    if wanted.
+    """
+    aligned = align(call, output_final_state, short)
+    settings = WalkSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
+    output, carry, peak = causal_attention(aligned.inputs, settings)
+    final = final_state(aligned, carry, peak, call.window) if output_final_state else None
+    return tokens_of(output, aligned.plan, call.query.shape[3]), final
+
+
+class CausalPass:
+    """The two parts of a call before they are put together; without gradients."""
+
+    def __init__(self, call: OperatorCall) -> None:
+        aligned = align(call, output_final_state=False)
+        self.plan = aligned.plan
+        self._walk = Walk(aligned.inputs, call.far, self.plan, call.window, call.scaling)
+
+    def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
+        """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
+        heads = self._walk.inputs.key.shape[1]
+        for span, _, parts, _, _ in self._walk.forward():
+            # Cloned: the next block writes over it.
+            far, far_log = (x.unflatten(0, (-1, heads)) for x in (parts.far.clone(), parts.far_log))
+            near = None
+            if parts.near is not None and parts.near_log is not None:
+                value, log = (x.unflatten(0, (-1, heads)) for x in (parts.near, parts.near_log))
+                near = Part(value, torch.ones_like(log), log)
+            yield span, near, Part(far[..., :-1], far[..., -1], far_log)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The tokens of a call, each document from a chunk boundary on, behind the near keys of the state."""
+
+    inputs: WalkInputs
+    plan: Plan
+    state: RFAState
+
+
+def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None = None) -> Aligned:
+    """Lay the tokens of a call out in chunks, but for the documents that are `short`."""
+    query, key, value, window = call.query, call.key, call.value, call.window
+    batch, heads, groups, length, dim = query.shape
+    chunk = window or PURE_CHUNK
+    sinks = call.sink_tokens if window else 0
+    state = call.state or call.empty_state()
+    history = bool(window) and call.state is not None
+    spec = PlanSpec(chunk, sinks, history=history, final=bool(window) and output_final_state, short=short)
+    plan = call.layout.plan(length, spec, state.count, query.device)
+    if history:
+        near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)
+        key, value = torch.cat([near_key, key], dim=2), torch.cat([near_value, value], dim=2)
+        query = torch.cat([query.new_zeros(batch, heads, groups, 2 * chunk, dim), query], dim=3)
+    if not plan.identity:
+        key, value = take(key, plan.source), take(value, plan.source)
+        query = take(query.flatten(1, 2), plan.source).unflatten(1, (heads, groups))
+    wide = accumulation_dtype(key.dtype)
+    decay, peak = None, state.log_max.to(wide)
+    if call.far.gate_weight is not None:
+        log_gate = call.far.log_gate(key.to(wide))
+        assert log_gate is not None
+        log_gate = F.pad(log_gate, (0, plan.valid[0].numel() - key.shape[2])).unflatten(2, plan.valid.shape[1:])
+        log_gate = log_gate.masked_fill(~plan.valid.unsqueeze(1), 0.0)
+        decay = log_gate.cumsum(-1)
+        if history:  # the state counts from its last token, the walk from its first
+            remembered = plan.valid & ~plan.asked
+            peak = peak - torch.where(remembered.unsqueeze(1), log_gate, 0.0).sum((-2, -1))
+    inputs = WalkInputs(
+        query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
+        state.kv_state.to(wide), peak,
+    )  # fmt: skip
+    return Aligned(inputs, plan, state)
+
+
+def _wide(call: OperatorCall) -> torch.Tensor | None:
+    return None if call.sink_logits is None else call.sink_logits.to(accumulation_dtype(call.query.dtype))
+
+
+def final_state(aligned: Aligned, carry: torch.Tensor, peak: torch.Tensor, window: int) -> RFAState:
+    """The state after a call, from the far sums after its last chunk."""
+    plan, state, inputs = aligned.plan, aligned.state, aligned.inputs
+    count = plan.count.expand(carry.shape[0]).clone()
+    if not window:
+        return RFAState(carry, peak, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
+    last = plan.last[:, None]
+    both = torch.cat([last - 1, last], dim=1)
+    # Slots that hold no token of the document are zero, so that the state is a function of the tokens alone.
+    belongs = (both >= 0) & (plan.document.gather(1, both.clamp_min(0)) == plan.document.gather(1, last))
+    filled = take(plan.valid.unsqueeze(1), both.clamp_min(0)) & belongs[:, None, :, None]
+    first = plan.sink_chunk.gather(1, last)
+    sinks = inputs.sink_key.shape[2]
+    slots = torch.arange(sinks, device=last.device)
+    given = (slots < plan.count.to(last.device)[:, None])[:, None, :, None]
+    near_index, sink_index = _slots(both, window), (first.clamp_min(0) * window + slots)
+    stored = (first < 0)[:, None, :, None]
+
+    def near(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(filled.flatten(2).unsqueeze(-1), take(x, near_index.clamp_max(x.shape[2] - 1)), 0.0)
+
+    def sink(x: torch.Tensor, of_state: torch.Tensor) -> torch.Tensor:
+        new = take(x, sink_index.clamp_max(x.shape[2] - 1))
+        return torch.where(given, torch.where(stored, of_state, new), 0.0)
+
+    return RFAState(
+        carry, peak, near(inputs.key), near(inputs.value), sink(inputs.key, inputs.sink_key),
+        sink(inputs.value, inputs.sink_value), count,
+    )  # fmt: skip
+
+
+def _slots(chunks: torch.Tensor, size: int) -> torch.Tensor:
+    """(R, n * C) slots of the chunks (R, n), which may be -1."""
+    slots = chunks.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=chunks.device)
+    return slots.flatten(1)

@@ -1,0 +1,213 @@
+"""The causal operator as a differentiable function: its backward pass walks the blocks again, from the last one on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.causal.block import Features, block_sums, combine_block
+from hf_rfa.ops.causal.gradients import Answered, block_gradients
+from hf_rfa.ops.causal.passes import Walk, WalkInputs, features_of
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.recomputing import Flags, follows, recomputing
+
+#: Tensors of a `FarKernel` that its features depend on; the gate's come in as `decay`.
+KERNEL = tuple(
+    f.name for f in dataclasses.fields(FarKernel) if f.name not in ("feature_maps", "gate_weight", "gate_bias")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkSettings:
+    """What a walk depends on besides tensors with gradients."""
+
+    far: FarKernel
+    plan: Plan
+    window: int
+    scaling: float
+    statistics: FarStatistics | None
+
+
+def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk.
+
+    The output is of value's type without gradients and wide with them, where one is added to the other.
+    """
+    tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
+    kernel = {name: getattr(settings.far, name) for name in KERNEL}
+    if any(follows([*tensors, *kernel.values()])):
+        tensors = [None if t is None else t.to(inputs.wide) for t in tensors]
+    constant = (2,) if inputs.decay is None else ()
+    output, carry, peak = recomputing(_Recipe(settings, constant), *tensors, *kernel.values())
+    return output, carry, peak
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What the backward pass needs: S and m at the start of each block (A, F, M + 1), (A), L and b / Z (A, n, R)."""
+
+    carries: torch.Tensor
+    peaks: torch.Tensor
+    log_total: torch.Tensor
+    far_weight: torch.Tensor
+
+
+def _run(
+    walk: Walk, statistics: FarStatistics | None, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
+    """Output, S and m after the last chunk, and what is kept, if wanted."""
+    inputs, plan = walk.inputs, walk.plan
+    batch, heads, groups, length, _ = inputs.query.shape
+    spans = walk.spans()
+    output = inputs.value.new_empty(batch, heads, groups, length, inputs.value.shape[-1])
+    carry, peak = inputs.carry.flatten(0, 1), inputs.carry_peak.flatten(0, 1)
+    kept = None
+    if keep:
+        rows = (len(carry), plan.valid.shape[1], groups * walk.chunk)
+        kept = _Kept(
+            carry.new_empty(len(spans), *carry.shape), peak.new_empty(len(spans), *peak.shape),
+            carry.new_empty(rows), carry.new_empty(rows),
+        )  # fmt: skip
+        kept.carries[0], kept.peaks[0] = carry, peak
+    for number, (span, block, parts, state, end_peak) in enumerate(walk.forward()):
+        rows_of_block = walk.target(output, span)
+        combined = combine_block(block, parts, rows_of_block)
+        walk.put(output, rows_of_block, span)
+        if kept is not None:
+            kept.log_total[:, span], kept.far_weight[:, span] = combined.log_total, combined.far_weight
+            if number + 1 < len(spans):
+                kept.carries[number + 1], kept.peaks[number + 1] = state.mT, end_peak
+        if statistics is not None:
+            walk.count(combined, span, statistics)
+    final = state.mT.contiguous().view_as(inputs.carry)
+    return output, final, end_peak.contiguous().view_as(inputs.carry_peak), kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """Output, S and m after the last chunk, from the tensors of `WalkInputs` and `KERNEL`; see `ops.recomputing`."""
+
+    settings: WalkSettings
+    constant: tuple[int, ...]
+    outputs: int = 3
+
+    def forward(self, tensors: Sequence[torch.Tensor | None], followed: Flags) -> tuple[torch.Tensor, ...]:
+        output, carry, peak, kept = _run(self._walk(tensors, followed), self.settings.statistics, any(followed))
+        return output, carry, peak, *(() if kept is None else vars(kept).values())
+
+    def backward(
+        self, tensors: Sequence[Any], outputs: Sequence[Any], kept: Sequence[Any], above: Sequence[Any],
+        followed: Flags,
+    ) -> list[torch.Tensor | None]:  # fmt: skip
+        walk, answer, (carries, peaks, log_total, far_weight) = self._walk(tensors, followed), outputs[0], kept
+        output, carry, peak = above
+        carry = torch.zeros_like(carries[0]) if carry is None else carry.flatten(0, 1)
+        peak = torch.zeros_like(peaks[0]) if peak is None else peak.flatten(0, 1)
+        with torch.autocast(carries.device.type, enabled=False):
+            back = _Backward(walk, followed[-len(KERNEL) :], carry, peak)
+            for number, span in reversed(list(enumerate(walk.spans()))):
+                answered = Answered(walk.queries(answer, span), log_total[:, span], far_weight[:, span])
+                back.step(span, carries[number], peaks[number], answered, output)
+        return back.gradients()
+
+    def _walk(self, tensors: Sequence[Any], followed: Flags) -> Walk:
+        count, settings = len(dataclasses.fields(WalkInputs)), self.settings
+        far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
+        inputs = WalkInputs(*tensors[:count])
+        learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
+        return Walk(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
+
+
+class _Backward:
+    """The gradients of a walk's tensors, gathered from its last block to the first."""
+
+    def __init__(self, walk: Walk, wanted: Sequence[bool], carry: torch.Tensor, peak: torch.Tensor) -> None:
+        inputs = walk.inputs
+        self.walk, self.carry, self.peak = walk, carry, peak
+        self.query, key, value, sink_key, sink_value = (
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in (inputs.query, inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
+        )
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+        self.sink_key, self.sink_value = sink_key.zero_().flatten(0, 1), sink_value.zero_().flatten(0, 1)
+        self.sink_rows = [torch.zeros_like(rows) for rows in walk.sink_rows]
+        self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
+        self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
+        self.log_gamma = torch.zeros_like(walk.far.gamma)
+        # gamma has no part in the features.
+        names = [name for name, need in zip(KERNEL, wanted, strict=True) if need and name != "gamma"]
+        self.leaves = {name: getattr(walk.far, name) for name in names}
+        self.kernel = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+
+    def step(
+        self, span: slice, carry: torch.Tensor, peak: torch.Tensor, answered: Answered, output: torch.Tensor | None
+    ) -> None:
+        """Go back over one block, which began with the state (carry, peak)."""
+        walk, block = self.walk, self.walk.block(span)
+        made = walk.bounded_psi(block)  # as in the forward pass: L and b / Z are those of its features
+        if made is not None:
+            psi = features_of(made)
+        else:
+            # Not `torch.autograd`, which is switched off inside of an operation of a graph (`ops.graph`).
+            tensors = (block.query, block.key[:, block.far], *self.leaves.values())
+            recorded, pull_back = torch.func.vjp(self._psi, *tensors)[:2]
+            psi = Features(*recorded)
+        sums = block_sums(block, psi, peak, walk.scratch)
+        above = torch.zeros_like(answered.output) if output is None else walk.queries(output, span)
+        gradients = block_gradients(block, psi, sums, answered, carry, above, self.carry, self.peak, walk.scratch)
+        self.carry = gradients.carry
+        self.log_gamma += gradients.psi.query_scale.sum((1, 2)).view(-1, len(self.log_gamma)).sum(0)
+        if made is not None:
+            query, key = walk.bounded_gradients(made, gradients.psi)
+        else:
+            query, key, *kernel = pull_back(_tensors(gradients.psi))
+            for name, gradient in zip(self.leaves, kernel, strict=True):
+                self.kernel[name] += gradient
+        if gradients.near is not None:
+            near = gradients.near
+            rows = walk.target(self.query, span)
+            query = torch.add(query, near.query, out=rows)
+            near.key[:, block.far] += key
+            key = near.key
+            self.sink_rows[0][:, span], self.sink_rows[1][:, span] = near.sink_key, near.sink_value
+        else:
+            key = F.pad(key, (0, 0, 0, 0, 1, 0))  # there is a chunk before the block's own
+        walk.put(self.query, query, span)
+        walk.put_keys(self.key, key, span)
+        walk.put_keys(self.value, gradients.value, span)
+        if self.decay is not None and gradients.decay is not None and gradients.carry_peak is not None:
+            first = max(span.start - 1, 0)
+            self.decay[:, first : span.stop] += gradients.decay[:, first - span.stop :]
+            self.peak = gradients.carry_peak
+        if self.logits is not None and gradients.sink_logits is not None:
+            rows = gradients.sink_logits.sum(1).view(-1, *self.logits.shape, walk.chunk)
+            self.logits += rows.sum((0, 3))
+
+    def _psi(self, query: torch.Tensor, key: torch.Tensor, *kernel: torch.Tensor) -> list[torch.Tensor]:
+        changed: dict[str, Any] = dict(zip(self.leaves, kernel, strict=True))
+        far = dataclasses.replace(self.walk.far, **changed)
+        return _tensors(self.walk.psi(query, key, far))
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """In the order of `WalkInputs`, then of `KERNEL`."""
+        inputs, alive = self.walk.inputs, self.walk.far.alive()
+        self.walk.add_sinks(self.key, self.sink_key, self.sink_rows[0])
+        self.walk.add_sinks(self.value, self.sink_value, self.sink_rows[1])
+        self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.walk.far.gamma, 0.0)
+        flat = (self.key, self.value, self.sink_key, self.sink_value)
+        whole = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
+        decay = peak = None
+        if self.decay is not None and inputs.decay is not None:
+            decay, peak = self.decay.view_as(inputs.decay), self.peak.view_as(inputs.carry_peak)
+        return [
+            self.query, *(x.view_as(y) for x, y in zip(flat, whole, strict=True)), decay, self.logits,
+            self.carry.view_as(inputs.carry), peak, *(self.kernel.get(name) for name in KERNEL),
+        ]  # fmt: skip
+
+
+def _tensors(psi: Features) -> list[torch.Tensor]:
+    return [psi.query, psi.query_scale, psi.key, psi.key_scale]

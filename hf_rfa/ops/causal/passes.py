@@ -1,0 +1,266 @@
+"""The causal operator as one walk over blocks of chunks: forwards, and backwards with everything recomputed.
+
+Memory beside what goes in and comes out: the far sums at each block's start, and one block's features and scores.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.causal.block import Block, Combined, Features, Parts, block_parts, block_sums
+from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal.scratch import Scratch
+from hf_rfa.ops.chunks import take
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.layout import Plan
+
+#: Chunks handled at once: their features and scores, of all heads, must stay in the cache.
+BLOCK_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class WalkInputs:
+    """Tensors of a walk, in the aligned order of `plan`; the last chunk may be cut short.
+
+    query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
+    remembers; all these in any types, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
+    None; sink_logits (Hk, G) or None; carry (B, Hk, F, M + 1), carry_peak (B, Hk), the state before the first slot.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sink_key: torch.Tensor
+    sink_value: torch.Tensor
+    decay: torch.Tensor | None
+    sink_logits: torch.Tensor | None
+    carry: torch.Tensor
+    carry_peak: torch.Tensor
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What is computed in: float32 or float64."""
+        return self.carry.dtype
+
+
+@dataclass
+class Walk:
+    """The blocks of a call, read from its inputs one after the other; nothing is recorded by autograd."""
+
+    inputs: WalkInputs
+    far: FarKernel
+    plan: Plan
+    window: int
+    scaling: float
+    may_bound: bool = True  # whether `BoundedMap` may be used; it has no gradients of the kernel
+    scratch: Scratch = field(default_factory=Scratch)
+    _masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan, heads = self.plan, self.inputs.key.shape[1]
+        self.delay = 1 if self.window else 0
+        same = plan.document[:, 1:] == plan.document[:, :-1]
+        self.follows = F.pad(same, (1, 0))  # whether the chunk before belongs to the same document
+        fold = plan.fold
+        if self.delay:
+            fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.follows.unsqueeze(-1)
+        keep = torch.cat([plan.document[:, :1] == 0, same], dim=1)
+        self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
+        gamma, batch = self.far.gamma, len(self.inputs.key)
+        self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
+        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
+        self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
+        self._bounded: tuple[BoundedMap, BoundedMap] | None = None
+        # Which exponents are large has to be read: no waiting for a GPU.
+        if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
+            query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
+            self._bounded = query, key
+
+    @property
+    def chunk(self) -> int:
+        """C."""
+        return self.plan.valid.shape[-1]
+
+    def spans(self) -> list[slice]:
+        """The chunks of each block."""
+        count = self.plan.valid.shape[1]
+        return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
+
+    def block(self, span: slice) -> Block:
+        """What the chunks of a span read."""
+        inputs = self.inputs
+        groups = inputs.query.shape[2]
+        logits = inputs.sink_logits
+        if logits is not None:
+            logits = logits.repeat_interleave(self.chunk, dim=1).repeat(len(inputs.key), 1).unsqueeze(1)
+        decay = None
+        if inputs.decay is not None:
+            decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
+            decay = decay if span.start else F.pad(decay, (0, 0, 1, 0))
+        return Block(
+            query=self.queries(inputs.query, span).to(inputs.wide),
+            key=self._chunks(inputs.key, span).to(inputs.wide),
+            value=self._chunks(inputs.value, span).to(inputs.wide),
+            sink_key=self.sink_rows[0][:, span],
+            sink_value=self.sink_rows[1][:, span],
+            mask=self._mask(span, groups) if self.window else None,
+            fold=self.fold[:, span],
+            keep=self.keep[:, span],
+            decay=decay,
+            sink_logits=logits,
+            log_gamma=self.log_gamma,
+            scaling=self.scaling,
+            delay=self.delay,
+            steady=all(self.plan.regular[span]),
+        )
+
+    def psi(self, query: torch.Tensor, key: torch.Tensor, far: FarKernel) -> Features:
+        """The features of a block's queries and far keys."""
+        heads = self.inputs.key.shape[1]
+        query, key = (x.unflatten(0, (-1, heads)) for x in (query, key))
+        made = (*far.query_features(query, self.scaling), *far.key_features(key, self.scaling))
+        return Features(*(x.flatten(0, 1) for x in made))
+
+    def bounded_psi(self, block: Block) -> tuple[BoundedFeatures, BoundedFeatures] | None:
+        """The same, made in less time, if the map allows it."""
+        if self._bounded is None:
+            return None
+        return self._bounded[0](block.query), self._bounded[1](block.key[:, block.far])
+
+    def bounded_gradients(
+        self, made: tuple[BoundedFeatures, BoundedFeatures], psi: Features
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of a block's queries and far keys from those of `bounded_psi`."""
+        assert self._bounded is not None
+        query = self._bounded[0].gradient(made[0], psi.query, psi.query_scale)
+        return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
+
+    def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
+        """Of each block: both parts, in buffers that the next block uses again, and S^T and m after it."""
+        carry, peak = (x.flatten(0, 1) for x in (self.inputs.carry, self.inputs.carry_peak))
+        state = carry.mT.clone(memory_format=torch.contiguous_format)
+        for span in self.spans():
+            block = self.block(span)
+            made = self.bounded_psi(block)
+            psi = self.psi(block.query, block.key[:, block.far], self.far) if made is None else features_of(made)
+            sums = block_sums(block, psi, peak, self.scratch)
+            parts = block_parts(block, psi, sums, state, self.scratch)
+            peak = sums.end_peak
+            yield span, block, parts, state, peak
+
+    def count(self, combined: Combined, span: slice, statistics: FarStatistics) -> None:
+        """Add a block's dropped far parts to the statistics; padding does not count."""
+        heads, groups = self.inputs.query.shape[1:3]
+        asked = self.plan.asked[:, span].repeat(1, 1, groups)
+        asked = asked.repeat_interleave(heads, 0) if len(asked) > 1 else asked
+        seen = (combined.far_log > -torch.inf) & asked
+        statistics.add(seen & combined.dropped, seen)
+
+    def target(self, whole: torch.Tensor, span: slice) -> torch.Tensor:
+        """Where a block's rows (A, n, G * C, M) are written, to be handed to `put`: into whole itself, if they can."""
+        batch, heads, groups, length, dim = whole.shape
+        count = span.stop - span.start
+        if groups == 1 and span.stop * self.chunk <= length and whole.dtype == self.inputs.wide:
+            return self.queries(whole, span)
+        return self.scratch("rows", self.inputs.carry, batch * heads, count, groups * self.chunk, dim)
+
+    def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
+        """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
+        batch, heads, groups, length, dim = whole.shape
+        if rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+            return
+        tokens = rows.view(batch, heads, -1, groups, self.chunk, dim).transpose(2, 3).flatten(3, 4)
+        start = span.start * self.chunk
+        whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
+
+    def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
+        """Write what a block gives to the chunks (A, n + 1, C, D), the first one before the span, to whole (A, T, D).
+
+        For blocks from the last to the first: the one behind has written to this one's last chunk.
+        """
+        count, tokens = self.plan.valid.shape[1], chunks.flatten(1, 2)
+        first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
+        low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
+        whole[:, low:written] = tokens[:, low - first : written - first]
+        whole[:, written:stop] += tokens[:, written - first : stop - first]
+
+    def add_sinks(self, whole: torch.Tensor, of_state: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the gradient of `sink_rows` (A, n, s, D) to the keys (A, T, D) or the state's sinks (A, s, D)."""
+        if not rows.shape[2]:
+            return
+        index, from_state = self._sink_index(rows.shape[2])
+        batch, heads = self.inputs.key.shape[:2]
+        split = rows.unflatten(0, (batch, heads))
+        stored = from_state[:, None, :, None, None]
+        of_state += torch.where(stored, split, 0.0).sum(2).flatten(0, 1)
+        split = torch.where(stored, 0.0, split).flatten(2, 3)
+        index = index.flatten(1)[:, None, :, None].expand(split.shape)
+        whole.view(batch, heads, *whole.shape[1:]).scatter_add_(2, index, split)
+
+    def queries(self, query: torch.Tensor, span: slice) -> torch.Tensor:
+        """The rows (A, n, G * C, D) of a block in query (B, Hk, G, T, D), or in anything of its shape."""
+        batch, heads, groups, length, dim = query.shape
+        start, stop = span.start * self.chunk, span.stop * self.chunk
+        tokens = query[:, :, :, start:stop]
+        if stop > length:
+            tokens = F.pad(tokens, (0, 0, 0, stop - length))
+        chunks = tokens.unflatten(3, (-1, self.chunk)).transpose(2, 3)
+        return chunks.reshape(batch * heads, span.stop - span.start, groups * self.chunk, dim)
+
+    def _chunks(self, x: torch.Tensor, span: slice) -> torch.Tensor:
+        """The chunks of a span and the one before (A, n + 1, C, D), zeros where there is none."""
+        length = x.shape[2]
+        start, stop = (span.start - 1) * self.chunk, span.stop * self.chunk
+        tokens = x[:, :, max(start, 0) : stop]
+        if start < 0 or stop > length:
+            tokens = F.pad(tokens, (0, 0, max(-start, 0), max(stop - length, 0)))
+        return tokens.reshape(-1, span.stop - span.start + 1, self.chunk, x.shape[3])
+
+    def _sink_index(self, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (R, n, s) that are the sinks of each chunk, and whether (R, n) a state has them instead."""
+        chunks = self.plan.sink_chunk
+        slots = torch.arange(sinks, device=chunks.device)
+        index = chunks.clamp_min(0).unsqueeze(-1) * self.chunk + slots
+        return index.clamp_max(self.inputs.key.shape[2] - 1), chunks < 0
+
+    def _sink_rows(self, x: torch.Tensor, of_state: torch.Tensor) -> torch.Tensor:
+        """The sinks (A, n, s, D) that each chunk of the call sees, of keys or values x (B, Hk, T, D)."""
+        sinks, chunks = of_state.shape[2], self.plan.valid.shape[1]
+        if not sinks:
+            return self.inputs.carry.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
+        index, from_state = self._sink_index(sinks)
+        found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
+        rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
+        return rows.flatten(0, 1).to(self.inputs.wide)
+
+    def _mask(self, span: slice, groups: int) -> torch.Tensor:
+        """0 where the queries of a chunk see its near keys, else -inf; (1 or A, 1 or n, R, W)."""
+        if all(self.plan.regular[span]):
+            if 0 not in self._masks:
+                self._masks[0] = self._make_mask(span, groups)[:1, :1]
+            return self._masks[0]
+        return self._make_mask(span, groups)
+
+    def _make_mask(self, span: slice, groups: int) -> torch.Tensor:
+        plan, chunk, sinks = self.plan, self.chunk, self.inputs.sink_key.shape[2]
+        valid, device = plan.valid[:, span], plan.valid.device
+        causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+        # Padding sees itself, so that no row is empty; nobody sees padding.
+        own = causal & (valid.unsqueeze(2) | torch.eye(chunk, dtype=torch.bool, device=device))
+        before = F.pad(plan.valid, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
+        sink = (plan.rank[:, span] > 1)[..., None, None].expand(-1, -1, chunk, sinks)
+        visible = torch.cat(
+            [sink, before.unsqueeze(2).expand(-1, -1, chunk, -1), torch.zeros_like(sink), own], dim=-1
+        )  # fmt: skip
+        mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.wide).repeat(1, 1, groups, 1)
+        return mask.repeat_interleave(self.inputs.key.shape[1], 0) if len(mask) > 1 else mask
+
+
+def features_of(made: tuple[BoundedFeatures, BoundedFeatures]) -> Features:
+    """The features of queries and keys in one."""
+    query, key = made
+    return Features(query.features, query.log_scale, key.features, key.log_scale)

@@ -1,0 +1,199 @@
+"""The linear heads as one operation of a graph, for `torch.compile(fullgraph=True)` and `torch.export`.
+
+What the operator does depends on numbers that a tracer cannot see: where the padding lies, how far each row's chunk is
+filled. `torch.ops.hf_rfa.linear_heads` hides that from it: one operation, the same for every length and every decoding
+step, that changes none of its inputs. Its backward pass runs the forward pass again, with gradients.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.linear import linear_heads
+from hf_rfa.ops.private import works
+from hf_rfa.ops.state import RFAState, accumulation_dtype
+
+_Run = Callable[..., list[torch.Tensor]]
+_KERNEL = tuple(f.name for f in dataclasses.fields(FarKernel) if f.name != "feature_maps")
+_STATE = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
+
+
+def linear_heads_of_graph(
+    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
+) -> tuple[torch.Tensor, RFAState | None]:
+    """`linear_heads` as an operation that tracers do not look into."""
+    named: dict[str, torch.Tensor | None] = {"query": call.query, "key": call.key, "value": call.value}
+    named |= {name: getattr(call.far, name) for name in _KERNEL}
+    named |= {"sink_logits": call.sink_logits, "valid": call.layout.valid, "document": call.layout.document}
+    if call.state is not None:
+        named |= {name: getattr(call.state, name) for name in _STATE}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    output, counts, *state = torch.ops.hf_rfa.linear_heads(
+        list(given.values()), ",".join(given), ",".join(call.far.feature_maps), call.causal, call.window,
+        call.sink_tokens, call.scaling, call.backend, output_final_state, statistics is not None,
+    )  # fmt: skip
+    if statistics is not None:
+        statistics.add_counts(counts)
+    return output, RFAState(**dict(zip(_STATE, state, strict=True))) if output_final_state else None
+
+
+@torch.library.custom_op("hf_rfa::linear_heads", mutates_args=())
+def _operation(
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
+    scaling: float, backend: str, output_final_state: bool, count: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """[output, (dropped, queries), *state]; `names` says what the tensors are."""
+    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+    call = call.replace(layout=_known_layout(call.layout))
+    statistics = FarStatistics() if count else None
+    output, state = linear_heads(call, output_final_state, statistics)
+    counts = torch.zeros(2, dtype=torch.int64) if statistics is None else statistics.counts()
+    # Operations hand out tensors of their own, as their fakes say.
+    output = output.to(accumulation_dtype(call.query.dtype))
+    return [output.contiguous(), counts.to(output.device), *(t.clone() for t in _state_tensors(state))]
+
+
+@_operation.register_fake
+def _(
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
+    scaling: float, backend: str, output_final_state: bool, count: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+    wide = accumulation_dtype(call.query.dtype)
+    output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=wide)
+    counts = call.query.new_empty(2, dtype=torch.int64)
+    state = call.empty_state() if output_final_state else None
+    return [output, counts, *(torch.empty_like(t) for t in _state_tensors(state))]
+
+
+def _call(
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
+    scaling: float, backend: str,
+) -> OperatorCall:  # fmt: skip
+    given = dict(zip(names.split(","), tensors, strict=True))
+    far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
+    state = RFAState(**{name: given[name] for name in _STATE}) if "count" in given else None
+    return OperatorCall(
+        given["query"], given["key"], given["value"], far, causal, window, sink_tokens, scaling,
+        TokenLayout(given.get("valid"), given.get("document")), (), None, given.get("sink_logits"), state, backend,
+    )  # fmt: skip
+
+
+def _known_layout(layout: TokenLayout) -> TokenLayout:
+    """The layout in the least words, one object for all layers; reads the tensors."""
+    valid, document = (None if t is None else t.cpu() for t in (layout.valid, layout.document))
+    if valid is not None and bool(valid.all()):
+        valid = None
+    if document is not None and bool((document == document[:, :1]).all()):
+        document = None
+    return _shared_layout(*(None if t is None else (t.dtype, t.shape, t.numpy().tobytes()) for t in (valid, document)))
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_layout(*contents: tuple[torch.dtype, torch.Size, bytes] | None) -> TokenLayout:
+    def tensor(dtype: torch.dtype, shape: torch.Size, content: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
+
+    valid, document = (None if content is None else tensor(*content) for content in contents)
+    return TokenLayout(valid, document)
+
+
+def _by_autograd(run: _Run, sources: list[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    with _recording():
+        leaves = [t.detach().requires_grad_() for t in sources]
+        pairs = [(t, g) for t, g in zip(run(*leaves), gradients, strict=True) if t.requires_grad]
+        return torch.autograd.grad(
+            [t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+        )
+
+
+def _by_transform(run: _Run, sources: list[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    pull_back = torch.func.vjp(run, *sources)[1]
+    return pull_back(list(gradients))
+
+
+@functools.cache
+def recording_works() -> bool:
+    """Whether `_recording`, which is private, does that; asked inside of an operation."""
+    return works("the switches of autograd inside of an operation", _recording_is_right)
+
+
+def _recording_is_right() -> bool:
+    root = torch.full((), 3.0, device="cpu")
+    return [g.item() for g in _by_autograd(lambda x: [x * x], [root], [torch.ones_like(root)])] == [6.0]
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd, also inside an operation, below which it is switched off."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
+        yield
+
+
+def _state_tensors(state: RFAState | None) -> list[torch.Tensor]:
+    return [] if state is None else [getattr(state, name) for name in _STATE]
+
+
+@torch.library.custom_op("hf_rfa::linear_heads_backward", mutates_args=())
+def _backward_operation(
+    gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
+    scaling: float, backend: str, output_final_state: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of the wanted tensors, from those of the given outputs (of the output and the state's tensors)."""
+    sources = [t for t, want in zip(tensors, wanted, strict=True) if want]
+
+    def run(*chosen: torch.Tensor) -> list[torch.Tensor]:
+        leaves = iter(chosen)
+        whole = [next(leaves) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        call = _call(whole, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+        call = call.replace(layout=layout)
+        output, state = linear_heads(call, output_final_state, None)
+        results = [output, *_state_tensors(state)]
+        return [t for t, present in zip(results, given, strict=True) if present]
+
+    layout = _known_layout(_call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend).layout)
+    # Autograd takes a few per cent less time than its transform, which is the public way inside of an operation.
+    found = (_by_autograd if recording_works() else _by_transform)(run, sources, gradients)
+    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
+
+
+@_backward_operation.register_fake
+def _(
+    gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
+    scaling: float, backend: str, output_final_state: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    return [t.new_empty(t.shape) for t, want in zip(tensors, wanted, strict=True) if want]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    tensors, *settings, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    wanted = [t.is_floating_point() and need for t, need in zip(tensors, ctx.needs_input_grad[0], strict=True)]
+    gradients = [gradients[0], *gradients[2:]]  # counts have none
+    found = iter(
+        torch.ops.hf_rfa.linear_heads_backward(
+            [g for g in gradients if g is not None], wanted, [g is not None for g in gradients], tensors, *ctx.settings
+        )
+    )
+    return [next(found) if want else None for want in wanted], *(None,) * 9
+
+
+_operation.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""What Transformers calls in a converted model."""

@@ -1,0 +1,321 @@
+"""`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rfa.config import AUTO_MAPS, RFAConfig
+from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.features.maps import FEATURE_MAPS, FarKernel, optimal_proposal
+from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.combine import FarStatistics
+
+#: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
+ADAPTER_NAME = "rfa"
+#: The order is part of the saved format.
+MAP_CODES = tuple(FEATURE_MAPS)
+#: The tensors that are Parameters, which any optimiser trains, once omega is learned: the geometry and omega itself.
+GEOMETRY = ("query_center", "key_center", "query_transform", "key_transform")
+LEARNED = ("omega", *GEOMETRY)
+#: Those of the forget gate, which is never random.
+GATE = ("gate_weight", "gate_bias")
+#: Its bias before training: sigmoid(8) forgets 28 % in a thousand tokens, and still has a gradient.
+OPEN_GATE = 8.0
+
+
+class RFAAdapter(nn.Module):
+    """Random features of one attention layer. Its tensors stay float32 whatever the model is cast to.
+
+    Attributes:
+        omega: (key_heads, rows, head_dim) rows N(0, I), a function of (config.seed, layer, draw); or centroids.
+        alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
+        query_center, key_center: (key_heads, head_dim) what the far kernel takes off; calibration sets them.
+        query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
+        query_radius, key_radius: (key_heads,) its bounds, 0 (none) before calibration.
+        map_codes: (key_heads,) uint8, each head's map as an index into `MAP_CODES`; see `feature_maps`.
+        gate_weight, gate_bias: (key_heads, head_dim), (key_heads,) Parameters of the forget gate, if there is one.
+        softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
+        draw: () int64, the number of the draw that omega came from.
+        statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
+        cross, masked: Whether the layer is cross-attention, or has a mask of its own: softmax with the cache it had.
+    """
+
+    omega: torch.Tensor
+    alpha: torch.Tensor
+    gamma: torch.Tensor
+    proposal: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
+    query_transform: torch.Tensor
+    key_transform: torch.Tensor
+    query_radius: torch.Tensor
+    key_radius: torch.Tensor
+    map_codes: torch.Tensor
+    softmax_mask: torch.Tensor
+    draw: torch.Tensor
+
+    def __init__(
+        self, config: RFAConfig, layer: int, key_heads: int, head_dim: int, *, converted: bool, cross: bool = False,
+        masked: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
+        # Explicit, so that a default dtype or device of the caller's has no say.
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        ones, eye = torch.ones(key_heads, **like), torch.eye(head_dim, **like)
+        self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim, **like))
+        self.register_buffer("alpha", ones * config.alpha)
+        self.register_buffer("gamma", ones * config.gamma)
+        self.register_buffer("proposal", ones * optimal_proposal(torch.tensor(head_dim / 2, **like), head_dim))
+        self.register_buffer("query_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("key_center", torch.zeros(key_heads, head_dim, **like))
+        self.register_buffer("query_transform", eye.repeat(key_heads, 1, 1))
+        self.register_buffer("key_transform", eye.repeat(key_heads, 1, 1))
+        self.register_buffer("query_radius", ones * 0)
+        self.register_buffer("key_radius", ones * 0)
+        name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
+        code = MAP_CODES.index(name)
+        self.register_buffer("map_codes", torch.full((key_heads,), code, dtype=torch.uint8, device="cpu"))
+        self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
+        if config.gate and converted:
+            self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim, **like))
+            self.gate_bias = nn.Parameter(ones * OPEN_GATE)
+        self.statistics = FarStatistics()
+        self.attends_twice = False  # in one forward of its module; `convert` finds out
+        self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
+        self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.runtime.calls`
+        self._python: dict[str, Any] = {}
+        self._known_kernel: tuple[FarKernel, tuple[tuple[str, torch.Tensor], ...]] | None = None
+        self._resting: set[str] = set()  # Parameters that are not trained only because every key head is exact
+        self.omega.copy_(self.drawn(0))
+        if config.omega == "learned" and converted:
+            self.learn()
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads."""
+        return self.omega.shape[0]
+
+    @property
+    def kernel(self) -> FarKernel:
+        """The far kernel of all key heads: one object, until one of the adapter's methods changes a tensor of it.
+
+        It holds the tensors themselves, Parameters with their gradients. Others may stand in for them (sharding,
+        `torch.func.functional_call`): it is then made anew.
+        """
+        if torch.compiler.is_compiling():  # the tensors are the tracer's
+            return self._make_kernel()
+        known = self._known_kernel
+        if known is None or any(getattr(self, name) is not tensor for name, tensor in known[1]):
+            kernel = self._make_kernel()
+            known = self._known_kernel = kernel, tuple(kernel.tensors().items())
+        return known[0]
+
+    def _make_kernel(self) -> FarKernel:
+        names = ["omega", "alpha", "gamma", "proposal", "query_center", "key_center"]
+        if self._calibrated:
+            names += ["query_transform", "key_transform", "query_radius", "key_radius"]
+        if self.config.gate and self.converted:
+            names += GATE
+        return FarKernel(self.feature_maps, **{name: getattr(self, name) for name in names})
+
+    def kernel_of(self, draw: int | None) -> FarKernel:
+        """`kernel` with omega as of draw number `draw`: a layer that runs again may have been redrawn since."""
+        if draw is None or draw == self.draw_number or not self.converted:
+            return self.kernel
+        return dataclasses.replace(self.kernel, omega=self.drawn(draw))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two adapters whose states mean the same: of all tensors, the window and the sinks.
+
+        A cache remembers it, also in another process. Worked out again only after a change.
+        """
+        known = self._python.get("fingerprint")
+        if known is not None and torch.compiler.is_compiling():  # a graph cannot ask which tensors these are
+            return known[1]
+        own = (*self._parameters.values(), *self._buffers.values())
+        versions = tuple((id(t), t._version) for t in own if t is not None and not t.is_inference())
+        if known is not None and known[0] == versions:
+            return known[1]
+        digest = hashlib.blake2b(digest_size=12)
+        digest.update(repr((self.config.window, self.config.sink_tokens, self.converted, self.layer)).encode())
+        for name, tensor in self.state_dict().items():
+            if name != "draw":  # what was drawn counts, not how often
+                numbers = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+                plain = torch.func.debug_unwrap(numbers)  # inside a transform of `torch.func` every tensor is wrapped
+                data = plain.numpy().tobytes() if plain is numbers else bytes(plain.tolist())
+                digest.update(name.encode() + data)
+        self._python["fingerprint"] = versions, digest.hexdigest()
+        return digest.hexdigest()
+
+    @property
+    def feature_maps(self) -> tuple[str, ...]:
+        """The map of each key head."""
+        if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
+            self._python["maps"] = tuple(MAP_CODES[code] for code in self.map_codes.tolist())
+        return self._python["maps"]
+
+    @property
+    def _calibrated(self) -> bool:
+        """Whether the changes of variable and the bounds say anything; they cost nothing where they do not."""
+        if isinstance(self.query_transform, nn.Parameter):
+            return True
+        if "calibrated" not in self._python:
+            eye = torch.eye(self.omega.shape[2], device=self.omega.device)
+            identity = all(bool((m == eye).all()) for m in (self.query_transform, self.key_transform))
+            free = not any(bool(r.any()) for r in (self.query_radius, self.key_radius))
+            self._python["calibrated"] = not (identity and free)
+        return self._python["calibrated"]
+
+    def set_kernel(self, feature_maps: Sequence[str], **tensors: torch.Tensor) -> None:
+        """Replace the far kernel: each key head's map, and any of the tensors by name."""
+        self.map_codes.copy_(torch.tensor([MAP_CODES.index(name) for name in feature_maps]))
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                getattr(self, name).copy_(tensor)
+        self._read()
+
+    def learn(self) -> None:
+        """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
+        for name in LEARNED:
+            if name in self._buffers:
+                tensor = getattr(self, name)
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor))
+        self._known_kernel = None
+        self._train_what_acts()
+
+    @property
+    def softmax_heads(self) -> tuple[int, ...]:
+        """Key heads that stay exact softmax."""
+        if "softmax_heads" not in self._python:
+            self._python["softmax_heads"] = tuple(self.softmax_mask.nonzero().flatten().tolist())
+        return self._python["softmax_heads"]
+
+    @property
+    def draw_number(self) -> int:
+        """The number of omega's draw, which a cache remembers."""
+        if "draw" not in self._python:
+            self._python["draw"] = int(self.draw)
+        return self._python["draw"]
+
+    def set_softmax_heads(self, heads: tuple[int, ...]) -> None:
+        """Keep exactly these key heads as softmax."""
+        wrong = [head for head in heads if not 0 <= head < self.key_heads]
+        if wrong:
+            raise ConfigError(
+                f"Layer {self.layer} has key heads 0..{self.key_heads - 1}. Got {wrong}. Correct `softmax_heads`."
+            )
+        mask = torch.zeros_like(self.softmax_mask)
+        mask[list(heads)] = True
+        self.softmax_mask.copy_(mask)
+        self._read()
+
+    def _read(self) -> None:
+        """Read what Python knows of the tensors anew, and now: a graph cannot ask for it."""
+        self._python.clear()
+        self._known_kernel = None
+        if not self.omega.is_meta:
+            _ = self.kernel, self.draw_number
+            self._train_what_acts()
+
+    def _train_what_acts(self) -> None:
+        """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.
+
+        Those that were trained until then are trained again once a head is linear.
+        """
+        if len(self.softmax_heads) == self.key_heads:
+            trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
+            self._resting |= trained
+            for name in trained:
+                getattr(self, name).requires_grad_(False)
+        else:
+            for name in self._resting:
+                getattr(self, name).requires_grad_(True)
+            self._resting = set()
+
+    def drawn(self, draw: int) -> torch.Tensor:
+        """omega of draw number `draw`, for all key heads."""
+        heads, rows, dim = self.omega.shape
+        config = self.config
+        omega = draw_omega(heads, rows, dim, kind=config.omega, seed=config.seed, layer=self.layer, draw=draw)
+        return omega.to(self.omega.device)
+
+    def redraw(self, draw: int) -> None:
+        """Set omega to draw number `draw`. A cache filled with another draw is refused from then on."""
+        with torch.inference_mode(False):  # an omega that can be trained with afterwards
+            self.omega = self.drawn(draw)
+            self.draw = torch.full_like(self.draw, draw)
+        self._python.pop("fingerprint", None)
+        self._python["draw"], self._known_kernel = draw, None
+
+    def extra_repr(self) -> str:
+        heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
+        return (
+            f"{'/'.join(sorted(set(self.feature_maps)))}, num_features={self.config.features_of(self.layer)}, "
+            f"window={self.config.window}, key_heads={self.key_heads}, draw={self.draw_number}{heads}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RFAAdapter":
+        # `model.to(bfloat16)` moves the adapter but does not round it: features are computed in float32.
+        own = [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
+        kept = {name: tensor.detach() for name, tensor in own}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                if isinstance(moved, nn.Parameter):
+                    moved.data = tensor.to(moved.device)
+                else:
+                    setattr(self, name, tensor.to(moved.device))
+        self._known_kernel = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a kernel of its own tensors, which may not be copied where others stand in for them.
+        return {**self.__dict__, "_known_kernel": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read()
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
+    """(name of the attention module, the module, its adapter) of every layer, in the model's order."""
+    for name, module in model.named_modules():
+        adapter = module._modules.get(ADAPTER_NAME)
+        if isinstance(adapter, RFAAdapter):
+            yield name, module, adapter
+
+
+def require_adapters(model: nn.Module) -> list[RFAAdapter]:
+    """The adapters of a converted model; `UnsupportedModelError` if it is not converted."""
+    adapters = [adapter for _, _, adapter in named_adapters(model)]
+    if not adapters:
+        raise UnsupportedModelError(
+            f"The model is not converted. Got a {type(model).__name__} without adapters. Call "
+            "`hf_rfa.convert(model)` first."
+        )
+    return adapters
+
+
+def far_statistics(model: nn.Module) -> dict[int, float]:
+    """Per converted layer, the share of far estimates that were not positive and so were dropped (since conversion).
+
+    Only the trigonometric map can drop any; the positive maps always answer 0.
+
+    Example:
+        >>> import hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False)
+        >>> hf_rfa.far_statistics(model)
+        {0: 0.0}
+    """
+    return {a.layer: a.statistics.dropped_fraction for a in require_adapters(model) if a.converted}

@@ -1,0 +1,306 @@
+"""The cache of a converted model: one `RFAState` a layer, whose linear heads need the same bytes at any length."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hf_rfa.errors import StaleStateError, UnsupportedModelError
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
+from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.decode import Decoder
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.ops.state import RFAState
+from hf_rfa.runtime.calls import is_called_with
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward that `crop` can take back: the state before it and what it added."""
+
+    before: RFAState | None
+    key: torch.Tensor
+    value: torch.Tensor
+    kernel: FarKernel
+    settings: AttentionSettings
+    layout: TokenLayout
+
+
+class RFACacheLayer(CacheLayerMixin):
+    """Cache layer of a converted attention module, used by plain `model.generate`.
+
+    `update` hands the new keys and values through; the attention function reads `state` and calls `advance`. `given`
+    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them.
+    `companions` are layers that have no place of their own in the cache: that of a module's second call, where it
+    attends twice in a forward; those of modules that attend to the keys of an earlier one.
+
+    A cache belongs to one conversion: `filled_by` is the fingerprint of the adapter whose state it holds, and
+    `expected` says that the converted module, whose pre-hook sets it ("traced": while a tracer looked on, which cannot
+    read the context), is the one that brings new keys.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: RFAState | None = None
+        self._decoder: Decoder | None = None  # has the state in place of `_state` while single tokens come
+        self.seen = 0  # token slots, padding included
+        self.filled_by: str | None = None
+        self.draw: int | None = None  # for the error's text
+        self.expected: Literal["", "called", "traced"] = ""
+        self.record_past = False
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.took_over = False  # tokens of a plain cache, which layers that share these keys have never seen
+        self.companions: dict[Any, RFACacheLayer] = {}
+        self._steps: list[_Step] = []
+
+    @property
+    def state(self) -> RFAState | None:
+        """The state after all tokens so far."""
+        return self._state if self._decoder is None else self._decoder.state()
+
+    @state.setter
+    def state(self, state: RFAState | None) -> None:
+        self._state, self._decoder = state, None
+
+    def companion(self, name: Any) -> "RFACacheLayer":
+        """The layer of that name beside this one."""
+        if name not in self.companions:
+            self.companions[name] = RFACacheLayer()
+            self.companions[name].record_past = self.record_past
+        return self.companions[name]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Empty, for models that ask a layer whether it has any.
+        self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not (self.expected == "traced" or (self.expected and is_called_with(self))):
+            raise StaleStateError(
+                "This cache belongs to a converted model: it holds a state of constant size and no keys. Got it in a "
+                "layer with softmax attention (the model was reverted, or is another one). Start with a new cache."
+            )
+        self.expected = ""
+        return key_states, value_states
+
+    def check(self, fingerprint: str, draw: int) -> None:
+        """Raise `StaleStateError` if the cache was filled by another conversion, or by another draw of this one."""
+        if self.filled_by is None or not self.seen:
+            self.filled_by, self.draw = fingerprint, draw
+            self.state = self.state  # without what was worked out from the tensors of another
+        elif fingerprint != self.filled_by and self.draw != draw:
+            raise StaleStateError(
+                f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
+                "sequence after `hf_rfa.resample`."
+            )
+        elif fingerprint != self.filled_by:
+            raise StaleStateError(
+                "This cache was filled by another conversion, or before this one was changed (another seed, alpha, "
+                "map, window or exact heads): its state means nothing to this model. Start a new sequence with a new "
+                "cache."
+            )
+
+    def hand_on(self) -> None:
+        """Let whichever conversion comes next continue the state: for training, which changes it step by step."""
+        self.filled_by = self.draw = None
+        for companion in self.companions.values():
+            companion.hand_on()
+
+    def absorb(
+        self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, kernel: FarKernel,
+        settings: AttentionSettings,
+    ) -> None:  # fmt: skip
+        """Make the state of what was `given`; `valid` (B, seen) is False for padding among it."""
+        if self.given is None:
+            return
+        key, value = self.given
+        if any(a.shape[1::2] != b.shape[1::2] for a, b in ((key, new_key), (value, new_value))):
+            raise UnsupportedModelError(
+                f"This cache holds {self.seen} tokens, but not as the keys and values of the attention (it has "
+                f"{tuple(key.shape)}, the attention {tuple(new_key.shape)}). Start with an empty cache."
+            )
+        self.given = None
+        layout = TokenLayout(None if valid is None else valid[:, -key.shape[2] :])
+        self.state = _state_after(key, value, kernel, settings, layout, None)
+
+    def advance(
+        self,
+        state: RFAState,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kernel: FarKernel,
+        settings: AttentionSettings,
+        layout: TokenLayout,
+    ) -> None:
+        """Store the state after new tokens; the other arguments are `attend`'s, for taking steps back."""
+        if self.record_past:
+            self._steps.append(_Step(self.state, key, value, kernel, settings, layout))
+        self.state = state
+        self.seen += key.shape[2]
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kernel: FarKernel,
+        settings: AttentionSettings,
+        layout: TokenLayout,
+        statistics: FarStatistics | None,
+    ) -> torch.Tensor:
+        """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
+        self.seen += 1
+        with torch.autocast(query.device.type, enabled=False):
+            if self._decoder is None or not self._decoder.continues(query, key, value, kernel, settings):
+                self._decoder = Decoder(query, key, value, kernel, settings, self.state)
+                self._state = None
+            return self._decoder.step(query, key, value, layout, statistics)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen, self.given, self.took_over = None, 0, None, False
+        self.filled_by = self.draw = None
+        self.companions.clear()
+        self._steps.clear()
+
+    def activate_past_recording(self) -> None:
+        """Remember each forward until the next `crop`, which can then take tokens back."""
+        self.record_past = True
+        for companion in self.companions.values():
+            companion.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Forget the past states; from here on no token can be taken back."""
+        self.record_past = False
+        self._steps.clear()
+        for companion in self.companions.values():
+            companion.stop_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number); 0 confirms all of them."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` takes the number of tokens to remove as a negative number. Got {tokens_to_remove}. Pass "
+                f"{-tokens_to_remove}."
+            )
+        remove = -tokens_to_remove
+        if remove and remove >= self.seen:
+            self.reset()
+            return
+        recorded = sum(step.key.shape[2] for step in self._steps)
+        if remove > recorded:
+            raise RuntimeError(
+                f"`crop` can take back what was recorded since the last `crop`: {recorded} tokens. Got {remove}. A "
+                "state of constant size forgets; call `activate_past_recording()` before the forward that you want "
+                "to undo."
+            )
+        while remove:
+            step = self._steps.pop()
+            length = step.key.shape[2]
+            kept = max(0, length - remove)
+            self.state = step.before
+            self.seen -= length - kept
+            remove -= length - kept
+            if kept:
+                self.state = _replay(step, kept)
+        self._steps.clear()
+        for companion in self.companions.values():
+            companion.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        state = self.state
+        rows = len(self.given[0]) if self.given else 0 if state is None else len(state.count)
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices)
+
+    def offload(self) -> None:
+        raise UnsupportedModelError(
+            "The RFA cache has constant size and is not offloaded. Drop `cache_implementation='offloaded'`."
+        )
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self._decoder is not None:
+            self._decoder.select_rows(rows)
+        elif self._state is not None:
+            self._state = self._state.select_rows(rows)
+        if self.given is not None:
+            key, value = self.given
+            self.given = key[rows.to(key.device)], value[rows.to(value.device)]
+        self._steps.clear()
+        for companion in self.companions.values():
+            companion._select(rows)
+
+
+def _replay(step: _Step, kept: int) -> RFAState:
+    """The state after the first `kept` tokens of a forward."""
+    valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
+    key, value = step.key[:, :, :kept], step.value[:, :, :kept]
+    return _state_after(key, value, step.kernel, step.settings, TokenLayout(valid), step.before)
+
+
+def _state_after(
+    key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout,
+    before: RFAState | None,
+) -> RFAState:  # fmt: skip
+    """The state after these keys and values; what the queries are does not matter to it."""
+    settings = settings.replace(sink_logits=None)
+    _, state = attend(key, key, value, kernel, settings, layout, before, output_final_state=True)
+    assert state is not None
+    return state
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a Transformers cache holds, converted layers or not.
+
+    What a layer works out of the model's own tensors while it decodes (about the size of its omega, two or three times
+    that once it is calibrated) is no memory of the text and does not count.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from hf_rfa.runtime.arguments import cache_of
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False).eval()
+        >>> short, long = (model(torch.ones(1, n, dtype=torch.long), use_cache=True) for n in (200, 1000))
+        >>> hf_rfa.cache_bytes(cache_of(short)) == hf_rfa.cache_bytes(cache_of(long))
+        True
+    """
+    return sum(_bytes(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor, a state, a decoder, a companion, or several of them."""
+    if isinstance(value, torch.Tensor | RFAState):
+        return value.nbytes
+    if isinstance(value, Decoder):  # without what it works out from the model's own tensors
+        return value.state().nbytes
+    if isinstance(value, RFACacheLayer):
+        return sum(_bytes(part) for part in vars(value).values())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_bytes(part) for part in parts)

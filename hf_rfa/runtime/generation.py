@@ -1,0 +1,108 @@
+"""The constant-size cache in plain `model.generate`."""
+
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation.utils import GenerationMixin
+
+from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adopted_cache import adopt_cache_layer, has_place
+from hf_rfa.runtime.arguments import CACHE_NAMES
+from hf_rfa.runtime.attention import attends_here, shares_keys
+from hf_rfa.runtime.cache import RFACacheLayer
+from hf_rfa.runtime.record import INSIDE
+
+#: The caches of the `generate` that this thread is in.
+_caches: ContextVar[list[Any] | None] = ContextVar("caches", default=None)
+
+
+def prepare_cache(
+    model: Any,
+    own: Callable[..., Any],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`_prepare_cache_for_generation` of a converted model: its own, then the converted modules get their layers.
+
+    Before assisted decoding asks these to record their past.
+    """
+    if INSIDE not in model.__dict__:
+        return own(generation_config, model_kwargs, *args, **kwargs)
+    refuse_cache_implementation(generation_config.cache_implementation)
+    result = own(generation_config, model_kwargs, *args, **kwargs)
+    cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
+    if cache is not None:
+        records = adopt_cache(model, cache)
+        prepared = _caches.get()
+        if generation_config.is_assistant:  # asked of the layers that were just replaced
+            cache.activate_past_recording()
+        elif prepared is not None and not records:  # whoever asked for it before goes on from there
+            prepared.append(weakref.ref(cache))
+    return result
+
+
+def generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a converted model: its own, and what has to be put right after it.
+
+    Assisted decoding makes the cache record its past, which a state of constant size does by keeping every state:
+    that ends with the call. A model that drafts with its first layers alone (`assistant_early_exit`) sets its config
+    to that number of layers, where an error would leave it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", None)
+    prepared: list[Any] = []
+    token = _caches.set(prepared)
+    try:
+        return own(*args, **kwargs)
+    finally:
+        _caches.reset(token)
+        for cache in (reference() for reference in prepared):
+            if cache is not None:
+                stop_recording(cache)
+        if layers is not None and config.num_hidden_layers != layers:
+            config.num_hidden_layers = layers
+
+
+def adopt_cache(model: GenerationMixin, cache: Cache) -> bool:
+    """Put an `RFACacheLayer` into `cache` for every self-attention module of a converted model.
+
+    Returns:
+        Whether one of them records its past: somebody has asked the cache for it already.
+    """
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    records = False
+    for _, module, adapter in named_adapters(model):  # type: ignore[arg-type]
+        index = getattr(module, "layer_idx", None)
+        if adapter.cross or adapter.masked or not attends_here(module) or not getattr(module, "is_causal", True):
+            continue
+        # Modules that several layers share are told which one they are; a model that drafts with its first layers
+        # makes a cache of these alone.
+        if index is not None and index >= 0 and has_place(own, index):
+            layer = adopt_cache_layer(own, index, shares=shares_keys(module))
+            layer.check(adapter.fingerprint, adapter.draw_number)
+            records = records or layer.record_past
+    return records
+
+
+def stop_recording(cache: Cache) -> None:
+    """Forget the past states of a cache; from here on its tokens cannot be taken back."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own.records_past = False  # type: ignore[attr-defined]
+    for layer in own.layers:
+        if isinstance(layer, RFACacheLayer):
+            layer.stop_recording()
+
+
+def refuse_cache_implementation(name: str | None) -> None:
+    """Raise `UnsupportedModelError` for caches that hold keys and values of every token."""
+    if name not in (None, "dynamic"):
+        raise UnsupportedModelError(
+            f"A converted model generates with its own cache of constant size. Got cache_implementation={name!r}. "
+            "Leave it unset."
+        )

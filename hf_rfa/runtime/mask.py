@@ -1,0 +1,223 @@
+"""The mask function registered as "rfa": padding and packing in O(N), no N x N mask."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.softmax import QUERY_BLOCK, MaskBlock
+from hf_rfa.runtime.calls import ForwardCall, travelling_call
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """A mask that is more than causality, padding and packing, made a block of rows at a time.
+
+    Attributes:
+        arguments: What Transformers hands its own mask functions.
+        sliding: Whether it is nothing but a causal window of old tokens, which exact attention knows how to follow;
+            under compilation, which cannot ask, whether it may be (adapters know what it was in the dry run).
+    """
+
+    arguments: dict[str, Any]
+    sliding: bool
+    _blocks: list[MaskBlock] = field(default_factory=list, repr=False, compare=False)
+
+    def blocks(self) -> list[MaskBlock]:
+        """The mask, without the columns that a block of rows does not see; made once for all layers of a forward."""
+        if not self._blocks:
+            queries, keys = self.arguments["q_length"], self.arguments["kv_length"]
+            start = 0
+            while start < queries:  # `range` would make a constant of a traced length
+                stop = min(start + QUERY_BLOCK, queries)
+                self._blocks.append(self._block(start, stop, keys))
+                start += QUERY_BLOCK
+        return self._blocks
+
+    def last(self, queries: int) -> "MaskRows":
+        """Its last rows."""
+        length = self.arguments["q_length"]
+        offset = self.arguments["q_offset"] + length - queries
+        return MaskRows({**self.arguments, "q_offset": offset, "q_length": queries}, self.sliding)
+
+    def _block(self, start: int, stop: int, keys: int) -> MaskBlock:
+        arguments = {**self.arguments, "q_offset": self.arguments["q_offset"] + start, "q_length": stop - start}
+        visible = sdpa_mask(**arguments, allow_is_causal_skip=False)
+        assert visible is not None
+        low, high = 0, keys
+        if not torch.compiler.is_compiling():
+            seen = visible.any(dim=2).any(dim=0)[0].nonzero().flatten()
+            low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+        return MaskBlock(start, stop, low, high, visible[..., low:high])
+
+
+@dataclass(frozen=True)
+class RFAMask:
+    """What the attention function must know besides q, k, v; handed through the model in place of a mask tensor.
+
+    Attributes:
+        causal: Whether a token sees only what comes before it.
+        padding: (B, T) over old and new tokens, 0 or False for padding; None if nobody said anything of it.
+        document: (B, N) number of each new token's packed document; None for one a row.
+        rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
+            whatever a model combines its mask with. Such layers can only stay softmax.
+        keys: Number of old and new tokens.
+        call: The forward that it was made in, where layers that run again in the backward pass must know of it.
+    """
+
+    causal: bool
+    padding: torch.Tensor | None = None
+    document: torch.Tensor | None = None
+    rows: MaskRows | None = None
+    keys: int = 0
+    call: ForwardCall | None = field(default=None, repr=False, compare=False)
+    _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
+    _valid: list[torch.Tensor | None] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(keys,). Transformers asks, where an outer model hands its finished mask to an inner one (PaliGemma)."""
+        return (self.keys,)
+
+    @property
+    def ndim(self) -> int:
+        """1: nothing that Transformers takes for a 2-D or a 4-D mask."""
+        return 1
+
+    def __getitem__(self, index: Any) -> "RFAMask":
+        """mask[:, :, -n:, :], the rows of the last n queries, as Gemma 4 asks for where no others are needed."""
+        whole, last = slice(None), index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        if not isinstance(last, slice) or index[:2] != (whole, whole) or index[3] != whole or last.start is None:
+            raise UnsupportedModelError(
+                f"A model takes its attention mask apart (mask[{index}]), which random features cannot follow. Keep "
+                "softmax attention for this model."
+            )
+        if last.start == 0:  # logits_to_keep=0: all of them
+            return self
+        rows = None if self.rows is None else self.rows.last(-last.start)
+        return dataclasses.replace(self, rows=rows, _layouts={}, _valid=[])
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(B, T) bool over old and new tokens, False for padding; None if there is none.
+
+        Looked through when it is first asked for: a decoding step never does, where all that came before is a state.
+        """
+        if self.padding is None or torch.compiler.is_compiling():
+            return None if self.padding is None else self.padding.bool()
+        if not self._valid:
+            self._valid.append(_padded(self.padding))
+        return self._valid[0]
+
+    def layout(self, length: int) -> TokenLayout:
+        """Padding and packing of the last `length` tokens, one object for all layers."""
+        if torch.compiler.is_compiling():  # a length looked up among others would be a constant of the graph
+            return TokenLayout(None if self.valid is None else self.valid[:, -length:], self.document)
+        if length not in self._layouts:
+            # Where there is padding in the past alone, its states know of it.
+            self._layouts[length] = TokenLayout(
+                None if self.padding is None else _padded(self.padding[:, -length:]), self.document
+            )
+        return self._layouts[length]
+
+
+def rfa_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | RFAMask | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> RFAMask | None:
+    """Called by Transformers' `create_causal_mask` and its relatives. None: nothing to say, each sees all."""
+    call = travelling_call()
+    if isinstance(attention_mask, RFAMask):
+        return attention_mask  # made by an outer model, like the 4-D masks that Transformers hands through
+    padding = attention_mask
+    if padding is not None and padding.dim() != 2:
+        raise UnsupportedModelError(
+            "Only 2-D attention masks (batch, tokens) can be used with random features. Got shape "
+            f"{tuple(padding.shape)}. Describe padding by a 2-D mask and packing by `position_ids`."
+        )
+    causal: bool | None = mask_function is not bidirectional_mask_function
+    document, limited = None, False
+    if use_vmap:
+        causal = None
+    elif mask_function not in (causal_mask_function, bidirectional_mask_function):
+        causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
+    rows = None
+    if limited or causal is None or local_size is not None:
+        arguments = {
+            "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": int(q_offset),
+            "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": padding, "use_vmap": use_vmap,
+            "device": device,
+        }  # fmt: skip
+        rows = MaskRows(arguments, sliding=bool(causal))
+    if padding is not None:
+        padding = padding[:, -max(kv_length, q_length) :]
+    mask = RFAMask(bool(causal), padding, document, rows, kv_length, call)
+    said = causal or document is not None or rows is not None or call is not None
+    return mask if said or mask.valid is not None else None
+
+
+def padding_of(mask: torch.Tensor) -> RFAMask | None:
+    """The `RFAMask` of a 4-D mask (B, 1, 1, T) of a bidirectional layer: the same keys for all queries, so padding.
+
+    None for any other mask. Some models make it of a 2-D mask themselves, bool or 0 and a very negative number.
+    """
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
+    if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
+        return None
+    return RFAMask(causal=False, padding=valid, keys=mask.shape[-1], call=travelling_call())
+
+
+def _padded(padding: torch.Tensor) -> torch.Tensor | None:
+    """`padding` as bool; None if there is none in it."""
+    valid = padding.bool()
+    return None if bool(valid.all()) else valid
+
+
+def _probe(
+    mask_function: Callable[..., Any], batch: int, length: int, offset: int, device: torch.device
+) -> tuple[bool | None, torch.Tensor | None, bool]:
+    """What a composed mask function means, asked at O(N) pairs: (causal, document, limited); causal None for neither.
+
+    A packed mask hides a token's neighbour at a border; a sliding one hides the document's first token.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = offset + torch.arange(length, device=device)[None]
+
+    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        answer = mask_function(rows, torch.zeros_like(rows), query, key)
+        return torch.as_tensor(answer, device=device).expand(batch, query.shape[1])
+
+    forward = (
+        sees(tokens[:, :-1], tokens[:, 1:]) if length > 1 else torch.zeros(batch, 0, dtype=torch.bool, device=device)
+    )
+    joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
+    document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
+    if torch.compiler.is_compiling():
+        # Nothing can be asked of tensors then. What Transformers composes without vmap is causal with packing, which
+        # it always looks for when it is traced; local layers whose mask is another one go by the mask itself.
+        return True, document, False
+    causal = not bool(forward.any())
+    if not causal and not bool(forward.all()):
+        return None, None, True
+    first = torch.searchsorted(document, document)
+    limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (
+        offset > 0 and not bool(sees(tokens, tokens * 0).all())
+    )
+    packed = bool((~joined).any())
+    return causal, document if packed else None, limited

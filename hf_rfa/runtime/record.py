@@ -1,0 +1,127 @@
+"""What a converted model remembers of its conversion: its config, what was there before, what calibration found."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_rfa.config import RFAConfig
+from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.report import CalibrationReport
+
+#: Where the conversion is noted in the model's own config, which its `save_pretrained` writes.
+CONFIG_FIELD = "rfa_config"
+#: Config objects, outer ones first, with the implementation that each has: setting an outer one sets the inner ones.
+Implementations = list[tuple[Any, str]]
+#: The attribute of the model that holds it.
+RECORD = "_rfa_conversion"
+#: The same of every Transformers model that is the converted one or lies in it.
+INSIDE = "_rfa_conversion_around"
+#: The attribute of a converted model's class that holds the class that it was before.
+ORIGINAL = "_rfa_original_class"
+
+
+@dataclass
+class Conversion:
+    """What `revert` and saving need.
+
+    Attributes:
+        implementations: The config objects of the model and the implementation that each had.
+        scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
+        packs: Whether the model keeps packed documents apart.
+    """
+
+    config: RFAConfig
+    implementations: Implementations
+    scope: dict[str, Any]
+    report: CalibrationReport | None = None
+    packs: bool = True
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside `torch.compile`, PEFT or distributed wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        unwrap: Any = getattr(model, "get_base_model", None)
+        # `torch.compile(model)` holds the model as its one submodule, and hands on every other attribute of it.
+        inner: Any = model._modules.get("_orig_mod") if isinstance(model, nn.Module) else None
+        if inner is None:
+            inner = unwrap() if unwrap is not None else getattr(model, "module", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        else:
+            raise ConfigError(
+                f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "
+                "`from_pretrained`."
+            )
+    return model
+
+
+def original_class(model: nn.Module) -> Any:
+    """The class of a model as it is without its conversion."""
+    return getattr(type(model), ORIGINAL, type(model))
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert` was called on the model."""
+    return hasattr(base_model(model), RECORD)
+
+
+def conversion_config(model: nn.Module) -> RFAConfig:
+    """The config that the model was converted with, its exact heads as calibration resolved them."""
+    base = base_model(model)
+    if not is_converted(base):
+        raise UnsupportedModelError(
+            f"This {type(base).__name__} is not converted. Call `hf_rfa.convert(model)` first."
+        )
+    config: RFAConfig = getattr(base, RECORD).config
+    return config
+
+
+def store_config(model: nn.Module, config: RFAConfig) -> None:
+    """Write `config` into the model's own config (saved with it) and its conversion record."""
+    base = base_model(model)
+    getattr(base, RECORD).config = config
+    setattr(base.config, CONFIG_FIELD, config.to_dict())
+
+
+def store_report(model: nn.Module, report: CalibrationReport | None) -> None:
+    """Keep what calibration found beside the conversion."""
+    getattr(base_model(model), RECORD).report = report
+
+
+def stored_report(model: nn.Module) -> CalibrationReport | None:
+    """What calibration found; None if the model was not calibrated."""
+    report: CalibrationReport | None = getattr(base_model(model), RECORD).report
+    return report
+
+
+def stored_scope(model: nn.Module) -> dict[str, Any]:
+    """What the caller of `convert` said of its dry run, as JSON."""
+    scope: dict[str, Any] = getattr(base_model(model), RECORD).scope
+    return scope
+
+
+def calibration_report(model: nn.Module) -> CalibrationReport:
+    """What each head of a converted model became and what it costs; kept by `save_pretrained`.
+
+    Raises:
+        UnsupportedModelError: The model is not converted, or was not calibrated.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(**size)), torch.arange(200)[None] % 64
+        >>> model = hf_rfa.convert(model, hf_rfa.RFAConfig(window=16), calibrate=ids)
+        >>> len(hf_rfa.calibration_report(model).heads)
+        2
+    """
+    conversion_config(model)  # raises if it is not converted
+    report = stored_report(model)
+    if report is None:
+        raise UnsupportedModelError(
+            f"This {type(base_model(model)).__name__} was converted but not calibrated. Call `hf_rfa.calibrate(model, "
+            "batches)`."
+        )
+    return report

@@ -1,0 +1,275 @@
+"""The pair of files that holds a conversion, and nothing else of the model.
+
+| file                    | holds                                                                             |
+|-------------------------|-----------------------------------------------------------------------------------|
+| `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where its weights are, what    |
+|                         | calibration found, what the dry run was told, what the pair was saved beside      |
+| `rfa_model.safetensors` | the adapters: omega, its draw number, alpha, gamma, proposal, exact heads; where   |
+|                         | the weights lie elsewhere also those that are not there (new heads, resized        |
+|                         | embeddings)                                                                        |
+
+Format 2. A folder never answers with something that was not saved last, and never as softmax in silence:
+
+- *Whole model*: the pair beside `config.json` and weights. In `config.json` the field `rfa_config` repeats the
+  conversion and names the digest of the pair's tensors, so that a config which Transformers wrote later (of a reverted
+  model) shows that the pair is stale. `attn_implementation: "rfa"` stands there too: Transformers refuses to load
+  the folder without hf_rfa (it knows no such attention), and with hf_rfa imported the attention function refuses to
+  run without adapters. Transformers drops that key from every config that it writes itself.
+- *Without weights*, alone or beside a LoRA: `base` says where the base model is and what its config must be when it is
+  built again; `beside` holds the hashes of a LoRA and of a whole model's config that lay there at the time.
+- The pair's JSON is removed before anything is written and written last, so that an interrupted save has no pair.
+
+Loading by the Auto classes can build on this: a model that they have built with `rfa` attention knows its folder
+(`name_or_path`), and the pair there says what to hang in. Format 1 had neither `base`, `beside`, `digest` nor the mark
+in `config.json`; it is read as it was.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from hf_rfa.config import FORMAT_VERSION, RFAConfig
+from hf_rfa.errors import CheckpointError
+from hf_rfa.report import CalibrationReport
+from hf_rfa.runtime.adapter import ADAPTER_NAME, named_adapters
+from hf_rfa.runtime.record import CONFIG_FIELD
+from hf_rfa.saving.saved_files import (
+    CONFIG_FILE,
+    MODEL_CONFIG,
+    WEIGHTS_FILE,
+    digest,
+    fingerprints,
+    forget_pair,
+    naming,
+    read_json,
+    read_tensors,
+    write_json,
+    write_whole,
+)
+from hf_rfa.saving.source import Source
+
+#: Within that field: the digest of the pair's tensors.
+DIGEST_FIELD = "pair"
+#: Before the names of the base model's own weights in the tensors' file.
+WEIGHT_PREFIX = "base_model:"
+#: What `config.json` says that the model attends with: the name of hf_rfa's attention function.
+MARK = {"attn_implementation": "rfa"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model without weights of its own gets them, and what its config must be then.
+
+    Attributes:
+        name: A folder or hub id; "." for the place of the pair itself; None if the model was not loaded from anywhere.
+        config: As in `config.json`; None in format 1, which did not keep it.
+    """
+
+    name: str | None
+    revision: str | None = None
+    subfolder: str | None = None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SavedPair:
+    """What the pair says.
+
+    Attributes:
+        architecture, module: The model's class and the module that defines it ("" in format 1).
+        tensors: The adapters', named as in the model's state dict.
+        weights: Those of the model's own that its base model does not have, named in the same way.
+        scope: What the caller of `convert` said of its dry run.
+        base: Where the weights are; None: beside the pair.
+        beside: SHA-256 of the files that were saved with the pair or lay there, by name; None in format 1.
+        noted: The conversion as JSON.
+        digest: Of the tensors; None in format 1.
+    """
+
+    config: RFAConfig
+    architecture: str
+    module: str
+    tensors: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    report: CalibrationReport | None
+    scope: dict[str, Any]
+    base: Base | None
+    beside: dict[str, str] | None
+    noted: dict[str, Any]
+    digest: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensors are those that the pair was saved with."""
+        named = {f"{WEIGHT_PREFIX}{name}": tensor for name, tensor in self.weights.items()}
+        return self.digest in (None, digest({**self.tensors, **named}))
+
+
+def write_pair(
+    model: PreTrainedModel,
+    record: Any,
+    folder: Path,
+    *,
+    base: Base | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Write the pair of files of a converted model into an existing folder, after all other files.
+
+    Args:
+        record: The model's `Conversion`.
+        base: Where the weights are, if they are not in the folder.
+        weights: Those that are not there either.
+        state_dict: The gathered tensors of a model that is spread over processes.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or the adapters are spread and `state_dict` lacks them.
+    """
+    tensors = adapter_tensors(model, state_dict)
+    for name, tensor in (weights or {}).items():
+        whole = _whole(name, tensor, state_dict or {})
+        tensors[f"{WEIGHT_PREFIX}{name}"] = whole.detach().cpu().contiguous().clone()  # two of them may be tied
+    found = digest(tensors)
+    noted = record.config.to_dict()
+    elsewhere = base is not None and base.name != "."
+    with naming(folder):
+        forget_pair(folder)
+        write_whole(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        if base is None:
+            config = read_json(folder / MODEL_CONFIG)
+            write_json(folder / MODEL_CONFIG, {**config, CONFIG_FIELD: {**noted, DIGEST_FIELD: found}, **MARK})
+        described = {
+            "format_version": FORMAT_VERSION,
+            "rfa": noted,
+            "digest": found,
+            "architecture": type(model).__name__,
+            "module": type(model).__module__,
+            "base": None if base is None else vars(base),
+            "beside": fingerprints(Source(str(folder)), model=elsewhere),
+            "calibration": None if record.report is None else record.report.to_dict(),
+            "scope": record.scope,
+        }
+        write_json(folder / CONFIG_FILE, described)
+
+
+def adapter_tensors(model: PreTrainedModel, state_dict: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """Every adapter's tensors, named as in the model's state dict; those that are spread out of `state_dict`."""
+    return {
+        name: _whole(name, tensor, state_dict or {}).detach().cpu().contiguous()
+        for module, _, adapter in named_adapters(model)
+        for key, tensor in adapter.state_dict().items()
+        for name in (f"{module}.{ADAPTER_NAME}.{key}",)
+    }
+
+
+def read_pair(source: Source) -> tuple[SavedPair, Source]:
+    """The pair of files, and the source at the commit that they are of.
+
+    Raises:
+        CheckpointError: It is missing, damaged, newer, or not what was saved there last.
+    """
+    path = source.find(CONFIG_FILE)
+    if path is None:
+        raise CheckpointError(f"{source} holds no conversion: {CONFIG_FILE} is not there. {_advice(source)}")
+    source = source.pinned(path)
+    values = read_json(path)
+    version = values.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{str(path)!r} has no `format_version`. Got {version!r}. Save the model again.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format version {version}; this hf_rfa reads up to {FORMAT_VERSION}. Upgrade with `pip "
+            "install -U hf_rfa`."
+        )
+    needed = ("rfa", "architecture") if version == 1 else ("rfa", "architecture", "digest", "base", "beside")
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise CheckpointError(f"{str(path)!r} lacks {missing}. Got {sorted(values)}. Save the model again.")
+    try:
+        config = RFAConfig.from_dict(values["rfa"])
+        found = values.get("calibration")
+        report = None if found is None else CalibrationReport.from_dict(found)
+        base = _base(values, source)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # ConfigError is a ValueError
+        raise CheckpointError(f"The conversion in {str(path)!r} cannot be read: {error}") from error
+    file = source.find(WEIGHTS_FILE)
+    if file is None:
+        raise CheckpointError(f"{source} lacks {WEIGHTS_FILE}, which holds the conversion. Save the model again.")
+    tensors = read_tensors(file)
+    names = [name for name in tensors if name.startswith(WEIGHT_PREFIX)]
+    weights = {name.removeprefix(WEIGHT_PREFIX): tensors.pop(name) for name in names}
+    pair = SavedPair(
+        config, values["architecture"], values.get("module", ""), tensors, weights, report, values.get("scope", {}),
+        base, values.get("beside"), values["rfa"], values.get("digest"),
+    )  # fmt: skip
+    _refuse_stale(pair, source)
+    return pair, source
+
+
+def _base(values: dict[str, Any], source: Source) -> Base | None:
+    if values["format_version"] > 1:
+        return None if values["base"] is None else Base(**values["base"])
+    return None if source.find(MODEL_CONFIG) is not None else Base(values.get("base_model_name_or_path"))
+
+
+def _refuse_stale(pair: SavedPair, source: Source) -> None:
+    """What lies beside the pair must be what it was saved with."""
+    if pair.base is None:
+        path = source.find(MODEL_CONFIG)
+        config = {} if path is None else read_json(path)
+        field = dict(config.get(CONFIG_FIELD) or {})
+        named = field.pop(DIGEST_FIELD, None)
+        if path is None:
+            raise CheckpointError(f"{source} lacks {MODEL_CONFIG} and so its model. Copy it there or save again.")
+        if named is None:  # format 1, or `model.config.save_pretrained` of the converted model
+            current = field == pair.noted or (pair.digest is None and not field)
+        else:  # without the mark, Transformers loaded the model as softmax and saved it here
+            current = named == pair.digest and all(config.get(key) == value for key, value in MARK.items())
+        if not current:
+            raise CheckpointError(
+                f"{MODEL_CONFIG} in {source} does not belong to the conversion there: another model was saved over "
+                f"it later. Load that one with its own class (remove {CONFIG_FILE} and {WEIGHTS_FILE}), or save the "
+                "converted model again."
+            )
+    if pair.beside is not None:
+        now = fingerprints(source, model=pair.base is not None and pair.base.name != ".")
+        changed = sorted(name for name in {*now, *pair.beside} if now.get(name) != pair.beside.get(name))
+        if changed:
+            raise CheckpointError(
+                f"{changed} in {source} changed after the conversion was saved there, so {CONFIG_FILE} and "
+                f"{WEIGHTS_FILE} do not belong to it. Save the converted model again, or remove what is not wanted."
+            )
+
+
+def _advice(source: Source) -> str:
+    inner = sorted(path.parent.name for path in source.folder.glob(f"*/{CONFIG_FILE}")) if source.folder else []
+    if inner:
+        return f"Its sub-folders {inner} do: pass one of them."
+    return "Load the model with its own class and call `hf_rfa.convert(model)`."
+
+
+def _whole(name: str, tensor: torch.Tensor, state_dict: dict[str, Any]) -> torch.Tensor:
+    """The tensor, or its gathered twin where this process has only a part of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for key in (name, f"base_model.model.{name}"):
+        twin = state_dict.get(key)
+        if isinstance(twin, torch.Tensor) and not isinstance(twin, DTensor):
+            return twin
+    raise CheckpointError(
+        f"{name} is spread over the processes. Got no gathered tensor of it. Pass `state_dict=` with all tensors, for "
+        "example of `hf_rfa.training.sharded.full_state_dict(model)`."
+    )
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A model's config as `config.json` would hold it, without what hf_rfa notes there."""
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    values.pop(CONFIG_FIELD, None)
+    return values

@@ -1,0 +1,419 @@
+"""Calibration: the kernel of each head is fitted, heads that look things up are found, nothing else is touched."""
+
+import dataclasses
+import json
+import math
+
+import paths
+import pytest
+import torch
+from families import SHORT, attention_modules, build, inputs_for, outputs_of, token_ids
+from processes import launch
+from torch import nn
+from torch.testing import assert_close
+from trained_by_hand import harmful_and_helpful
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import hf_rfa
+from hf_rfa import ConfigError, UnsupportedModelError
+from hf_rfa.calibration.candidates import ALPHAS
+from hf_rfa.calibration.fitting import GAMMAS
+from hf_rfa.runtime.record import conversion_config
+
+
+def converted(family="llama", **changes):
+    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
+
+
+def adapters(model):
+    return [module.rfa for module in attention_modules(model)]
+
+
+def text(rows=2, length=120):
+    return token_ids(rows, length)
+
+
+def layer_losses(model, reference, ids, layer):
+    """|attention output of the converted layer - of the original|^2 / |of the original|^2, on the original's input."""
+    seen = {}
+
+    def keep(module, args, kwargs, output):
+        seen["inputs"], seen["output"] = kwargs, output[0]
+
+    hook = reference.model.layers[layer].self_attn.register_forward_hook(keep, with_kwargs=True)
+    outputs_of(reference, {"input_ids": ids, "use_cache": False})
+    hook.remove()
+    with torch.no_grad():
+        got = model.model.layers[layer].self_attn(**seen["inputs"])[0]
+    return ((got - seen["output"]).square().sum() / seen["output"].square().sum()).item()
+
+
+# --- what is fitted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature_map", ["trigonometric", "positive", "hyperbolic", "optimal_positive"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "deepseek_v3", "gpt_oss", "jamba"])
+def test_no_head_is_worse_than_its_window_alone(family, feature_map):
+    model = converted(family, feature_map=feature_map)
+    report = hf_rfa.calibrate(model, text(), plant_repeats=False)
+    heads = [(a.layer, head) for a in adapters(model) if a.converted for head in range(a.key_heads)]
+    assert [(h.layer, h.key_head) for h in report.heads] == heads
+    assert all(0 <= h.loss <= h.window_loss for h in report.heads)
+    assert any(h.loss < 0.9 * h.window_loss for h in report.heads)
+    assert report.tokens == 240
+
+
+def test_the_report_says_what_the_adapters_hold():
+    model = converted()
+    report = hf_rfa.calibrate(model, text())
+    for head in report.heads:
+        adapter = adapters(model)[head.layer]
+        assert adapter.alpha[head.key_head].item() == pytest.approx(head.alpha)
+        assert adapter.gamma[head.key_head].item() == pytest.approx(head.gamma)
+        assert (head.alpha, head.gamma) == (0, 0) or (head.alpha in ALPHAS and head.gamma in GAMMAS)
+
+
+@pytest.mark.parametrize("feature_map", ["trigonometric", "positive", "hyperbolic", "optimal_positive"])
+def test_losses_are_shares_of_the_layers_squared_output(feature_map):
+    """With one key head the layer's error is the head's: measured here on the model itself."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def one_key_head():
+        return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99, num_key_value_heads=1))
+
+    reference, model = build(one_key_head), build(one_key_head)
+    hf_rfa.convert(model, dataclasses.replace(SHORT, feature_map=feature_map), calibrate=False)
+    report = hf_rfa.calibrate(model, text(), plant_repeats=False)
+    for head in report.heads:
+        assert layer_losses(model, reference, text(), head.layer) == pytest.approx(head.loss, rel=1e-3)
+    for adapter in adapters(model):
+        adapter.gamma.zero_()
+    for head in report.heads:
+        assert layer_losses(model, reference, text(), head.layer) == pytest.approx(head.window_loss, rel=1e-3)
+
+
+def test_the_calibrated_model_is_nearer_to_the_original():
+    reference, model = build("llama"), converted(alpha=1.5)
+    ids = text(2, 120)
+    before = [layer_losses(model, reference, ids, layer) for layer in range(2)]
+    hf_rfa.calibrate(model, ids, plant_repeats=False)
+    after = [layer_losses(model, reference, ids, layer) for layer in range(2)]
+    assert all(a < b for a, b in zip(after, before, strict=True))
+
+
+def test_where_the_far_part_only_harms_there_is_none():
+    """Head 0 sees the last few tokens only, by a rotation that far keys never match; head 1 averages over all."""
+    model = harmful_and_helpful()
+    report = hf_rfa.calibrate(model, torch.arange(5, 85)[None], plant_repeats=False)
+    local, average = report.heads
+    assert (local.alpha, local.gamma) == (0, 0)
+    assert local.loss == local.window_loss < 1e-3
+    assert average.gamma > 0
+    assert average.loss < 0.1 * average.window_loss
+
+
+def test_pure_random_features_are_calibrated_too():
+    model = converted(window=0, feature_map="positive")
+    report = hf_rfa.calibrate(model, text())
+    assert all(h.gamma == 1.0 and math.isnan(h.window_loss) for h in report.heads)
+    assert all(math.isfinite(h.loss) for h in report.heads)
+    assert torch.isfinite(outputs_of(model, inputs_for(model))).all()
+
+
+def test_calibrating_twice_is_calibrating_once():
+    model = converted(softmax_heads=0.25)
+    first = hf_rfa.calibrate(model, text())
+    again = hf_rfa.calibrate(model, text())
+    assert [h.loss for h in again.heads] == [h.loss for h in first.heads]
+    assert again.softmax_heads == first.softmax_heads
+
+
+def test_several_batches_are_one_text():
+    one, two = converted(), converted()
+    whole = hf_rfa.calibrate(one, text(4), plant_repeats=False)
+    parts = hf_rfa.calibrate(two, (row[None] for row in text(4)), plant_repeats=False)
+    assert parts.tokens == whole.tokens == 480
+    for a, b in zip(whole.heads, parts.heads, strict=True):
+        assert (a.alpha, a.gamma) == (b.alpha, b.gamma)
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+
+
+def test_layers_with_softmax_of_their_own_are_left_out():
+    model = converted("gemma3")
+    report = hf_rfa.calibrate(model, text())
+    assert {head.layer for head in report.heads} == {1}
+    assert adapters(model)[0].softmax_heads == (0, 1)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "bart"])
+def test_dictionaries_are_the_models_own_arguments(family):
+    model = converted(family)
+    batch = {name: value for name, value in inputs_for(model, length=90).items() if isinstance(value, torch.Tensor)}
+    if family == "bert":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    report = hf_rfa.calibrate(model, [batch, batch])
+    assert all(h.loss <= h.window_loss for h in report.heads)
+    assert torch.isfinite(outputs_of(model, batch)).all()
+
+
+# --- exact heads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "count"), [(None, 0), (0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4), ([(1, 1), (0, 0)], 2)]
+)
+def test_softmax_heads_are_resolved_and_stored(setting, count):
+    model = converted(softmax_heads=setting)
+    report = hf_rfa.calibrate(model, text())
+    chosen = report.softmax_heads
+    assert len(chosen) == count
+    if isinstance(setting, float):
+        assert sorted(chosen) == sorted((layer, head) for layer, head, _ in report.ranking[:count])
+    if isinstance(setting, list):
+        assert chosen == [(0, 0), (1, 1)]
+    assert list(conversion_config(model).softmax_heads) == chosen
+    assert model.config.rfa_config["softmax_heads"] == [list(pair) for pair in chosen]
+    assert [(a.layer, head) for a in adapters(model) for head in a.softmax_heads] == chosen
+
+
+def test_the_ranking_is_by_loss_worst_first():
+    ranking = hf_rfa.calibrate(converted(), text()).ranking
+    assert [loss for *_, loss in ranking] == sorted((loss for *_, loss in ranking), reverse=True)
+    assert sorted(pair[:2] for pair in ranking) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_auto_keeps_few_heads_or_none():
+    model = converted(softmax_heads="auto")
+    report = hf_rfa.calibrate(model, text())
+    assert len(report.softmax_heads) <= 1
+    harmless = converted(softmax_heads="auto", window=64)
+    with torch.no_grad():
+        for layer in harmless.model.layers:
+            layer.self_attn.q_proj.weight.zero_()  # every head averages: nothing to keep
+    assert hf_rfa.calibrate(harmless, text(2, 200), plant_repeats=False).softmax_heads == []
+
+
+PAIRS = 45
+
+
+def retrieving():
+    """One layer: key head 0 averages, key head 1 of token 50 + j looks up token 5 + j (its mirror image)."""
+    dim = 64
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=dim, rope_parameters={"rope_type": "default", "rope_theta": 1e30},
+    )  # fmt: skip
+    model = build(lambda: LlamaForCausalLM(config))
+    attention = model.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    mirror = torch.diag(torch.cat([torch.ones(dim // 2), -torch.ones(dim // 2)]))
+    with torch.no_grad():
+        embedding = torch.randn(99, dim, generator=generator)
+        embedding[5 + PAIRS : 5 + 2 * PAIRS] = embedding[5 : 5 + PAIRS] @ mirror
+        model.model.embed_tokens.weight.copy_(embedding)
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
+        attention.q_proj.weight[dim:].copy_(2 * mirror)
+        attention.k_proj.weight[dim:].copy_(2 * torch.eye(dim))
+        attention.v_proj.weight.copy_(torch.randn(2 * dim, dim, generator=generator) / 8)
+        attention.o_proj.weight.copy_(torch.cat([torch.eye(dim), torch.eye(dim)], dim=1))
+    return model
+
+
+def looked_up():
+    """All tokens 5 + j, then all tokens 50 + j, in orders of their own."""
+    generator = torch.Generator().manual_seed(0)
+    order = [5 + PAIRS * half + torch.randperm(PAIRS, generator=generator) for half in (0, 1)]
+    return torch.cat(order)[None]
+
+
+@pytest.mark.parametrize("setting", ["auto", 0.5])
+@pytest.mark.parametrize("feature_map", ["trigonometric", "positive"])
+def test_a_planted_retrieval_head_is_found_and_kept(feature_map, setting):
+    reference = retrieving()
+    config = dataclasses.replace(SHORT, num_features=32, feature_map=feature_map, softmax_heads=setting)
+    model = hf_rfa.convert(retrieving(), config, calibrate=False)
+    report = hf_rfa.calibrate(model, looked_up(), plant_repeats=False)
+    assert report.ranking[0][:2] == (0, 1)
+    assert report.heads[1].loss > 0.1 > 1e-4 > report.heads[0].loss
+    assert report.softmax_heads == [(0, 1)]
+    inputs = {"input_ids": looked_up(), "use_cache": False}
+    assert_close(outputs_of(model, inputs), outputs_of(reference, inputs), atol=1e-3, rtol=0)
+
+
+def test_repeats_are_planted_at_the_end_of_plain_texts_only():
+    model, seen = converted(), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    ids = text(2, 120)
+    hf_rfa.calibrate(model, ids)
+    hf_rfa.calibrate(model, ids, plant_repeats=False)
+    hf_rfa.calibrate(model, {"input_ids": ids})
+    texts = [ids for n, ids in enumerate(seen) if n == 0 or not torch.equal(ids, seen[n - 1])]
+    planted, plain = texts  # the dictionary's, too, is plain
+    given = seen[-1]
+    assert torch.equal(planted[:, :-15], ids[:, :-15])
+    assert torch.equal(planted[:, -15:], ids[:, 30:45])
+    assert torch.equal(plain, ids)
+    assert torch.equal(given, ids)
+
+
+PRETRAINED = paths.SHARED / "models" / "books-llama-copy"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PRETRAINED.is_dir(), reason="needs a pretrained model that copies")
+def test_the_retrieval_head_of_a_pretrained_model_is_found():
+    model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
+    hf_rfa.convert(model, hf_rfa.RFAConfig(softmax_heads="auto"), calibrate=False)
+    generator = torch.Generator().manual_seed(0)
+    report = hf_rfa.calibrate(model, torch.randint(5, 4000, (2, 512), generator=generator))
+    assert report.ranking[0][:2] == (3, 1)
+    assert (3, 1) in report.softmax_heads
+
+
+# --- what is left alone ----------------------------------------------------------------------------------------------
+
+
+def flags(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_training_flags_gradients_and_weights_are_as_before():
+    model = converted().train()
+    model.model.layers[0].mlp.eval()
+    before, weights = flags(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    hf_rfa.calibrate(model, text())
+    assert flags(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_omega_and_the_draw_are_as_before():
+    model = converted(resample="forward").train()
+    before = [adapter.omega.clone() for adapter in adapters(model)]
+    hf_rfa.calibrate(model, text())
+    assert all(torch.equal(adapter.omega, old) for adapter, old in zip(adapters(model), before, strict=True))
+    assert {adapter.draw_number for adapter in adapters(model)} == {0}
+
+
+class BrokenSourceError(Exception):
+    pass
+
+
+def fails():
+    yield text()
+    raise BrokenSourceError
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        (fails, BrokenSourceError),
+        (lambda: {"input_ids": text(), "inputs_embeds": torch.zeros(2, 120, 64)}, ValueError),
+    ],
+    ids=["source", "model"],
+)
+def test_after_a_failure_the_model_is_as_before(batches, error):
+    model = converted(softmax_heads=[(1, 0)]).train()
+    before, output = flags(model), outputs_of(model.eval(), inputs_for(model))
+    model.train()
+    with pytest.raises(error):
+        hf_rfa.calibrate(model, batches())
+    assert flags(model) == before
+    assert torch.equal(outputs_of(model.eval(), inputs_for(model)), output)
+
+
+NOTHING_FAR = {"none": [], "iterator": iter(()), "two windows": [token_ids(2, 16)], "short": token_ids(2, 3)}
+
+
+@pytest.mark.parametrize("batches", NOTHING_FAR.values(), ids=NOTHING_FAR)
+def test_nothing_far_is_an_error_and_changes_nothing(batches):
+    model = converted()
+    before = outputs_of(model, inputs_for(model))
+    with pytest.raises(ConfigError, match="batch"):
+        hf_rfa.calibrate(model, batches)
+    assert torch.equal(outputs_of(model, inputs_for(model)), before)
+
+
+def test_an_unconverted_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="not converted"):
+        hf_rfa.calibrate(build("llama"), text())
+
+
+def test_the_layers_answer_with_softmax_while_it_runs():
+    """What each layer sees is what it sees in the original model."""
+    reference, model, seen = build("llama"), converted(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+    hf_rfa.calibrate(model, text(), plant_repeats=False)
+    want = outputs_of(reference, {"input_ids": text()})
+    for logits in seen[:2]:  # the two passes of the fit; what follows measures what each layer costs
+        assert_close(logits, want, atol=1e-5, rtol=0)
+
+
+def test_the_centres_are_the_mean_queries_and_keys_of_the_original():
+    """By hand, from the first layer's projections and rotary positions, over two batches of different length."""
+    model, seen = converted(), []
+    attention = model.model.layers[0].self_attn
+
+    def keep(module, args, kwargs):
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
+        q, k = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        seen.append(apply_rotary_pos_emb(q, k, cos, sin))
+
+    hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    hf_rfa.calibrate(model, [text(2, 120), text(1, 60)], plant_repeats=False)
+    hook.remove()
+    heads = attention.rfa.key_heads
+    q = torch.cat([q.unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3) for q, _ in seen[:2]], dim=1)
+    k = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k in seen[:2]], dim=1)
+    # Each head has these, or those of the pairs that attention lies on (test_geometry).
+    plain = [bool((attention.rfa.query_center[head] - q[head].mean(0)).abs().max() < 1e-5) for head in range(heads)]
+    assert any(plain)
+    assert_close(attention.rfa.key_center[plain], k.mean(1)[plain], atol=1e-5, rtol=0)
+    assert attention.rfa.key_center.abs().max() > 1e-2
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_prints_and_serialises():
+    report = hf_rfa.calibrate(converted(softmax_heads=0.25), text())
+    lines = str(report).splitlines()
+    assert "240 tokens" in lines[0]
+    assert len(lines) == 4 + 4
+    assert lines[4].split()[-1] == "softmax"
+    assert [line.split()[-1] for line in lines[5:]] == ["linear"] * 3
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["tokens"] == 240
+    assert [row["key_head"] for row in values["heads"]] == [0, 1, 0, 1]
+
+
+def test_a_projection_under_another_name_is_only_a_little_worse():
+    """The loss is then measured before the projection."""
+    model = converted("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj)
+    report = hf_rfa.calibrate(model, text())
+    assert all(h.loss <= h.window_loss for h in report.heads)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multi_process
+def test_statistics_are_added_over_processes(tmp_path):
+    """Two processes with half of the rows each fit what one process fits on all of them."""
+    launch([str(paths.TESTS / "worker_calibrate.py"), str(tmp_path)], 2)
+    first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    alone = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(4, 120))).to_dict()
+    assert first["tokens"] == alone["tokens"] == 480
+    assert first["divergence"] == pytest.approx(alone["divergence"], rel=1e-4)
+    for got, want in zip(first["heads"], alone["heads"], strict=True):
+        assert (got["alpha"], got["gamma"]) == (want["alpha"], want["gamma"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
