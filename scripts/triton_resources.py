@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.triton import causal, forward, launch_gradients
 
@@ -68,11 +69,12 @@ def launches(options: argparse.Namespace) -> list[tuple[Any, tuple[Any, ...], di
     dtype, dim = DTYPES[options.dtype], options.head_dim
     tensors = [torch.randn(1, heads, LENGTH, dim, dtype=dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     omega = draw_omega(KEY_HEADS, NUM_FEATURES, dim, kind="sphere", seed=0, layer=0, draw=0)
-    call = OperatorCall.check(
-        *(tensor.requires_grad_() for tensor in tensors), omega=omega, feature_map=options.feature_map,
-        window=options.window, sink_tokens=SINKS if options.window else 0, alpha=0.25, gamma=1.0, proposal=None,
-        scaling=None, causal=True, valid=None, document=None, sink_logits=None, state=None,
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    objects = operator_arguments(
+        *tensors, omega=omega, feature_map=options.feature_map, window=options.window,
+        sink_tokens=SINKS if options.window else 0, alpha=0.25,
     )  # fmt: skip
+    call = OperatorCall.of(*tensors, *objects)
     noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     kernels = {(module, name): getattr(module, name) for module, names in KERNELS.items() for name in names}
     for (module, name), kernel in kernels.items():

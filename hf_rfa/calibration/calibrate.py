@@ -213,7 +213,8 @@ def _hold_to_window(
 
     def silence(silent: Iterable[int]) -> None:
         for adapter in converted:
-            adapter.gamma.copy_(gammas[adapter.layer] * (adapter.layer not in set(silent)))
+            gamma = gammas[adapter.layer] * (adapter.layer not in set(silent))
+            adapter.set_kernel(adapter.feature_maps, gamma=gamma)
 
     def run(silent: Iterable[int], settings: Mapping[Any, Any]) -> dict[Any, Divergence]:
         silence(silent)

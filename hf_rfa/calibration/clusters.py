@@ -1,13 +1,13 @@
 """Clusters of a layer's keys, the start of the clustered map: omega is their centroids, and no draw."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_rfa.calibration.geometry import Geometry, Moments, root_metric
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import RFAAdapter
 
 #: How sharply a key belongs to its nearest centroid: shares are softmax(-SHARPNESS / 2 |k' - w|^2). With 4 the error
@@ -47,11 +47,11 @@ class KeyClusters:
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
+        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
     ) -> None:  # fmt: skip
-        self.scaling = options["scaling"]
+        self.scaling = settings.scaling
         self.moments.planted = self.planted
-        mass = self.moments(adapter, module, query, key, value, layout, options, exact).clamp_min(LEAST_MASS)
+        mass = self.moments(adapter, module, query, key, value, layout, settings, exact).clamp_min(LEAST_MASS)
         kept = torch.ones_like(mass[:, 0], dtype=torch.bool)
         if layout.valid is not None:
             kept = layout.valid[:, : mass.shape[2]].to(mass.device)

@@ -11,8 +11,10 @@ from hf_rfa.calibration.geometry import Geometry
 from hf_rfa.calibration.head_errors import grams_of_heads, output_projection, squared_errors
 from hf_rfa.calibration.parts import attention_parts
 from hf_rfa.features.maps import optimal_proposal
+from hf_rfa.ops.arguments import far_kernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import RFAAdapter
 
 GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
@@ -40,7 +42,7 @@ class LayerFit:
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
+        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
     ) -> None:  # fmt: skip
         heads, width = adapter.key_heads, exact.shape[1] // adapter.key_heads * exact.shape[3]
         projection = output_projection(module, heads * width, exact)
@@ -50,11 +52,11 @@ class LayerFit:
         far_tokens = max(0, query.shape[2] - 2 * adapter.config.window)
         tokens = query.shape[0] * query.shape[2]
         self.totals += torch.tensor([whole.double().square().sum().item(), tokens, far_tokens], dtype=torch.float64)
-        self.scaling = options["scaling"]
+        self.scaling = settings.scaling
         target = exact.float().unflatten(1, (heads, -1))  # (B, Hk, G, N, M)
         row = 0 if self.pure else 1
         for number, run in enumerate(self.runs):
-            call = self._call(query, key, value, layout, options, run)
+            call = self._call(query, key, value, layout, settings, run)
             near, far = attention_parts(call)
             squares = squared_errors(near, far, target, grams, self.gammas, call.sink_logits)
             if not self.pure and number == 0:
@@ -93,15 +95,17 @@ class LayerFit:
 
     def _call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout,
-        options: dict[str, Any], run: Candidate,
+        settings: AttentionSettings, run: Candidate,
     ) -> OperatorCall:  # fmt: skip
-        config = self.adapter.config
-        return OperatorCall.check(
-            query.float(), key.float(), value.float(), omega=run.omega, feature_map=run.feature_map,
-            window=config.window, sink_tokens=config.sink_tokens, alpha=run.alpha, gamma=1.0, valid=None,
-            document=None, proposal=self._proposal(run), scaling=options["scaling"], causal=options["causal"],
-            layout=layout, sink_logits=options["sink_logits"], state=None, **vars(run.geometry),
+        config, (query, key, value) = self.adapter.config, (t.float() for t in (query, key, value))
+        kernel = far_kernel(
+            query, key.shape[1], omega=run.omega, feature_map=run.feature_map, alpha=run.alpha,
+            proposal=self._proposal(run), **vars(run.geometry),
         )  # fmt: skip
+        settings = settings.replace(
+            window=config.window, sink_tokens=config.sink_tokens, softmax_heads=(), sliding_window=None
+        )
+        return OperatorCall.of(query, key, value, kernel, settings, layout)
 
     def _proposal(self, run: Candidate) -> torch.Tensor:
         """A (key_heads,) of the optimal positive features for queries and keys times alpha."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_rfa.calibration.far_mass import far_masses
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 
 #: A share of the mean variance that is added to each: texts of a few thousand tokens do not fix all directions.
 RIDGE = 0.01
@@ -49,7 +50,7 @@ class Moments:
 
     def __call__(
         self, adapter: Any, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
+        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Returns what the keys before the planted repeats take as far keys (B, Hk, N), see `far_masses`."""
         # The repeats at the end would count as a retrieval that the text does not hold.
@@ -58,7 +59,7 @@ class Moments:
         config = adapter.config
         given, taken = far_masses(
             query, key.squeeze(2), layout=layout, window=config.window, sink_tokens=config.sink_tokens,
-            scaling=options["scaling"], causal=options["causal"], sink_logits=options["sink_logits"],
+            scaling=settings.scaling, causal=settings.causal, sink_logits=settings.sink_logits,
         )  # fmt: skip
         plain = torch.ones_like(given[:, :, :1])
         if layout.valid is not None:

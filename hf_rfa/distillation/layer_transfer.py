@@ -1,7 +1,5 @@
 """The trainable far kernel of one layer, and its loss against the softmax layer that it stands in for."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
@@ -9,9 +7,11 @@ from torch import nn
 from hf_rfa.calibration.head_errors import output_projection
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
-from hf_rfa.ops.attention import rfa_attention
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import GATE, GEOMETRY, RFAAdapter
 
 #: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
@@ -51,7 +51,7 @@ class LayerTransfer:
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, options: dict[str, Any], exact: torch.Tensor,
+        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
     ) -> None:  # fmt: skip
         with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
             projection = output_projection(module, exact.shape[1] * exact.shape[3], exact)
@@ -59,26 +59,20 @@ class LayerTransfer:
             kernel = self._kernel()
             rng = np.random.default_rng((self.settings.seed, adapter.layer, self.step))
             dropped = rng.random() < self.settings.window_dropout
-            given = {name: options[name] for name in ("scaling", "causal")} | {
-                "layout": layout,
-                "window": 0 if dropped else adapter.config.window,
-                "sink_tokens": 0 if dropped else adapter.config.sink_tokens,
-            }
-            output = rfa_attention(
-                query, key, value, sink_logits=options["sink_logits"], softmax_heads=adapter.softmax_heads, **kernel,
-                **given,
-            )  # fmt: skip
-            assert isinstance(output, torch.Tensor)
+            near = (0, 0) if dropped else (adapter.config.window, adapter.config.sink_tokens)
+            settings = settings.replace(
+                window=near[0], sink_tokens=near[1], softmax_heads=adapter.softmax_heads, sliding_window=None
+            )
+            output, _ = attend(query, key, value, kernel, settings, layout)
             loss = _relative_error(projection, output, exact)
             if self.settings.weight_loss and self.positive_heads:
                 rows = rng.choice(query.shape[2], min(self.settings.sampled_queries, query.shape[2]), replace=False)
-                call = OperatorCall.check(
-                    query, key, value, valid=None, document=None, state=None, sink_logits=None,
-                    **{"proposal": None, **kernel}, **given,
-                ).heads(self.positive_heads)  # fmt: skip
+                bare = settings.replace(softmax_heads=(), sink_logits=None)
+                call = OperatorCall.of(query, key, value, kernel, bare, layout).heads(self.positive_heads)
                 entropy = sampled_weight_loss(
-                    call.query, call.key, call.far, torch.as_tensor(np.sort(rows), device=query.device), **given
-                )
+                    call.query, call.key, call.far, torch.as_tensor(np.sort(rows), device=query.device), layout=layout,
+                    window=call.window, sink_tokens=call.sink_tokens, scaling=call.scaling, causal=call.causal,
+                )  # fmt: skip
                 loss = loss + self.settings.weight_loss * entropy
             if loss.requires_grad:
                 loss.backward()
@@ -87,10 +81,8 @@ class LayerTransfer:
     def write_back(self) -> None:
         """Put what was trained into the adapter."""
         adapter, kernel = self.adapter, self._kernel(original_draw=True)
-        trained = {name: x for name, x in kernel.items() if name in {*self.named, "alpha", "gamma"}}
-        if self.learn_omega:
-            trained["omega"] = kernel["omega"]
-        adapter.set_kernel(adapter.feature_maps, **{name: x.detach() for name, x in trained.items()})
+        names = [*self.named, "alpha", "gamma", *(["omega"] if self.learn_omega else [])]
+        adapter.set_kernel(adapter.feature_maps, **{name: getattr(kernel, name).detach() for name in names})
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is trained, as plain tensors."""
@@ -106,16 +98,17 @@ class LayerTransfer:
             for name, tensor in self.tensors.items():
                 tensor.copy_(state[name])
 
-    def _kernel(self, original_draw: bool = False) -> dict[str, Any]:
-        """The far kernel as arguments of the operator, differentiable."""
+    def _kernel(self, original_draw: bool = False) -> FarKernel:
+        """The far kernel that is trained, differentiable."""
         adapter, tensors = self.adapter, self.tensors
         omega = tensors.get("omega", adapter.omega)
         if not self.learn_omega and not original_draw:
             omega = adapter.drawn(self.step + 1)
-        kernel: dict[str, Any] = {"feature_map": adapter.feature_maps, "omega": omega, "proposal": adapter.proposal}
-        kernel |= {name: tensors[name] for name in self.named}
-        kernel |= {"alpha": tensors["log_alpha"].exp(), "gamma": tensors["log_gamma"].exp()}
-        return kernel | {"query_radius": adapter.query_radius, "key_radius": adapter.key_radius}
+        return FarKernel(
+            adapter.feature_maps, omega, tensors["log_alpha"].exp(), tensors["log_gamma"].exp(), adapter.proposal,
+            query_radius=adapter.query_radius, key_radius=adapter.key_radius,
+            **{name: tensors[name] for name in self.named},
+        )  # fmt: skip
 
 
 def _scaled_clusters(adapter: RFAAdapter, cluster_scale: float) -> dict[str, torch.Tensor]:

@@ -160,14 +160,15 @@ def _function(name: str, keys: bool) -> MapFunction:
     return feature_map.key_function or feature_map.function if keys else feature_map.function
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FarKernel:
     """The estimated kernel of the far keys of all key heads of a layer.
 
         kernel(q, k) = gamma exp(s q.c) exp(s b.(k - c)) psi(alpha A (q - b)').psi(alpha A^-T (k - c)')
 
     with s = scaling and x' = x sqrt(s). For alpha = 1 its mean is exp(s q.k): what b and c say is exact, and only the
-    rest is estimated and tempered.
+    rest is estimated and tempered. Two kernels are equal if they are one object: what is prepared from a kernel's
+    tensors is kept for as long as the kernel is.
 
     Args:
         feature_maps: A name of `FEATURE_MAPS` for each key head; all make equally many components.
@@ -281,11 +282,12 @@ class FarKernel:
         """Which key heads have a far part at all (key_heads,) bool."""
         return self.gamma > 0
 
-    def to(self, dtype: torch.dtype) -> "FarKernel":
-        """The same kernel with its tensors in `dtype`."""
-        if all(t is None or t.dtype == dtype for t in self._tensors().values()):
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "FarKernel":
+        """The same kernel with its tensors in `dtype`, and on `device` unless that is None."""
+        device = self.omega.device if device is None else device
+        if all(t.dtype == dtype and t.device == device for t in self.tensors().values()):
             return self
-        return self._map(lambda tensor: tensor.to(dtype))
+        return self._map(lambda tensor: tensor.to(device, dtype))
 
     def select(self, heads: Sequence[int]) -> "FarKernel":
         """The kernel of some key heads."""
@@ -293,11 +295,13 @@ class FarKernel:
         kernel = self._map(lambda tensor: tensor[chosen])
         return replace(kernel, feature_maps=tuple(self.feature_maps[head] for head in chosen))
 
-    def _tensors(self) -> dict[str, torch.Tensor | None]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name, without those that are None."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FarKernel":
-        mapped: dict[str, Any] = {name: None if t is None else function(t) for name, t in self._tensors().items()}
+        mapped: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
         return replace(self, **mapped)
 
 

@@ -1,17 +1,52 @@
-"""`rfa_attention`, the operator on plain tensors, and `rfa_attention_reference`, its definition."""
+"""`attend`, the operator; `rfa_attention`, the same on plain tensors; `rfa_attention_reference`, its definition."""
 
 from collections.abc import Sequence
 
 import torch
 
-from hf_rfa.ops.call import OperatorCall, PerHead
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.arguments import operator_arguments
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.compiled import linear_heads_of_graph
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.linear import linear_heads
 from hf_rfa.ops.reference import reference_attention
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.softmax_heads import ExactCache, count_only, exact_heads
 from hf_rfa.ops.state import RFAState
+
+PerHead = float | torch.Tensor
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kernel: FarKernel,
+    settings: AttentionSettings,
+    layout: TokenLayout,
+    state: RFAState | None = None,
+    *,
+    statistics: FarStatistics | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, RFAState | None]:
+    """What `rfa_attention` computes, of the far kernel of a layer, its settings and the layout of the new tokens.
+
+    Args:
+        query, key, value: (B, H, N, D), (B, Hk, N, D), (B, Hk, N, M).
+        state: The state to continue from.
+        statistics: Counts how often a far part was dropped.
+
+    Returns:
+        The output (B, H, N, M) in value's dtype, and the state after the last token if `output_final_state`.
+
+    Raises:
+        ConfigError: A shape, a type or a value does not fit; the message names it.
+    """
+    call = OperatorCall.of(query, key, value, kernel, settings, layout, state)
+    with torch.autocast(query.device.type, enabled=False):
+        return _run(call, output_final_state, statistics)
 
 
 def rfa_attention(
@@ -106,16 +141,18 @@ def rfa_attention(
         >>> out.shape, int(state.count)
         (torch.Size([1, 8, 300, 64]), 300)
     """
-    call = OperatorCall.check(
+    kernel, settings, layout = operator_arguments(
         query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
         gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
-        softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits, state=initial_state,
+        softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits,
         query_center=query_center, key_center=key_center, query_transform=query_transform, key_transform=key_transform,
         query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
         backend=backend,
     )  # fmt: skip
-    with torch.autocast(query.device.type, enabled=False):
-        output, state = _run(call, output_final_state, statistics)
+    output, state = attend(
+        query, key, value, kernel, settings, layout, initial_state,
+        statistics=statistics, output_final_state=output_final_state,
+    )  # fmt: skip
     return (output, state) if state is not None else output
 
 
@@ -160,13 +197,15 @@ def rfa_attention_reference(
         >>> bool((fast - slow).abs().max() < 1e-5)
         True
     """
-    call = OperatorCall.check(
-        query.double(), key.double(), value.double(), omega=omega, feature_map=feature_map, window=window,
-        sink_tokens=sink_tokens, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
-        valid=valid, document=document, sink_logits=sink_logits, state=initial_state, query_center=query_center,
-        key_center=key_center, query_transform=query_transform, key_transform=key_transform,
-        query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
+    query, key, value = query.double(), key.double(), value.double()
+    kernel, settings, layout = operator_arguments(
+        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
+        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document,
+        sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
+        key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
+        gate_bias=gate_bias,
     )  # fmt: skip
+    call = OperatorCall.of(query, key, value, kernel, settings, layout, initial_state)
     call.check_state()
     output, state = reference_attention(call, output_final_state)
     output = output.flatten(1, 2)

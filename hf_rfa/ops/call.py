@@ -7,13 +7,10 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.features.maps import FarKernel, feature_map_of_heads
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import BACKENDS, AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
-
-PerHead = float | torch.Tensor
-#: What may be asked for, see `ops.dispatch`.
-BACKENDS = ("auto", "chunked", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +23,7 @@ class OperatorCall:
         far: The far kernel of the Hk key heads.
         sink_logits: (Hk, G) or None.
         state: What the call continues from; None at the beginning of a sequence.
-        softmax_heads, sliding_window, backend: See `rfa_attention`.
+        softmax_heads, sliding_window, backend: See `AttentionSettings`.
     """
 
     query: torch.Tensor
@@ -45,37 +42,28 @@ class OperatorCall:
     backend: str = "auto"
 
     @classmethod
-    def check(
-        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, omega: torch.Tensor,
-        feature_map: str | Sequence[str] = "positive", window: int = 64, sink_tokens: int = 4, alpha: PerHead = 1.0,
-        gamma: PerHead = 1.0, proposal: PerHead | None = None, scaling: float | None = None, causal: bool = True,
-        valid: torch.Tensor | None = None, document: torch.Tensor | None = None,
-        sink_logits: torch.Tensor | None = None, state: RFAState | None = None, layout: TokenLayout | None = None,
-        softmax_heads: Sequence[int] = (), sliding_window: int | None = None,
-        query_center: torch.Tensor | None = None, key_center: torch.Tensor | None = None,
-        query_transform: torch.Tensor | None = None, key_transform: torch.Tensor | None = None,
-        query_radius: PerHead | None = None, key_radius: PerHead | None = None,
-        gate_weight: torch.Tensor | None = None, gate_bias: torch.Tensor | None = None, backend: str = "auto",
+    def of(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
+        settings: AttentionSettings, layout: TokenLayout, state: RFAState | None = None,
     ) -> "OperatorCall":  # fmt: skip
-        """The call that `rfa_attention`'s arguments describe; raises `ConfigError` where they do not fit."""
-        _check_tensors(query, key, value, omega)
-        check_backend(backend)
+        """The call of `attend` with these arguments; raises `ConfigError` where they do not fit."""
+        check_tokens(query, key, value)
         batch, heads, length, dim = query.shape
         key_heads = key.shape[1]
+        far = _fitting(kernel, key_heads, dim, settings.causal).to(accumulation_dtype(query.dtype), query.device)
+        check_backend(settings.backend)
+        window, sink_tokens, causal = settings.window, settings.sink_tokens, settings.causal
         if window < 0 or sink_tokens < 0 or (window and sink_tokens > window):
             raise ConfigError(
                 f"`window` must be >= 0 and `sink_tokens` between 0 and `window`. Got window={window}, "
                 f"sink_tokens={sink_tokens}. Set, for example, window=64, sink_tokens=4."
             )
-        if layout is None:
-            layout = TokenLayout(None if valid is None else valid.bool(), document)
-        elif valid is not None or document is not None:
-            raise ConfigError("`layout` already holds `valid` and `document`. Got both. Pass one or the other.")
         layout.check(batch, length)
+        sink_logits = settings.sink_logits
         if sink_logits is not None:
             _expect("sink_logits", sink_logits.shape, (heads,), "(query heads,)")
             sink_logits = sink_logits.unflatten(0, (key_heads, -1))
-        exact = tuple(sorted(set(softmax_heads)))
+        exact, sliding_window = tuple(sorted(set(settings.softmax_heads))), settings.sliding_window
         if exact and not 0 <= exact[0] <= exact[-1] < key_heads:
             raise ConfigError(
                 f"`softmax_heads` must be key heads 0..{key_heads - 1}. Got {list(exact)}. Remove the others."
@@ -90,65 +78,12 @@ class OperatorCall:
                 f"`initial_state` must have as many rows as query. Got {len(state.count)} instead of {batch}. Use "
                 "`state.select_rows`."
             )
-        scaling = dim**-0.5 if scaling is None else float(scaling)
+        scaling = float(settings.scaling)
         if scaling <= 0:
             raise ConfigError(f"`scaling` must be positive. Got {scaling}. Pass the factor that the model gives q.k.")
-        maps = feature_map_of_heads(feature_map, key_heads)
-        if proposal is None:  # the other maps do not read it
-            proposal = optimal_proposal(torch.tensor(dim / 2), dim) if "optimal_positive" in maps else 0.0
-        wide = accumulation_dtype(query.dtype)
-
-        def per_head(name: str, number: PerHead) -> torch.Tensor:
-            tensor = torch.as_tensor(number, dtype=wide, device=query.device)
-            tensor = tensor.expand(key_heads) if tensor.dim() == 0 else tensor
-            _expect(name, tensor.shape, (key_heads,), "(key heads,)")
-            return tensor
-
-        def center(name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-            if tensor is None:
-                return torch.zeros(key_heads, dim, dtype=wide, device=query.device)
-            _expect(name, tensor.shape, (key_heads, dim), "(key heads, head_dim)")
-            return tensor.to(query.device, wide)
-
-        def optional(
-            name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], meaning: str
-        ) -> torch.Tensor | None:
-            if tensor is not None:
-                _expect(name, tensor.shape, shape, meaning)
-                tensor = tensor.to(query.device, wide)
-            return tensor
-
-        def matrix(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return optional(name, tensor, (key_heads, dim, dim), "(key heads, head_dim, head_dim)")
-
-        if (gate_weight is None) != (gate_bias is None):
-            raise ConfigError(
-                "`gate_weight` and `gate_bias` describe one gate. Got only one of them. Pass both, or None for both."
-            )
-        if gate_weight is not None and not causal:
-            raise ConfigError(
-                "The gate forgets what lies behind a query: it needs an order of time. Got a gate with causal=False. "
-                "Drop `gate_weight` and `gate_bias` (RFAConfig(gate=False))."
-            )
-
-        far = FarKernel(
-            maps,
-            omega.to(query.device, wide),
-            per_head("alpha", alpha),
-            per_head("gamma", gamma),
-            per_head("proposal", proposal),
-            center("query_center", query_center),
-            center("key_center", key_center),
-            matrix("query_transform", query_transform),
-            matrix("key_transform", key_transform),
-            None if query_radius is None else per_head("query_radius", query_radius),
-            None if key_radius is None else per_head("key_radius", key_radius),
-            optional("gate_weight", gate_weight, (key_heads, dim), "(key heads, head_dim)"),
-            optional("gate_bias", gate_bias, (key_heads,), "(key heads,)"),
-        )
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
-            sliding_window, sink_logits, state, backend,
+            sliding_window, sink_logits, state, settings.backend,
         )  # fmt: skip
 
     @property
@@ -206,7 +141,8 @@ def check_backend(name: str) -> None:
         raise ConfigError(f"`backend` must be one of {list(BACKENDS)}. Got {name!r}. Leave it 'auto'.")
 
 
-def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, omega: torch.Tensor) -> None:
+def check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise `ConfigError` unless these are queries, keys and values of one call."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
             is_tensor = isinstance(tensor, torch.Tensor)
@@ -223,11 +159,38 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             f"There must be at least one token and a number of query heads that key heads divide. Got {length} "
             f"tokens, {heads} query heads, {key_heads} key heads. Pass key and value without repetition."
         )
+
+
+def _fitting(kernel: FarKernel, key_heads: int, dim: int, causal: bool) -> FarKernel:
+    """The kernel, if it is one of so many key heads of that dim; `ConfigError` otherwise."""
+    omega = kernel.omega
     if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
         raise ConfigError(
             f"`omega` must have shape (key_heads, num_features, head_dim) = ({key_heads}, m, {dim}). Got "
             f"{tuple(omega.shape)}. Draw it with `hf_rfa.features.omega.draw_omega`."
         )
+    feature_map_of_heads(kernel.feature_maps, key_heads)
+    per_head, row = ((key_heads,), "(key heads,)"), ((key_heads, dim), "(key heads, head_dim)")
+    matrix = ((key_heads, dim, dim), "(key heads, head_dim, head_dim)")
+    wanted = {
+        "alpha": per_head, "gamma": per_head, "proposal": per_head, "query_center": row, "key_center": row,
+        "query_transform": matrix, "key_transform": matrix, "query_radius": per_head, "key_radius": per_head,
+        "gate_weight": row, "gate_bias": per_head,
+    }  # fmt: skip
+    for name, (shape, meaning) in wanted.items():
+        tensor = getattr(kernel, name)
+        if tensor is not None:
+            _expect(name, tensor.shape, shape, meaning)
+    if (kernel.gate_weight is None) != (kernel.gate_bias is None):
+        raise ConfigError(
+            "`gate_weight` and `gate_bias` describe one gate. Got only one of them. Pass both, or None for both."
+        )
+    if kernel.gate_weight is not None and not causal:
+        raise ConfigError(
+            "The gate forgets what lies behind a query: it needs an order of time. Got a gate with causal=False. "
+            "Drop `gate_weight` and `gate_bias` (RFAConfig(gate=False))."
+        )
+    return kernel
 
 
 def _expect(name: str, got: Sequence[int], want: Sequence[int], meaning: str) -> None:

@@ -1,14 +1,15 @@
 """Token after token of one layer, in place: what a cache keeps between the steps of `generate`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.recurrent import RecurrentHeads
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.softmax_heads import ExactCache, exact_heads
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 
@@ -24,39 +25,44 @@ class Decoder:
     Example:
         >>> import torch, hf_rfa
         >>> from hf_rfa.features.omega import draw_omega
+        >>> from hf_rfa.ops.arguments import operator_arguments
         >>> from hf_rfa.ops.decode import Decoder
         >>> _ = torch.manual_seed(0)
         >>> q, k, v = (torch.randn(1, 2, 301, 16) for _ in range(3))
         >>> options = {"omega": draw_omega(2, 32, 16, kind="sphere", seed=0, layer=0, draw=0), "alpha": 0.25}
+        >>> kernel, settings, _ = operator_arguments(q, k, v, **options)
         >>> whole = hf_rfa.rfa_attention(q, k, v, **options)
         >>> first, last = ([t[:, :, part] for t in (q, k, v)] for part in (slice(300), slice(300, 301)))
         >>> _, state = hf_rfa.rfa_attention(*first, **options, output_final_state=True)
-        >>> decoder = Decoder(*last, state, options)
+        >>> decoder = Decoder(*last, kernel, settings, state)
         >>> bool((decoder.step(*last) - whole[:, :, 300:]).abs().max() < 1e-5)
         True
     """
 
     def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: RFAState | None,
-        options: dict[str, Any],
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
+        settings: AttentionSettings, state: RFAState | None,
     ) -> None:  # fmt: skip
-        """Goes on from `state`; `options` are the other arguments of `rfa_attention`.
+        """Goes on from `state`, for as long as the kernel's tensors are what they are now.
 
         query (B, H, 1, D), key (B, Hk, 1, D), value (B, Hk, 1, M): the first token that will come, not yet read.
         """
-        call = OperatorCall.check(query, key, value, state=state, **options)
+        call = OperatorCall.of(query, key, value, kernel, settings, TokenLayout(), state)
         linear = call.heads(call.linear_heads) if call.softmax_heads else call
         linear.check_state()
         wide = linear.to(accumulation_dtype(query.dtype))
         self._heads = RecurrentHeads(wide, state or linear.empty_state(), prepare=True)
         self._key_heads, self._wide = key.shape[1], wide.query.dtype
-        self._options = options  # kept, so that no other tensor takes the identity of one of these
-        self._made_for = _signature((query, key, value), options)
+        self._kernel, self._settings, self._kinds = kernel, settings, _kinds(query, key, value)
         self._exact = _ExactPart(call, ExactCache.of_state(state)) if call.softmax_heads else None
 
-    def continues(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> bool:
-        """Whether it is made for such tokens and for these options, which nobody has changed since."""
-        return self._made_for == _signature((query, key, value), options)
+    def continues(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
+        settings: AttentionSettings,
+    ) -> bool:  # fmt: skip
+        """Whether it is made for such tokens, for this very kernel and for these settings."""
+        same = self._kernel is kernel and settings.same_as(self._settings)
+        return same and self._kinds == _kinds(query, key, value)
 
     def step(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout | None = None,
@@ -126,16 +132,6 @@ class _ExactPart:
             self.cache = self.cache.select_rows(rows)
 
 
-def _signature(tokens: Sequence[torch.Tensor], options: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for two calls unless something differs that a decoder was checked or prepared for.
-
-    Of a tensor among the options, which one it is, where its numbers lie and how often they were written to. And
-    whether inference mode is on: outside of it nobody may write into tables that were made in it.
-    """
-    kinds = [(t.shape, t.dtype, t.device) for t in tokens], torch.is_inference_mode_enabled()
-    return kinds, {name: _identity(o) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int, int]:
-    # The version does not count another `.data`, and inference mode counts nothing.
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _kinds(*tokens: torch.Tensor) -> tuple[Any, ...]:
+    """What a decoder was made for; outside of inference mode nobody may write into tables that were made in it."""
+    return torch.is_inference_mode_enabled(), [(t.shape, t.dtype, t.device) for t in tokens]

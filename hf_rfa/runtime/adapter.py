@@ -1,5 +1,6 @@
 """`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from hf_rfa.config import AUTO_MAPS, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.features.maps import FEATURE_MAPS, optimal_proposal
+from hf_rfa.features.maps import FEATURE_MAPS, FarKernel, optimal_proposal
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 
@@ -89,6 +90,7 @@ class RFAAdapter(nn.Module):
         self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
         self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.runtime.calls`
         self._python: dict[str, Any] = {}
+        self._known_kernel: tuple[FarKernel, tuple[tuple[str, torch.Tensor], ...]] | None = None
         self._resting: set[str] = set()  # Parameters that are not trained only because every key head is exact
         self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
@@ -100,20 +102,33 @@ class RFAAdapter(nn.Module):
         return self.omega.shape[0]
 
     @property
-    def kernel(self) -> dict[str, Any]:
-        """The far kernel of all key heads, as arguments of the operator."""
+    def kernel(self) -> FarKernel:
+        """The far kernel of all key heads: one object, until one of the adapter's methods changes a tensor of it.
+
+        It holds the tensors themselves, Parameters with their gradients. Others may stand in for them (sharding,
+        `torch.func.functional_call`): it is then made anew.
+        """
+        if torch.compiler.is_compiling():  # the tensors are the tracer's
+            return self._make_kernel()
+        known = self._known_kernel
+        if known is None or any(getattr(self, name) is not tensor for name, tensor in known[1]):
+            kernel = self._make_kernel()
+            known = self._known_kernel = kernel, tuple(kernel.tensors().items())
+        return known[0]
+
+    def _make_kernel(self) -> FarKernel:
         names = ["omega", "alpha", "gamma", "proposal", "query_center", "key_center"]
         if self._calibrated:
             names += ["query_transform", "key_transform", "query_radius", "key_radius"]
         if self.config.gate and self.converted:
             names += GATE
-        return {"feature_map": self.feature_maps, **{name: getattr(self, name) for name in names}}
+        return FarKernel(self.feature_maps, **{name: getattr(self, name) for name in names})
 
-    def kernel_of(self, draw: int | None) -> dict[str, Any]:
+    def kernel_of(self, draw: int | None) -> FarKernel:
         """`kernel` with omega as of draw number `draw`: a layer that runs again may have been redrawn since."""
         if draw is None or draw == self.draw_number or not self.converted:
             return self.kernel
-        return {**self.kernel, "omega": self.drawn(draw)}
+        return dataclasses.replace(self.kernel, omega=self.drawn(draw))
 
     @property
     def fingerprint(self) -> str:
@@ -173,6 +188,7 @@ class RFAAdapter(nn.Module):
                 tensor = getattr(self, name)
                 del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(tensor))
+        self._known_kernel = None
         self._train_what_acts()
 
     @property
@@ -204,6 +220,7 @@ class RFAAdapter(nn.Module):
     def _read(self) -> None:
         """Read what Python knows of the tensors anew, and now: a graph cannot ask for it."""
         self._python.clear()
+        self._known_kernel = None
         if not self.omega.is_meta:
             _ = self.kernel, self.draw_number
             self._train_what_acts()
@@ -236,7 +253,7 @@ class RFAAdapter(nn.Module):
             self.omega = self.drawn(draw)
             self.draw = torch.full_like(self.draw, draw)
         self._python.pop("fingerprint", None)
-        self._python["draw"] = draw
+        self._python["draw"], self._known_kernel = draw, None
 
     def extra_repr(self) -> str:
         heads = f", softmax_heads={list(self.softmax_heads)}" if self.softmax_heads else ""
@@ -257,7 +274,12 @@ class RFAAdapter(nn.Module):
                     moved.data = tensor.to(moved.device)
                 else:
                     setattr(self, name, tensor.to(moved.device))
+        self._known_kernel = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a kernel of its own tensors, which may not be copied where others stand in for them.
+        return {**self.__dict__, "_known_kernel": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

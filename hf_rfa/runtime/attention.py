@@ -10,10 +10,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.ops.attention import rfa_attention
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.arguments import far_kernel
+from hf_rfa.ops.attention import attend
+from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.softmax import cross_attention, exact_attention, masked_attention
-from hf_rfa.ops.state import RFAState
 from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.runtime.adopted_cache import adopt_cache_layer
 from hf_rfa.runtime.cache import RFACacheLayer
@@ -136,22 +139,19 @@ def _attend(
         )
     layout = _layout(mask, kwargs, query.shape[2], query.device)
     sinks = kwargs.get("s_aux")
-    options: dict[str, Any] = {"scaling": scaling, "causal": causal, "sink_logits": sinks}
+    settings = AttentionSettings(scaling=scaling, causal=causal, sink_logits=sinks, sliding_window=sliding)
     observer = interception.observers.get(adapter) if isinstance(adapter, RFAAdapter) else None
     if not isinstance(adapter, RFAAdapter) or observer is not None:
-        options |= exact_options(key)
-        output = _operator(query, key, value, layout=layout, sliding_window=sliding, **options)
+        settings = settings.replace(softmax_heads=tuple(range(key.shape[1])))
+        output, _ = attend(query, key, value, _unused_kernel(key), settings, layout)
         if observer is not None:
-            observer(adapter, module, query, key, value, layout, options, output)
+            observer(adapter, module, query, key, value, layout, settings, output)
         return output
-    options |= {
-        **adapter.kernel_of(draw),
-        "window": adapter.config.window,
-        "sink_tokens": adapter.config.sink_tokens,
-        "softmax_heads": adapter.softmax_heads,
-        "sliding_window": sliding,
-        "backend": adapter.backend,
-    }
+    kernel = adapter.kernel_of(draw)
+    settings = settings.replace(
+        window=adapter.config.window, sink_tokens=adapter.config.sink_tokens, softmax_heads=adapter.softmax_heads,
+        backend=adapter.backend,
+    )  # fmt: skip
     counts = adapter.statistics if "trigonometric" in adapter.feature_maps else None
     turn = layer_call(adapter)
     turn.turns += 1
@@ -164,9 +164,9 @@ def _attend(
             cache_layer = cache_layer.companion("twin")
     shard = interception.shards.get(adapter)
     if shard is not None:
-        return shard(query, key, value, layout, options, counts, cache_layer)
+        return shard(query, key, value, kernel, settings, layout, counts, cache_layer)
     if cache_layer is None:
-        return _operator(query, key, value, layout=layout, statistics=counts, **options)
+        return attend(query, key, value, kernel, settings, layout, statistics=counts)[0]
     if cache_layer.given is not None:
         if adapter.attends_twice:
             raise UnsupportedModelError(
@@ -179,8 +179,8 @@ def _attend(
                 "which is not supported. Use LoRA or prompt tuning."
             )
         past = mask.valid[:, : -query.shape[2]] if mask is not None and mask.valid is not None else None
-        cache_layer.absorb(key, value, past, options)
-    return _cached(adapter, cache_layer, query, key, value, layout, options, counts)
+        cache_layer.absorb(key, value, past, kernel, settings)
+    return _cached(adapter, cache_layer, query, key, value, kernel, settings, layout, counts)
 
 
 def mask_of_its_own(mask: Any, extras: dict[str, Any]) -> MaskRows | None:
@@ -190,41 +190,33 @@ def mask_of_its_own(mask: Any, extras: dict[str, Any]) -> MaskRows | None:
     return None if named else rows
 
 
-def _operator(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """`rfa_attention` without a final state."""
-    output = rfa_attention(*args, **kwargs)
-    assert isinstance(output, torch.Tensor)
-    return output
-
-
-def exact_options(key: torch.Tensor) -> dict[str, Any]:
-    """Operator arguments with which every key head is exact softmax."""
+def _unused_kernel(key: torch.Tensor) -> FarKernel:
+    """A far kernel for calls in which every key head is exact softmax."""
     heads = key.shape[1]
-    return {"omega": key.new_zeros(heads, 1, key.shape[-1], dtype=torch.float32), "softmax_heads": tuple(range(heads))}
+    return far_kernel(key, heads, omega=key.new_zeros(heads, 1, key.shape[-1], dtype=torch.float32))
 
 
 def _cached(
     adapter: RFAAdapter, cache_layer: RFACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    layout: TokenLayout, options: dict[str, Any], counts: Any,
+    kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout, counts: FarStatistics | None,
 ) -> torch.Tensor:  # fmt: skip
     cache_layer.check(adapter.fingerprint, adapter.draw_number)
-    if _in_place(cache_layer, key, layout, options):
-        return cache_layer.decode(query, key, value, layout, options, counts)
-    state: RFAState | None = cache_layer.state
-    output, state = rfa_attention(
-        query, key, value, layout=layout, statistics=counts, initial_state=state, output_final_state=True, **options
+    if _in_place(cache_layer, key, layout, settings):
+        return cache_layer.decode(query, key, value, kernel, settings, layout, counts)
+    output, state = attend(
+        query, key, value, kernel, settings, layout, cache_layer.state, statistics=counts, output_final_state=True
     )
-    assert isinstance(state, RFAState)
-    cache_layer.advance(state, key, value, layout, options)
+    assert state is not None
+    cache_layer.advance(state, key, value, kernel, settings, layout)
     return output
 
 
-def _in_place(cache_layer: RFACacheLayer, key: torch.Tensor, layout: TokenLayout, options: dict[str, Any]) -> bool:
+def _in_place(cache_layer: RFACacheLayer, key: torch.Tensor, layout: TokenLayout, settings: AttentionSettings) -> bool:
     """Whether a call is a decoding step after which nobody needs the state before it."""
     return (
         key.shape[2] == 1
-        and options["causal"]
-        and len(options["softmax_heads"]) < key.shape[1]
+        and settings.causal
+        and len(settings.softmax_heads) < key.shape[1]
         and layout.document is None
         and not cache_layer.record_past
         and not torch.is_grad_enabled()

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.call import check_backend
 from hf_rfa.ops.dispatch import pick
 from hf_rfa.runtime.adapter import RFAAdapter, named_adapters, require_adapters
@@ -65,8 +64,6 @@ def _form(module: nn.Module, adapter: RFAAdapter, name: str) -> str:
         return "softmax"
     if not getattr(module, "is_causal", True):
         return "bidirectional"
-    kernel = dict(adapter.kernel)
-    far = FarKernel(kernel.pop("feature_map"), **kernel)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     # Value dims are those of the keys but in a few families, whose calls are checked again when they come.
-    return pick(name, far, adapter.omega.device, dtype, adapter.omega.shape[2], adapter.config.window)
+    return pick(name, adapter.kernel, adapter.omega.device, dtype, adapter.omega.shape[2], adapter.config.window)

@@ -7,10 +7,12 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
-from hf_rfa.ops.attention import rfa_attention
+from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.state import RFAState
 from hf_rfa.runtime.calls import is_called_with
 
@@ -22,8 +24,9 @@ class _Step:
     before: RFAState | None
     key: torch.Tensor
     value: torch.Tensor
+    kernel: FarKernel
+    settings: AttentionSettings
     layout: TokenLayout
-    options: dict[str, Any]
 
 
 class RFACacheLayer(CacheLayerMixin):
@@ -95,6 +98,7 @@ class RFACacheLayer(CacheLayerMixin):
         """Raise `StaleStateError` if the cache was filled by another conversion, or by another draw of this one."""
         if self.filled_by is None or not self.seen:
             self.filled_by, self.draw = fingerprint, draw
+            self.state = self.state  # without what was worked out from the tensors of another
         elif fingerprint != self.filled_by and self.draw != draw:
             raise StaleStateError(
                 f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
@@ -114,8 +118,9 @@ class RFACacheLayer(CacheLayerMixin):
             companion.hand_on()
 
     def absorb(
-        self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, options: dict[str, Any]
-    ) -> None:
+        self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, kernel: FarKernel,
+        settings: AttentionSettings,
+    ) -> None:  # fmt: skip
         """Make the state of what was `given`; `valid` (B, seen) is False for padding among it."""
         if self.given is None:
             return
@@ -127,19 +132,20 @@ class RFACacheLayer(CacheLayerMixin):
             )
         self.given = None
         layout = TokenLayout(None if valid is None else valid[:, -key.shape[2] :])
-        self.state = _state_after(key, value, layout, None, options)
+        self.state = _state_after(key, value, kernel, settings, layout, None)
 
     def advance(
         self,
         state: RFAState,
         key: torch.Tensor,
         value: torch.Tensor,
+        kernel: FarKernel,
+        settings: AttentionSettings,
         layout: TokenLayout,
-        options: dict[str, Any],
     ) -> None:
-        """Store the state after new tokens; `options` are the operator's arguments, for taking steps back."""
+        """Store the state after new tokens; the other arguments are `attend`'s, for taking steps back."""
         if self.record_past:
-            self._steps.append(_Step(self.state, key, value, layout, options))
+            self._steps.append(_Step(self.state, key, value, kernel, settings, layout))
         self.state = state
         self.seen += key.shape[2]
 
@@ -148,15 +154,16 @@ class RFACacheLayer(CacheLayerMixin):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        kernel: FarKernel,
+        settings: AttentionSettings,
         layout: TokenLayout,
-        options: dict[str, Any],
         statistics: FarStatistics | None,
     ) -> torch.Tensor:
         """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
         self.seen += 1
         with torch.autocast(query.device.type, enabled=False):
-            if self._decoder is None or not self._decoder.continues(query, key, value, options):
-                self._decoder = Decoder(query, key, value, self.state, options)
+            if self._decoder is None or not self._decoder.continues(query, key, value, kernel, settings):
+                self._decoder = Decoder(query, key, value, kernel, settings, self.state)
                 self._state = None
             return self._decoder.step(query, key, value, layout, statistics)
 
@@ -254,16 +261,17 @@ def _replay(step: _Step, kept: int) -> RFAState:
     """The state after the first `kept` tokens of a forward."""
     valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
     key, value = step.key[:, :, :kept], step.value[:, :, :kept]
-    return _state_after(key, value, TokenLayout(valid), step.before, step.options)
+    return _state_after(key, value, step.kernel, step.settings, TokenLayout(valid), step.before)
 
 
 def _state_after(
-    key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, before: RFAState | None, options: dict[str, Any]
-) -> RFAState:
+    key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout,
+    before: RFAState | None,
+) -> RFAState:  # fmt: skip
     """The state after these keys and values; what the queries are does not matter to it."""
-    options = {**options, "sink_logits": None}
-    _, state = rfa_attention(key, key, value, layout=layout, initial_state=before, output_final_state=True, **options)
-    assert isinstance(state, RFAState)
+    settings = settings.replace(sink_logits=None)
+    _, state = attend(key, key, value, kernel, settings, layout, before, output_final_state=True)
+    assert state is not None
     return state
 
 

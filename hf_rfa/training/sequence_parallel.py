@@ -29,10 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.features.maps import FarKernel
-from hf_rfa.ops.attention import rfa_attention
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.scan import chunk_sums, merge_states
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
 from hf_rfa.runtime.calls import Interception, intercept
@@ -100,36 +102,34 @@ class Shard:
     group: dist.ProcessGroup
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, options: dict[str, Any],
-        statistics: Any, cache_layer: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, kernel: FarKernel, settings: AttentionSettings,
+        layout: TokenLayout, statistics: FarStatistics | None, cache_layer: Any,
     ) -> Tensor:  # fmt: skip
         """Output (B, H, n, M) of this process's n tokens."""
         if cache_layer is not None:
             raise UnsupportedModelError(
                 "A process has only its share of the tokens, and so has no cache. Call the model with use_cache=False."
             )
-        if not layout.is_plain or not options["causal"]:
+        if not layout.is_plain or not settings.causal:
             raise UnsupportedModelError(
                 "Sequence parallelism splits one causal document a row, without padding or packing. Got a layer with "
                 "one of them. Pass whole documents, or leave the mode."
             )
-        if options.get("gate_weight") is not None:
+        if kernel.gate_weight is not None:
             raise ConfigError(
                 "Sequence parallelism cannot carry a gate over processes yet. Got a layer with one. Use "
                 "RFAConfig(gate=False), or one process a document."
             )
         rank = dist.get_rank(self.group)
         length, window = key.shape[2], self.adapter.config.window
-        exact = list(options["softmax_heads"])
+        exact = list(settings.softmax_heads)
         linear = [head for head in range(key.shape[1]) if head not in exact]
         if linear and length < 2 * window:
             raise ConfigError(
                 f"Each process needs at least two windows ({2 * window}) of tokens. Got {length}. Use longer "
                 "documents or fewer processes."
             )
-        call = OperatorCall.check(
-            query, key, value, valid=None, document=None, state=None, **{"proposal": None, **options}
-        )
+        call = OperatorCall.of(query, key, value, kernel, settings, layout)
         part = call.heads(linear).to(accumulation_dtype(key.dtype))
         count = torch.full((len(key),), rank * length)
         state = dataclasses.replace(part.empty_state(), count=count)
@@ -140,9 +140,7 @@ class Shard:
             # Process 0 takes none of them, but a slice of length 0: it has to be there in the backward pass.
             before = [torch.cat(t.unbind(), dim=2)[:, :, : rank * length] for t in (keys, values)]
             state = dataclasses.replace(state, exact_key=before[0], exact_value=before[1])
-        output = rfa_attention(query, key, value, layout=layout, statistics=statistics, initial_state=state, **options)
-        assert isinstance(output, Tensor)
-        return output
+        return attend(query, key, value, kernel, settings, layout, state, statistics=statistics)[0]
 
     def _linear_state(self, call: OperatorCall, empty: RFAState, rank: int) -> RFAState:
         """The state of the linear heads before this process's first token."""

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hf_rfa
 from benchmarks.device import Meter
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Panel, Result, Table
+from hf_rfa.ops.arguments import operator_arguments
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.decode import Decoder
 
 Tokens = tuple[Tensor, Tensor, Tensor]
@@ -78,10 +79,11 @@ def random_context(setting: Setting, batch: int, context: int) -> tuple[Tensor, 
 
 def _rfa(setting: Setting, new: Tokens, key: Tensor, value: Tensor) -> Callable[[], None]:
     """Steps of what a converted model's cache keeps; it goes on from call to call, and its time does not change."""
-    options = setting.rfa_options()
+    kernel, settings, layout = operator_arguments(key, key, value, **setting.rfa_options())
     with torch.no_grad():  # which queries came before does not matter to the state
-        _, state = hf_rfa.rfa_attention(key, key, value, output_final_state=True, **options)
-    decoder = Decoder(*new, state.select_rows(torch.zeros(len(new[0]), dtype=torch.int64)), options)
+        _, state = attend(key, key, value, kernel, settings, layout, output_final_state=True)
+    assert state is not None
+    decoder = Decoder(*new, kernel, settings, state.select_rows(torch.zeros(len(new[0]), dtype=torch.int64)))
 
     @torch.no_grad()
     def run() -> None:

@@ -49,7 +49,7 @@ def main() -> None:
         cosines = []
         for size in (1, 0):
             for adapter, gamma in zip(require_adapters(model), gammas, strict=True):
-                adapter.gamma.copy_(gamma * size)
+                adapter.set_kernel(adapter.feature_maps, gamma=gamma * size)
             cosines.append((embeddings(model, held_out) * want).sum(-1).mean().item())
         print(f"{count:5d} of {len(report.ranking):5d}  {cosines[0]:8.4f}  {cosines[1]:11.4f}")
 

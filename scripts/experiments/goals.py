@@ -60,7 +60,7 @@ def main() -> None:
     for name, heads, size in columns:
         hf_rfa.set_softmax_heads(model, heads)
         for adapter, gamma in zip(require_adapters(model), gammas, strict=True):
-            adapter.gamma.copy_(gamma * size)
+            adapter.set_kernel(adapter.feature_maps, gamma=gamma * size)
         show(name, measure, original, model, ids)
 
 

@@ -11,7 +11,9 @@ import hf_rfa
 from hf_rfa.calibration.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
 from hf_rfa.calibration.geometry import root_metric
 from hf_rfa.features.maps import FarKernel
+from hf_rfa.ops.attention import attend
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import LEARNED, RFAAdapter, require_adapters
 
 CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)
@@ -31,9 +33,9 @@ def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
     adapter = RFAAdapter(config, 0, len(keys), keys.shape[-1], converted=True)
     clusters = KeyClusters(adapter)
     key = keys[None]
-    options = {"scaling": scaling, "causal": True, "sink_logits": None}
+    settings = AttentionSettings(scaling=scaling)
     query = 1e-3 * key  # every key is attended to
-    clusters(adapter, torch.nn.Identity(), query, key, key, TokenLayout(valid), options, key)
+    clusters(adapter, torch.nn.Identity(), query, key, key, TokenLayout(valid), settings, key)
     clusters.merge(lambda tensor: tensor)
     geometry = clusters.geometries()[TEMPERS.index(1.0)]
     heads = len(keys)
@@ -89,14 +91,14 @@ def test_the_kernel_of_a_key_is_that_of_its_centroid():
 def test_heads_with_draws_and_heads_with_centroids_share_a_layer():
     keys, _ = blobs()
     adapter, _ = observed(keys)
-    alone = {}
+    alone, settings = {}, AttentionSettings(window=8, sink_tokens=2, scaling=6**-0.5)
     for names in (["hyperbolic", "clustered"], ["hyperbolic", "hyperbolic"], ["clustered", "clustered"]):
-        kernel = {**adapter.kernel, "feature_map": names}
+        kernel = dataclasses.replace(adapter.kernel, feature_maps=tuple(names))
         if "clustered" not in names:
-            kernel["omega"] = adapter.omega[:, : CLUSTERED.num_features]
+            kernel = dataclasses.replace(kernel, omega=adapter.omega[:, : CLUSTERED.num_features])
         generator = torch.Generator().manual_seed(1)
         q, k, v = (torch.randn(1, 2, 60, 6, generator=generator) for _ in range(3))
-        alone[tuple(names)] = hf_rfa.rfa_attention(q, k, v, window=8, sink_tokens=2, **kernel)
+        alone[tuple(names)] = attend(q, k, v, kernel, settings, TokenLayout())[0]
     mixed = alone["hyperbolic", "clustered"]
     assert_close(mixed[:, 0], alone["hyperbolic", "hyperbolic"][:, 0])
     assert_close(mixed[:, 1], alone["clustered", "clustered"][:, 1])

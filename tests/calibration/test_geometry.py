@@ -11,6 +11,7 @@ import hf_rfa
 from hf_rfa.calibration.geometry import Moments, balance
 from hf_rfa.ops.attention import rfa_attention
 from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
 
 
 def covariances(heads=3, dim=6, seed=0):
@@ -56,8 +57,8 @@ class Layer:
 
 def observed(query, key, **options):
     moments = Moments()
-    options = {"scaling": 0.5, "causal": True, "sink_logits": None} | options
-    moments(Layer(), torch.nn.Identity(), query, key, key, TokenLayout(), options, query)
+    settings = AttentionSettings(**{"scaling": 0.5, **options})
+    moments(Layer(), torch.nn.Identity(), query, key, key, TokenLayout(), settings, query)
     return moments
 
 

@@ -8,6 +8,7 @@ from operator_inputs import FEATURE_MAPS, assert_near, random_inputs
 from operator_states import assert_equal_states
 
 from hf_rfa import ConfigError, rfa_attention
+from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState
@@ -68,7 +69,16 @@ def decode(decoder, inputs, start, stop=N, valid=None):
 
 
 def decoder_at(inputs, options, start, **more):
-    return Decoder(*qkv(inputs, slice(start, start + 1)), prefilled(inputs, options, start, **more), options)
+    return made(inputs, options, start, prefilled(inputs, options, start, **more))
+
+
+def objects(inputs, options):
+    """The far kernel and the settings."""
+    return operator_arguments(*qkv(inputs, slice(N)), **options)[:2]
+
+
+def made(inputs, options, start, state):
+    return Decoder(*qkv(inputs, slice(start, start + 1)), *objects(inputs, options), state)
 
 
 @WINDOW
@@ -132,7 +142,7 @@ def test_no_step_changes_a_state_that_somebody_holds(name, window):
     inputs = random_inputs(N)
     options = options_of(inputs, window, **KERNELS[name])
     given = prefilled(inputs, options, 17)
-    decoder, before = Decoder(*qkv(inputs, slice(17, 18)), given, options), copied(given)
+    decoder, before = made(inputs, options, 17, given), copied(given)
     decode(decoder, inputs, 17, 30)
     between = decoder.state()
     held = copied(between)
@@ -159,22 +169,20 @@ def test_select_rows(name):
 
 def test_it_goes_on_only_with_what_it_was_made_for():
     inputs = random_inputs(N)
-    options = options_of(inputs, **KERNELS["calibrated"])
-    decoder, new = decoder_at(inputs, options, 5), qkv(inputs, slice(5, 6))
-    assert decoder.continues(*new, dict(options))
-    assert not decoder.continues(*(t[:1] for t in new), options)
-    assert not decoder.continues(*(t.float() for t in new), options)
-    assert not decoder.continues(*new, {**options, "window": 4})
-    assert not decoder.continues(*new, {**options, "alpha": options["alpha"].clone()})
-    options["alpha"] = options["alpha"].clone()
-    decoder = decoder_at(inputs, options, 5)
-    assert decoder.continues(*new, options)
-    options["alpha"].mul_(0.5)  # an optimiser's step, or a calibration
-    assert not decoder.continues(*new, options)
+    options = options_of(inputs, **KERNELS["calibrated"], sink_logits=torch.zeros(4))
+    kernel, settings = objects(inputs, options)
+    new = qkv(inputs, slice(5, 6))
+    decoder = Decoder(*new, kernel, settings, prefilled(inputs, options, 5))
+    assert decoder.continues(*new, kernel, settings.replace())
+    assert not decoder.continues(*(t[:1] for t in new), kernel, settings)
+    assert not decoder.continues(*(t.float() for t in new), kernel, settings)
+    assert not decoder.continues(*new, kernel, settings.replace(window=4))
+    assert not decoder.continues(*new, kernel, settings.replace(sink_logits=torch.zeros(4)))
+    assert not decoder.continues(*new, dataclasses.replace(kernel), settings)  # another object
 
 
 def test_a_state_of_another_call_is_refused():
     inputs = random_inputs(N)
     state = prefilled(inputs, options_of(inputs), 10)
     with pytest.raises(ConfigError, match="`initial_state` comes from another kind of call"):
-        Decoder(*qkv(inputs, slice(10, 11)), state, options_of(inputs, window=4))
+        made(inputs, options_of(inputs, window=4), 10, state)

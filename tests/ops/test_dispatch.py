@@ -8,6 +8,7 @@ from operator_inputs import random_inputs
 import hf_rfa
 from hf_rfa import ConfigError
 from hf_rfa.ops import dispatch
+from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 
 
@@ -99,10 +100,8 @@ def test_what_was_chosen_is_what_runs(tiny_llama, monkeypatch):
 @pytest.mark.usefixtures("kernels_can_run")
 def test_auto_picks_the_kernels_once_it_may(monkeypatch):
     inputs = random_inputs(40, dim=16, dtype=torch.float32)
-    call = OperatorCall.check(
-        **inputs, feature_map="hyperbolic", window=16, sink_tokens=0, alpha=1.0, gamma=1.0, proposal=None,
-        scaling=None, causal=True, valid=None, document=None, sink_logits=None, state=None,
-    )  # fmt: skip
+    objects = operator_arguments(**inputs, feature_map="hyperbolic", window=16, sink_tokens=0)
+    call = OperatorCall.of(*(inputs[name] for name in ("query", "key", "value")), *objects)
     assert dispatch.form_of_call(call) == "chunked"
     monkeypatch.setattr(dispatch, "AUTO_PICKS_TRITON", True)
     assert dispatch.form_of_call(call) == "triton"

@@ -16,6 +16,7 @@ import hf_rfa.ops.attention as operator
 from hf_rfa.calibration.candidates import ALPHAS
 from hf_rfa.calibration.fitting import GAMMAS
 from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.compiled import linear_heads_of_graph
 from hf_rfa.ops.decode import Decoder
 
@@ -92,7 +93,8 @@ def step_by_step(**options) -> torch.Tensor:
 def decoded(**options) -> torch.Tensor:
     tokens = [options.pop(name) for name in ("query", "key", "value")]
     steps = list(zip(*(t.split(1, dim=2) for t in tokens), strict=True))
-    decoder = Decoder(*steps[0], None, options)
+    kernel, settings, _ = operator_arguments(*tokens, **options)
+    decoder = Decoder(*steps[0], kernel, settings, None)
     return torch.cat([decoder.step(*step) for step in steps], dim=2)
 
 

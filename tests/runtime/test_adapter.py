@@ -410,3 +410,64 @@ def test_a_copy_of_an_adapter_redraws_alone():
     twin.redraw(4)
     assert (adapter.draw_number, twin.draw_number) == (0, 4)
     assert not torch.equal(adapter.omega, twin.omega)
+
+
+# --- the far kernel as one object ------------------------------------------------------------------------------------
+
+WRITERS = {
+    "set_kernel": lambda adapter: adapter.set_kernel(adapter.feature_maps, gamma=adapter.gamma / 2),
+    "set_softmax_heads": lambda adapter: adapter.set_softmax_heads((1,)),
+    "redraw": lambda adapter: adapter.redraw(3),
+    "learn": lambda adapter: adapter.learn(),
+    "load_state_dict": lambda adapter: adapter.load_state_dict(adapter.state_dict()),
+    "to": lambda adapter: adapter.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_kernel_is_one_object_until_a_method_writes_its_tensors(write):
+    model = converted()
+    adapter = adapters(model)[0]
+    before = adapter.kernel
+    outputs_of(model, inputs_for(model))
+    assert adapter.kernel is adapter.kernel_of(None) is adapter.kernel_of(adapter.draw_number) is before
+    write(adapter)
+    after = adapter.kernel
+    assert after is adapter.kernel
+    assert after != before
+    assert all(tensor is getattr(adapter, name) for name, tensor in after.tensors().items())
+
+
+def test_the_kernel_of_another_draw_is_one_of_its_own():
+    adapter = adapters(converted())[0]
+    other = adapter.kernel_of(5)
+    assert torch.equal(other.omega, adapter.drawn(5))
+    assert adapter.kernel.omega is adapter.omega
+    assert other.gamma is adapter.gamma
+
+
+def test_gradients_reach_learned_tensors_and_what_stands_in_for_them():
+    """`functional_call` puts other tensors into the adapter's places for one call, behind the back of its methods."""
+    model = converted(omega="learned")
+    inputs = {**inputs_for(model), "use_cache": False}
+    given = {name: 0.9 * p.detach() for name, p in model.named_parameters()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name.endswith("rfa.omega")}
+    model(**inputs)
+    got = torch.func.functional_call(model, given, kwargs=inputs).logits
+    copied = copy.deepcopy(model)
+    gradients = torch.autograd.grad(got.square().sum(), list(leaves.values()))
+    copied.load_state_dict(given, strict=False)
+    want = copied(**inputs).logits
+    assert_close(got, want)
+    want.square().sum().backward()
+    for name, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.any()
+        assert_close(gradient, copied.get_parameter(name).grad)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_copy_has_a_kernel_of_its_own():
+    model = converted(omega="learned")
+    for adapter, copied in zip(adapters(model), adapters(copy.deepcopy(model)), strict=True):
+        assert copied.kernel is not adapter.kernel
+        assert copied.kernel.omega is copied.omega is not adapter.omega

@@ -547,35 +547,62 @@ def test_the_same_draw_again_is_no_error():
     assert_close(rest, whole[:, 40:], atol=2e-5, rtol=0)
 
 
-def in_place(adapter):
-    adapter.gamma.mul_(0.2)
+def with_another_kernel(adapter):
+    adapter.set_kernel(adapter.feature_maps, gamma=adapter.gamma * 0.2)
 
 
-def by_another_tensor(adapter):
-    adapter.omega = adapter.omega.flip(1) / 2
+def with_another_draw(adapter):
+    adapter.redraw(1)
 
 
-def by_other_data(adapter):
-    adapter.omega.data = adapter.omega.flip(1) / 2
+def with_other_exact_heads(adapter):
+    adapter.set_softmax_heads((1,))
 
 
-@pytest.mark.parametrize("change", [in_place, by_another_tensor, by_other_data])
+@pytest.mark.parametrize("change", [with_another_kernel, with_another_draw, with_other_exact_heads])
 @pytest.mark.parametrize("config", ["linear", "exact head"])
-def test_a_change_of_the_kernel_between_two_tokens_is_followed(config, change):
-    """What decoding works out from the layers' tensors is not kept longer than they are."""
+def test_a_change_of_the_kernel_between_two_tokens_is_refused(config, change):
+    """The state means nothing to the new kernel, and what decoding worked out from the old one is not used."""
     ids = token_ids()
-    logits = []
+    model, cache = prefilled(config, ids, [33, 1, 1])
+    before = outputs_of(model, {"input_ids": ids, "use_cache": False})
+    for _, _, adapter in named_adapters(model):
+        kernel = adapter.kernel
+        assert adapter.kernel is kernel
+        change(adapter)
+        assert adapter.kernel is not kernel
+    with pytest.raises(StaleStateError, match="new sequence"):
+        model(ids[:, 35:36], **{CACHE: cache})
+    after = outputs_of(model, {"input_ids": ids, "use_cache": False})
+    assert not torch.allclose(after, before, atol=2e-4)  # it makes a difference
+    logits, _ = in_pieces(model, ids, [33, *[1] * 17])
+    assert_close(logits, after[:, :50], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("handed_on", [False, True])
+@pytest.mark.parametrize("settings", [{"omega": "learned"}, {"gate": True}, {"omega": "learned", "gate": True}])
+def test_an_optimisers_step_between_two_tokens_is_no_secret_to_the_decoder(settings, handed_on):
+    """It changes Parameters where they are: what was prepared from them before is not used again."""
+    ids, logits = token_ids(), []
     for without_gradients in (True, False):  # with them, every step goes through the operator
-        model, cache = prefilled(config, ids, [33, 1, 1])
-        for _, _, adapter in named_adapters(model):
-            change(adapter)
-        for layer in cache.layers:
-            layer.hand_on()  # or the cache of the kernel before would be refused
+        model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, **settings), calibrate=False)
+        _, cache = in_pieces(model, ids, [33, 1, 1])
+        learned = {p: name for _, _, adapter in named_adapters(model) for name, p in adapter.named_parameters()}
+        for parameter, name in learned.items():
+            parameter.grad = torch.full_like(parameter, 20.0 if name == "gate_bias" else 1.0)  # it begins at 8
+        torch.optim.SGD(learned, lr=0.3).step()
+        if not handed_on:
+            with torch.no_grad(), pytest.raises(StaleStateError, match="new cache"):
+                model(ids[:, 35:36], **{CACHE: cache})
+            return
+        for layer in rfa_layers(cache):
+            layer.hand_on()
         with torch.set_grad_enabled(not without_gradients):
             steps = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(35, 50)]
         logits.append(torch.cat(steps, dim=1).detach())
     assert_close(*logits, atol=1e-5, rtol=0)
-    whole = outputs_of(converted("llama", config), {"input_ids": ids, "use_cache": False})
+    unchanged = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, **settings), calibrate=False)
+    whole = outputs_of(unchanged, {"input_ids": ids, "use_cache": False})
     assert not torch.allclose(logits[0], whole[:, 35:50], atol=1e-3)  # it makes a difference
 
 

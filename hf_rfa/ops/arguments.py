@@ -1,0 +1,58 @@
+"""The keyword arguments of `rfa_attention` as the objects that `attend` takes: far kernel, settings and layout."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_rfa.errors import ConfigError
+from hf_rfa.features.maps import FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.ops.call import check_tokens
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.ops.state import accumulation_dtype
+
+_SETTINGS = tuple(AttentionSettings.__dataclass_fields__)
+
+
+def operator_arguments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, valid: torch.Tensor | None = None,
+    document: torch.Tensor | None = None, layout: TokenLayout | None = None, **keywords: Any,
+) -> tuple[FarKernel, AttentionSettings, TokenLayout]:  # fmt: skip
+    """What `rfa_attention`'s keywords describe; those that are neither layout nor settings are the far kernel's.
+
+    Raises:
+        ConfigError: The tensors are no queries, keys and values, or the keywords contradict each other. Shapes and
+            values are checked by `OperatorCall.of`.
+    """
+    check_tokens(query, key, value)
+    settings = {name: keywords.pop(name) for name in _SETTINGS if name in keywords}
+    settings["softmax_heads"] = tuple(settings.get("softmax_heads", ()))
+    if settings.get("scaling") is None:
+        settings["scaling"] = query.shape[-1] ** -0.5
+    if layout is None:
+        layout = TokenLayout(None if valid is None else valid.bool(), document)
+    elif valid is not None or document is not None:
+        raise ConfigError("`layout` already holds `valid` and `document`. Got both. Pass one or the other.")
+    return far_kernel(query, key.shape[1], **keywords), AttentionSettings(**settings), layout
+
+
+def far_kernel(
+    like: torch.Tensor, key_heads: int, *, omega: torch.Tensor, feature_map: str | Sequence[str] = "positive",
+    **numbers: Any,
+) -> FarKernel:  # fmt: skip
+    """The far kernel of `key_heads` heads for queries `like` (..., D), where a number stands for all heads.
+
+    What is not given of `FarKernel`'s fields is that of `rfa_attention`.
+    """
+    dim, wide = like.shape[-1], accumulation_dtype(like.dtype)
+    maps = feature_map_of_heads(feature_map, key_heads)
+    given = {"alpha": 1.0, "gamma": 1.0} | {name: x for name, x in numbers.items() if x is not None}
+    if "proposal" not in given:  # the other maps do not read it
+        given["proposal"] = optimal_proposal(torch.tensor(dim / 2), dim) if "optimal_positive" in maps else 0.0
+    tensors = {name: torch.as_tensor(x, dtype=wide, device=like.device) for name, x in given.items()}
+    tensors = {name: x.expand(key_heads) if x.dim() == 0 else x for name, x in tensors.items()}
+    for name in ("query_center", "key_center"):
+        if name not in tensors:
+            tensors[name] = torch.zeros(key_heads, dim, dtype=wide, device=like.device)
+    return FarKernel(maps, omega, **tensors)

@@ -1,0 +1,45 @@
+"""`AttentionSettings`: what a call of the operator needs besides tensors, far kernel, layout and state."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: What `backend` may be, see `ops.dispatch`.
+BACKENDS = ("auto", "chunked", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """How a layer attends, the same for all of its calls. `OperatorCall.of` checks it against the tensors.
+
+    Further ways to attend exactly, such as far keys that are kept, become fields here.
+
+    Args:
+        window: Chunk size, tokens; 0 = pure RFA.
+        sink_tokens: First tokens of a document that every query sees exactly; at most `window`.
+        scaling: Factor of q.k, usually D ** -0.5.
+        causal: False for the bidirectional form.
+        softmax_heads: Key heads that are computed by exact softmax.
+        sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
+        sink_logits: (H,) learned logits that add exp(logit) to the denominator, or None.
+        backend: What computes causal calls of more than one token, one of `BACKENDS`.
+    """
+
+    window: int = 64
+    sink_tokens: int = 4
+    scaling: float
+    causal: bool = True
+    softmax_heads: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    sink_logits: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    backend: str = "auto"
+
+    def replace(self, **changes: Any) -> "AttentionSettings":
+        """The settings with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def same_as(self, other: "AttentionSettings") -> bool:
+        """Whether all fields are equal; of the logits, whether they are one tensor."""
+        return self == other and self.sink_logits is other.sink_logits
