@@ -126,6 +126,11 @@ class RFAConfig:
                 f"{self.resample!r}. Set RFAConfig(resample='never')."
             )
         if self.feature_map == "clustered":  # centroids are no draw
+            if self.omega not in ("sphere", "learned"):  # the default, and what it becomes
+                raise ConfigError(
+                    f"The rows of omega are centroids of keys with feature_map='clustered', and no draw. Got omega="
+                    f"{self.omega!r}. Leave `omega` out, or choose another map."
+                )
             object.__setattr__(self, "omega", "learned")
         if self.omega == "learned" and self.resample != "never":
             raise ConfigError(

@@ -214,3 +214,10 @@ def test_unknown_fields_are_refused():
 def test_saved_values_are_validated_too():
     with pytest.raises(ConfigError, match=r"`num_features`.*Got 0\."):
         RFAConfig.from_dict(RFAConfig().to_dict() | {"num_features": 0})
+
+
+def test_centroids_are_not_drawn():
+    assert RFAConfig(feature_map="clustered").omega == "learned"
+    for omega in ("gaussian", "orthogonal"):
+        with pytest.raises(ConfigError, match="centroids of keys"):
+            RFAConfig(feature_map="clustered", omega=omega)

@@ -58,13 +58,9 @@ def rfa_attention_forward(
     if isinstance(attention_mask, torch.Tensor) and not getattr(module, "is_causal", False):
         attention_mask = padding_of(attention_mask) or attention_mask
     call = _forward_call(attention_mask)
-    interception = current_interception() if call is None else call.interception
-    watch = interception.recorder
+    watch = _interception(call).recorder
     with nullcontext() if watch is None else watch.call(module, query, key, attention_mask, kwargs):
-        output = _attend(
-            module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs, interception,
-            None if call is None else call.draw,
-        )  # fmt: skip
+        output = _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs, call)
     return output[:, :, -query.shape[2] :].transpose(1, 2).contiguous(), None
 
 
@@ -73,12 +69,16 @@ def _forward_call(mask: Any) -> ForwardCall | None:
     return (mask.call if isinstance(mask, RFAMask) else None) or current_forward()
 
 
+def _interception(call: ForwardCall | None) -> Interception:
+    return current_interception() if call is None else call.interception
+
+
 def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-    scaling: float | None, dropout: float, is_causal: bool | None, kwargs: dict[str, Any],
-    interception: Interception, draw: int | None,
+    scaling: float | None, dropout: float, is_causal: bool | None, kwargs: dict[str, Any], call: ForwardCall | None,
 ) -> torch.Tensor:  # fmt: skip
     """Output (B, H, N, M) of a module: converted, kept as softmax, or not yet converted in the dry run."""
+    interception, draw = _interception(call), None if call is None else call.draw
     adapter = module._modules.get(ADAPTER_NAME)
     watched = interception.recorder is not None and interception.recorder.exact
     if not isinstance(adapter, RFAAdapter) and not watched:
