@@ -51,8 +51,8 @@ def follows(tensors: Tensors) -> Flags:
 
 
 def transformed(tensor: torch.Tensor) -> bool:
-    """Whether a transform of `torch.func` follows what is done with the tensor."""
-    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
+    """Whether a transform of `torch.func` follows what is done with the tensor. A tracer cannot ask."""
+    return not torch.compiler.is_compiling() and torch.func.debug_unwrap(tensor, recurse=False) is not tensor
 
 
 def made_again(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
