@@ -42,6 +42,9 @@ def convert(
     (`hf_rfa.calibrate`); if anything fails, the model is put back as it was. `hf_rfa.calibration_report(model)` says
     what each head became and what it lost.
 
+    The model gets config objects of its own, so that another model of the same config is not touched: change
+    `model.config` from then on, not a reference that was kept from before.
+
     Args:
         model: A loaded Transformers model (or a PEFT model around one).
         config: None = `RFAConfig()`.
