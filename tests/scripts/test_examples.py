@@ -18,7 +18,7 @@ def test_an_example_trains_and_its_result_loads(name, tmp_path):
     script = str(ROOT / "examples" / f"{name}.py")
     options = ["--data", str(tmp_path / "data"), "--steps", "2", "--context", "256", "--output", str(tmp_path / "run")]
     (tmp_path / "data").mkdir()
-    source = (ROOT / "hf_rfa" / "feature_maps.py").read_text()
+    source = (ROOT / "hf_rfa" / "features" / "maps.py").read_text()
     for split in ("train", "validation"):
         (tmp_path / "data" / f"{split}.txt").write_text(source)
     shown = launch([script, *options]).stdout
