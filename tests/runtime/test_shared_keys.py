@@ -130,7 +130,7 @@ def test_the_fused_loss_sees_every_position(family):
 @FAMILY
 def test_distilled(family):
     model = hf_rfa.convert(tiny_model(MODELS[family]), dataclasses.replace(SHORT, omega="learned"), calibrate=False)
-    hf_rfa.distill(model, [ids_of(2, 60, seed=seed) for seed in range(3)], steps=3)
+    hf_rfa.distill(model, [ids_of(2, 60, seed=seed) for seed in range(3)], hf_rfa.DistillConfig(steps=3))
     ids = ids_of()
     assert torch.equal(generate(model.eval(), ids, 10), continue_greedily(model, ids, 10))
 
