@@ -167,7 +167,7 @@ def test_packed_documents_beside_a_cache_are_refused(caller):
     assert_close(packed, caller(model)(ids[:, 35:], use_cache=False)[0], atol=2e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")  # deprecated, by one category or another
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # tracing looks at all attributes
 def test_tracing_is_refused_and_names_what_to_use():
     model = converted()
