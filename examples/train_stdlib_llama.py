@@ -7,7 +7,7 @@
 Preloading jemalloc makes the loop several times faster where malloc returns the large buffers to the system
 (Debian: `apt-get install libjemalloc2`):
 
-    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1 \
+    LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1 \
         python examples/train_stdlib_llama.py
 
 The model is a Llama of 3.5M parameters (GQA with 4 query heads and 2 key heads of dim 64, RoPE, context 4096), stored
