@@ -96,12 +96,6 @@ def stored_report(model: nn.Module) -> CalibrationReport | None:
     return report
 
 
-def stored_scope(model: nn.Module) -> dict[str, Any]:
-    """What the caller of `convert` said of its dry run, as JSON."""
-    scope: dict[str, Any] = getattr(base_model(model), RECORD).scope
-    return scope
-
-
 def calibration_report(model: nn.Module) -> CalibrationReport:
     """What each head of a converted model became and what it costs; kept by `save_pretrained`.
 
