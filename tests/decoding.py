@@ -64,12 +64,17 @@ def disturbed(model, seed=1):
 
 
 def assistant_of(model, kind):
-    if kind == "itself":
-        return copy.deepcopy(model)
-    if kind == "converted":
-        return disturbed(model)
-    assert kind == "unconverted"
-    return hf_rfa.revert(disturbed(model))
+    """An assistant that always drafts as many tokens as it may.
+
+    By default it stops where its confidence falls below a threshold, which Transformers moves if scikit-learn happens to be
+    installed: the number of drafted tokens, and with it what is tested, would depend on the environment.
+    """
+    assert kind in ("itself", "converted", "unconverted")
+    helper = copy.deepcopy(model) if kind == "itself" else disturbed(model)
+    if kind == "unconverted":
+        hf_rfa.revert(helper)
+    helper.generation_config.assistant_confidence_threshold = 0
+    return helper
 
 
 def rest_of(model, cache, ids, seen):

@@ -9,8 +9,10 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from decoding import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of
 from families import CACHE, SHORT, attention_modules, checkpoint_activations, outputs_of
+from packaging.version import Version
 from tiny_models import Case, all_cases, tiny_model, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache
@@ -214,6 +216,8 @@ def test_prompt_lookup(family, config):
 @pytest.mark.parametrize("kind", ["converted", "unconverted"])
 @FAMILY
 def test_assisted(family, kind):
+    if kind == "unconverted" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("Transformers 5.17's own sliding layers cannot draft several tokens (5.24's can)")
     model, ids = converted(family, "exact heads"), ids_of()
     helper = assistant_of(model, kind)
     helper.generation_config.num_assistant_tokens = 5
