@@ -66,8 +66,8 @@ def disturbed(model, seed=1):
 def assistant_of(model, kind):
     """An assistant that always drafts as many tokens as it may.
 
-    By default it stops where its confidence falls below a threshold, which Transformers moves if scikit-learn happens to be
-    installed: the number of drafted tokens, and with it what is tested, would depend on the environment.
+    By default it stops where its confidence falls below a threshold, which Transformers moves if scikit-learn happens
+    to be installed: the number of drafted tokens, and with it what is tested, would depend on the environment.
     """
     assert kind in ("itself", "converted", "unconverted")
     helper = copy.deepcopy(model) if kind == "itself" else disturbed(model)
