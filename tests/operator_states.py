@@ -12,7 +12,7 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 def run_in_pieces(inputs: Tensors, lengths: list[int], function=rfa_attention, state=None, **options):
     """The output of all pieces, each continued from the state of the one before, and the last state."""
     outputs, start = [], 0
-    per_token = {name: options.pop(name) for name in ("valid", "document") if name in options}
+    per_token = {name: options.pop(name) for name in ("token_mask", "segment_ids") if name in options}
     for length in lengths:
         part = slice(start, start + length)
         laid_out = {name: table[:, part] for name, table in per_token.items()}

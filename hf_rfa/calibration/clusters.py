@@ -53,8 +53,8 @@ class KeyClusters:
         self.moments.planted = self.planted
         mass = self.moments(adapter, module, query, key, value, layout, settings, exact).clamp_min(LEAST_MASS)
         kept = torch.ones_like(mass[:, 0], dtype=torch.bool)
-        if layout.valid is not None:
-            kept = layout.valid[:, : mass.shape[2]].to(mass.device)
+        if layout.token_mask is not None:
+            kept = layout.token_mask[:, : mass.shape[2]].to(mass.device)
         self.masses.append(mass.transpose(0, 1)[:, kept])  # (Hk, tokens)
         self.keys.append(key[:, :, : mass.shape[2]].transpose(0, 1)[:, kept].float())
 

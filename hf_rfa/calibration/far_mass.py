@@ -27,12 +27,12 @@ def far_masses(
     batch, heads, groups, length, _ = query.shape
     given = query.new_zeros(batch, heads, groups, length, dtype=torch.float32)
     taken = query.new_zeros(batch, heads, length, dtype=torch.float32)
-    valid, document, rank = places(layout, batch, length, query.device)
+    token_mask, segment_ids, rank = places(layout, batch, length, query.device)
     chunk = rank // max(window, 1)
     slots = torch.arange(length, device=query.device)
     for row in range(batch):
         for rows in slots.split(ROWS):
-            visible = valid[row] & (document[row] == document[row, rows, None])
+            visible = token_mask[row] & (segment_ids[row] == segment_ids[row, rows, None])
             if causal:
                 visible = visible & (slots <= rows[:, None])
             far = visible
@@ -45,7 +45,7 @@ def far_masses(
             if sink_logits is not None:
                 total = torch.logaddexp(total, sink_logits.float().view(heads, groups, 1, 1))
             # Padding sees nothing: its -inf - -inf is masked, not counted.
-            weights = (scores - total).exp().masked_fill(~(far & valid[row, rows, None]), 0.0)
+            weights = (scores - total).exp().masked_fill(~(far & token_mask[row, rows, None]), 0.0)
             given[row][:, :, rows] = weights.sum(-1)
             taken[row] += weights.sum((1, 2))
     return given, taken
@@ -56,9 +56,11 @@ def places(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Whether each slot holds a token, its document, and its number within it: (B, N) each."""
     ones = torch.ones(batch, length, dtype=torch.bool, device=device)
-    valid = ones if layout.valid is None else layout.valid.to(device)
+    token_mask = ones if layout.token_mask is None else layout.token_mask.to(device)
     ordinal = layout.ordinal
-    document = torch.zeros(batch, length, dtype=torch.int64, device=device) if ordinal is None else ordinal.to(device)
-    before = valid.long().cumsum(1) - valid.long()
-    starts = torch.cat([ones[:, :1], document[:, 1:] != document[:, :-1]], dim=1)
-    return valid, document, before - torch.where(starts, before, 0).cummax(1).values
+    segment_ids = (
+        torch.zeros(batch, length, dtype=torch.int64, device=device) if ordinal is None else ordinal.to(device)
+    )
+    before = token_mask.long().cumsum(1) - token_mask.long()
+    starts = torch.cat([ones[:, :1], segment_ids[:, 1:] != segment_ids[:, :-1]], dim=1)
+    return token_mask, segment_ids, before - torch.where(starts, before, 0).cummax(1).values

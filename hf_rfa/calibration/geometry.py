@@ -62,8 +62,8 @@ class Moments:
             scaling=settings.scaling, causal=settings.causal, sink_logits=settings.sink_logits,
         )  # fmt: skip
         plain = torch.ones_like(given[:, :, :1])
-        if layout.valid is not None:
-            plain = plain * layout.valid.to(plain)[:, None, None]
+        if layout.token_mask is not None:
+            plain = plain * layout.token_mask.to(plain)[:, None, None]
         for name, x, attended in (("query", query, given), ("key", key, taken.unsqueeze(2))):
             for kind, weight in (("plain", plain.expand_as(attended)), ("attended", attended)):
                 self._add((kind, name), x.double(), weight.double())

@@ -27,8 +27,8 @@ def sampled_weight_loss(
     Source: Zhang et al. 2024 (Hedgehog, section 4), there over all pairs.
     """
     length = query.shape[3]
-    valid, document, rank = places(layout, len(query), length, query.device)
-    visible = valid[:, None] & (document[:, None] == document[:, rows, None])
+    token_mask, segment_ids, rank = places(layout, len(query), length, query.device)
+    visible = token_mask[:, None] & (segment_ids[:, None] == segment_ids[:, rows, None])
     if causal:
         visible = visible & (torch.arange(length, device=rows.device) <= rows[:, None])
     far = visible
@@ -36,7 +36,7 @@ def sampled_weight_loss(
         chunk = rank // window
         near = (chunk[:, None] - chunk[:, rows, None]).abs() <= 1
         far = visible & ~near & (rank[:, None] >= sink_tokens)
-    counted = valid[:, rows] & visible.any(-1)
+    counted = token_mask[:, rows] & visible.any(-1)
     visible, far, near = (mask[:, None, None] for mask in (visible, far, visible & ~far))
     chosen = query[:, :, :, rows]
     scores = torch.einsum("bhgnd,bhmd->bhgnm", chosen, key) * scaling

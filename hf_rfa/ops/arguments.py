@@ -16,8 +16,8 @@ _SETTINGS = tuple(AttentionSettings.__dataclass_fields__)
 
 
 def operator_arguments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, valid: torch.Tensor | None = None,
-    document: torch.Tensor | None = None, layout: TokenLayout | None = None, **keywords: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, token_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None, layout: TokenLayout | None = None, **keywords: Any,
 ) -> tuple[FarKernel, AttentionSettings, TokenLayout]:  # fmt: skip
     """What `rfa_attention`'s keywords describe; those that are neither layout nor settings are the far kernel's.
 
@@ -31,9 +31,9 @@ def operator_arguments(
     if settings.get("scaling") is None:
         settings["scaling"] = query.shape[-1] ** -0.5
     if layout is None:
-        layout = TokenLayout(None if valid is None else valid.bool(), document)
-    elif valid is not None or document is not None:
-        raise ConfigError("`layout` already holds `valid` and `document`. Got both. Pass one or the other.")
+        layout = TokenLayout(None if token_mask is None else token_mask.bool(), segment_ids)
+    elif token_mask is not None or segment_ids is not None:
+        raise ConfigError("`layout` already holds `token_mask` and `segment_ids`. Got both. Pass one or the other.")
     return far_kernel(query, key.shape[1], **keywords), AttentionSettings(**settings), layout
 
 

@@ -71,8 +71,8 @@ def rfa_attention(
     gate_bias: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
-    valid: torch.Tensor | None = None,
-    document: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
     layout: TokenLayout | None = None,
     softmax_heads: Sequence[int] = (),
     sliding_window: int | None = None,
@@ -113,9 +113,9 @@ def rfa_attention(
             multiplied by prod_{t=j+1..i} sigmoid(w.k_t + b) over the tokens of the document. Causal only; None = none.
         scaling: Factor of q.k; None = D ** -0.5.
         causal: False for the bidirectional form (then near has the chunk behind, too).
-        valid: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
-        document: (B, N) int, equal within each packed document; nothing is seen across documents.
-        layout: `valid` and `document` in one object, which layers may share; excludes both.
+        token_mask: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
+        segment_ids: (B, N) int, equal within each packed document; nothing is seen across documents.
+        layout: `token_mask` and `segment_ids` in one object, which layers may share; excludes both.
         softmax_heads: Key heads that are computed by exact softmax instead.
         sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
         sink_logits: (H,) learned logits that add exp(logit) to the denominator (gpt-oss).
@@ -143,11 +143,11 @@ def rfa_attention(
     """
     kernel, settings, layout = operator_arguments(
         query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
-        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document, layout=layout,
-        softmax_heads=softmax_heads, sliding_window=sliding_window, sink_logits=sink_logits,
-        query_center=query_center, key_center=key_center, query_transform=query_transform, key_transform=key_transform,
-        query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight, gate_bias=gate_bias,
-        backend=backend,
+        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, token_mask=token_mask,
+        segment_ids=segment_ids, layout=layout, softmax_heads=softmax_heads, sliding_window=sliding_window,
+        sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
+        key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
+        gate_bias=gate_bias, backend=backend,
     )  # fmt: skip
     output, state = attend(
         query, key, value, kernel, settings, layout, initial_state,
@@ -178,8 +178,8 @@ def rfa_attention_reference(
     gate_bias: torch.Tensor | None = None,
     scaling: float | None = None,
     causal: bool = True,
-    valid: torch.Tensor | None = None,
-    document: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     initial_state: RFAState | None = None,
     output_final_state: bool = False,
@@ -200,7 +200,7 @@ def rfa_attention_reference(
     query, key, value = query.double(), key.double(), value.double()
     kernel, settings, layout = operator_arguments(
         query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
-        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, valid=valid, document=document,
+        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, token_mask=token_mask, segment_ids=segment_ids,
         sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
         key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
         gate_bias=gate_bias,

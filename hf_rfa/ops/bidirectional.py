@@ -44,7 +44,7 @@ def chunked_bidirectional(
 
 
 class BidirectionalPass:
-    """One walk over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
+    """One pass over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
 
     def __init__(self, call: OperatorCall, short: ShortRule | None = None) -> None:
         batch, sinks = len(call.query), call.sink_tokens if call.window else 0
@@ -66,14 +66,14 @@ class BidirectionalPass:
         nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
         near_chunks = 1 if call.window else -1  # chunks on each side that are exact; -1: not even the own one
         sums = chunk_sums(self.features, self.log_scale, self.values, plan.fold)
-        before = _running(sums, plan.document, near_chunks + 1, self.start)
-        after = _running(_flip(sums), plan.document.flip(1), max(near_chunks + 1, 1), nothing)
-        states, maxima = merge_states(before, _flip(after))
+        before = _running(sums, plan.segment_ids, near_chunks + 1, self.start)
+        after = _running(_flip(sums), plan.segment_ids.flip(1), max(near_chunks + 1, 1), nothing)
+        states, log_max = merge_states(before, _flip(after))
         if call.window:
             near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
             near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
         # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
-        parts = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, maxima)), strict=True)
+        parts = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, log_max)), strict=True)
         begin = 0
         for number, (block_queries, block_states, block_maxima) in enumerate(parts):
             span = slice(begin, begin + block_queries.shape[2])
@@ -90,32 +90,34 @@ class BidirectionalPass:
     def final_state(self) -> RFAState:
         """Every key, sinks and near ones too, of the document that each row ends with."""
         plan, state = self.plan, self.state
-        whole = chunk_sums(self.features, self.log_scale, self.values, plan.valid)
-        kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.document, 0, self.start))
-        single = plan.document[:, -1].cpu() == 0
+        whole = chunk_sums(self.features, self.log_scale, self.values, plan.token_mask)
+        kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.segment_ids, 0, self.start))
+        single = plan.segment_ids[:, -1].cpu() == 0
         count = plan.count + torch.where(single, state.count, torch.zeros_like(state.count))
         kept = (state.near_key, state.near_value, state.sink_key, state.sink_value)
         return RFAState(kv_state, log_max, *kept, count)
 
 
-def _running(sums: Sums, document: torch.Tensor, lag: int, start: Sums) -> Sums:
+def _running(sums: Sums, segment_ids: torch.Tensor, lag: int, start: Sums) -> Sums:
     """For every chunk, the sums over the chunks of its document that lie at least `lag` before it."""
-    states, first, carry = [], 0, start
-    lead_sums, lead_peaks = sums[0][:, :, :0], sums[1][:, :, :0]
-    for block_sums, block_peaks in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in sums), strict=True):
-        last = first + block_peaks.shape[2]
-        all_sums, all_peaks = torch.cat([lead_sums, block_sums], 2), torch.cat([lead_peaks, block_peaks], 2)
+    states, first, kv_state = [], 0, start
+    lead_sums, lead_log_max = sums[0][:, :, :0], sums[1][:, :, :0]
+    for block_sums, block_log_max in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in sums), strict=True):
+        last = first + block_log_max.shape[2]
+        all_sums, all_log_max = torch.cat([lead_sums, block_sums], 2), torch.cat([lead_log_max, block_log_max], 2)
         low, count = max(0, first - lag), max(0, last - lag) - max(0, first - lag)
         # At least one chunk, even if nobody reads it, so that the maximum is over something.
-        added = torch.arange(low, low + max(1, count), device=document.device)
-        readers = torch.arange(first, last, device=document.device)
-        member = (added <= readers[:, None] - lag) & (document[:, first:last, None] == document[:, None, added])
-        before = document[:, first - 1 : first] if first else document[:, :1]
-        keep = document[:, first:last] == before
-        states.append(scan_chunks(all_sums[:, :, : len(added)], all_peaks[:, :, : len(added)], member, *carry, keep))
-        carry = (states[-1][0][:, :, -1], states[-1][1][:, :, -1])
+        added = torch.arange(low, low + max(1, count), device=segment_ids.device)
+        readers = torch.arange(first, last, device=segment_ids.device)
+        member = (added <= readers[:, None] - lag) & (segment_ids[:, first:last, None] == segment_ids[:, None, added])
+        before = segment_ids[:, first - 1 : first] if first else segment_ids[:, :1]
+        keep = segment_ids[:, first:last] == before
+        states.append(
+            scan_chunks(all_sums[:, :, : len(added)], all_log_max[:, :, : len(added)], member, *kv_state, keep)
+        )
+        kv_state = (states[-1][0][:, :, -1], states[-1][1][:, :, -1])
         if lag:
-            lead_sums, lead_peaks = all_sums[:, :, -lag:], all_peaks[:, :, -lag:]
+            lead_sums, lead_log_max = all_sums[:, :, -lag:], all_log_max[:, :, -lag:]
         first = last
     return torch.cat([s for s, _ in states], 2), torch.cat([m for _, m in states], 2)
 
@@ -135,13 +137,13 @@ def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -
 
 def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:
     """(R, 1, n, G * C, s + 3 C) bool: what the queries of each chunk of the block see of its neighbourhood."""
-    total, chunk = plan.valid.shape[1:]
-    center = torch.arange(span.start, span.stop, device=plan.valid.device)
+    total, chunk = plan.token_mask.shape[1:]
+    center = torch.arange(span.start, span.stop, device=plan.token_mask.device)
     visible = [(plan.rank[:, span] > 1).unsqueeze(-1).expand(-1, -1, sinks)]
     for step in (-1, 0, 1):
         other = (center + step).clamp(0, total - 1)
-        inside = (center + step == other) & (plan.document[:, other] == plan.document[:, span])
-        visible.append(plan.valid[:, other] & inside.unsqueeze(-1))
+        inside = (center + step == other) & (plan.segment_ids[:, other] == plan.segment_ids[:, span])
+        visible.append(plan.token_mask[:, other] & inside.unsqueeze(-1))
     # A row without any key (all padding) looks at its own chunk, so that it is not empty; its output is dropped.
-    visible[2] = visible[2] | ~plan.valid[:, span].any(-1, keepdim=True)
+    visible[2] = visible[2] | ~plan.token_mask[:, span].any(-1, keepdim=True)
     return torch.cat(visible, dim=-1)[:, None, :, None, :].expand(-1, -1, -1, groups * chunk, -1)

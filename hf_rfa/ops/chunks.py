@@ -15,9 +15,9 @@ BLOCK_CHUNKS = 8
 
 def to_chunks(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B, H, tokens, D) -> (B, H, n, C, D), aligned."""
-    missing = plan.valid.shape[1] * plan.valid.shape[2] - x.shape[2]
+    missing = plan.token_mask.shape[1] * plan.token_mask.shape[2] - x.shape[2]
     aligned = F.pad(x, (0, 0, 0, missing)) if plan.identity else take(x, plan.source)
-    return aligned.unflatten(2, plan.valid.shape[1:])
+    return aligned.unflatten(2, plan.token_mask.shape[1:])
 
 
 def queries_to_chunks(query: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -36,7 +36,7 @@ def tokens_of(output: torch.Tensor, plan: Plan, length: int) -> torch.Tensor:
     if plan.identity:
         return output[:, :, :, :length]
     tokens = take(output.flatten(1, 2), plan.place).unflatten(1, output.shape[1:3])
-    return tokens * plan.token_valid[:, None, None, :, None]
+    return tokens * plan.placed[:, None, None, :, None]
 
 
 def sink_table(chunks: torch.Tensor, sinks_of_state: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def finish(
     near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, block: slice, statistics: FarStatistics | None
 ) -> torch.Tensor:
     """Both parts of a block under one normaliser, (B, Hk, n, G * C, M); the far part comes without its gamma."""
-    far, groups, chunk = call.far, call.query.shape[2], plan.valid.shape[-1]
+    far, groups, chunk = call.far, call.query.shape[2], plan.token_mask.shape[-1]
     log_scale = far_part.log_scale + far.log_gamma().view(-1, 1, 1)
     far_part = Part(far_part.numerator, far_part.denominator, log_scale)
     sink_logits = call.sink_logits

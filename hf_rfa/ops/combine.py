@@ -60,9 +60,9 @@ def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor |
     """
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    peak = scores.detach().amax(-1)
-    weights = (scores - peak.unsqueeze(-1)).exp()
-    return Part(weights @ value, weights.sum(-1), peak)
+    highest = scores.detach().amax(-1)
+    weights = (scores - highest.unsqueeze(-1)).exp()
+    return Part(weights @ value, weights.sum(-1), highest)
 
 
 def combine(

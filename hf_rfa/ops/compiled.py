@@ -23,6 +23,8 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 _Run = Callable[..., list[torch.Tensor]]
 _KERNEL = tuple(f.name for f in dataclasses.fields(FarKernel) if f.name != "feature_maps")
+#: Fields of `OperatorCall` that the operation takes as one list.
+_NUMBERS = ("causal", "window", "sink_tokens")
 _STATE = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
 
 
@@ -32,13 +34,17 @@ def linear_heads_of_graph(
     """`linear_heads` as an operation that tracers do not look into."""
     named: dict[str, torch.Tensor | None] = {"query": call.query, "key": call.key, "value": call.value}
     named |= {name: getattr(call.far, name) for name in _KERNEL}
-    named |= {"sink_logits": call.sink_logits, "valid": call.layout.valid, "document": call.layout.document}
+    named |= {
+        "sink_logits": call.sink_logits,
+        "token_mask": call.layout.token_mask,
+        "segment_ids": call.layout.segment_ids,
+    }
     if call.state is not None:
         named |= {name: getattr(call.state, name) for name in _STATE}
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     output, counts, *state = torch.ops.hf_rfa.linear_heads(
-        list(given.values()), ",".join(given), ",".join(call.far.feature_maps), call.causal, call.window,
-        call.sink_tokens, call.scaling, call.backend, output_final_state, statistics is not None,
+        list(given.values()), ",".join(given), ",".join(call.far.feature_maps), [getattr(call, n) for n in _NUMBERS],
+        call.scaling, call.backend, output_final_state, statistics is not None,
     )  # fmt: skip
     if statistics is not None:
         statistics.add_counts(counts)
@@ -47,11 +53,11 @@ def linear_heads_of_graph(
 
 @torch.library.custom_op("hf_rfa::linear_heads", mutates_args=())
 def _operation(
-    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, backend: str, output_final_state: bool, count: bool,
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
+    backend: str, output_final_state: bool, count: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """[output, (dropped, queries), *state]; `names` says what the tensors are."""
-    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+    call = _call(tensors, names, feature_maps, numbers, scaling, backend)
     call = call.replace(layout=_known_layout(call.layout))
     statistics = FarStatistics() if count else None
     output, state = linear_heads(call, output_final_state, statistics)
@@ -63,10 +69,10 @@ def _operation(
 
 @_operation.register_fake
 def _(
-    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, backend: str, output_final_state: bool, count: bool,
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
+    backend: str, output_final_state: bool, count: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    call = _call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+    call = _call(tensors, names, feature_maps, numbers, scaling, backend)
     wide = accumulation_dtype(call.query.dtype)
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=wide)
     counts = call.query.new_empty(2, dtype=torch.int64)
@@ -75,26 +81,31 @@ def _(
 
 
 def _call(
-    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, backend: str,
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
+    backend: str,
 ) -> OperatorCall:  # fmt: skip
     given = dict(zip(names.split(","), tensors, strict=True))
     far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
     state = RFAState(**{name: given[name] for name in _STATE}) if "count" in given else None
+    causal, window, sink_tokens = numbers
     return OperatorCall(
-        given["query"], given["key"], given["value"], far, causal, window, sink_tokens, scaling,
-        TokenLayout(given.get("valid"), given.get("document")), (), None, given.get("sink_logits"), state, backend,
+        given["query"], given["key"], given["value"], far, scaling=scaling,
+        causal=bool(causal), window=window, sink_tokens=sink_tokens,
+        layout=TokenLayout(given.get("token_mask"), given.get("segment_ids")), softmax_heads=(), sliding_window=None,
+        sink_logits=given.get("sink_logits"), state=state, backend=backend,
     )  # fmt: skip
 
 
 def _known_layout(layout: TokenLayout) -> TokenLayout:
     """The layout in the least words, one object for all layers; reads the tensors."""
-    valid, document = (None if t is None else t.cpu() for t in (layout.valid, layout.document))
-    if valid is not None and bool(valid.all()):
-        valid = None
-    if document is not None and bool((document == document[:, :1]).all()):
-        document = None
-    return _shared_layout(*(None if t is None else (t.dtype, t.shape, t.numpy().tobytes()) for t in (valid, document)))
+    token_mask, segment_ids = (None if t is None else t.cpu() for t in (layout.token_mask, layout.segment_ids))
+    if token_mask is not None and bool(token_mask.all()):
+        token_mask = None
+    if segment_ids is not None and bool((segment_ids == segment_ids[:, :1]).all()):
+        segment_ids = None
+    return _shared_layout(
+        *(None if t is None else (t.dtype, t.shape, t.numpy().tobytes()) for t in (token_mask, segment_ids))
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,8 +113,8 @@ def _shared_layout(*contents: tuple[torch.dtype, torch.Size, bytes] | None) -> T
     def tensor(dtype: torch.dtype, shape: torch.Size, content: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
 
-    valid, document = (None if content is None else tensor(*content) for content in contents)
-    return TokenLayout(valid, document)
+    token_mask, segment_ids = (None if content is None else tensor(*content) for content in contents)
+    return TokenLayout(token_mask, segment_ids)
 
 
 def _by_autograd(run: _Run, sources: list[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -147,8 +158,8 @@ def _state_tensors(state: RFAState | None) -> list[torch.Tensor]:
 @torch.library.custom_op("hf_rfa::linear_heads_backward", mutates_args=())
 def _backward_operation(
     gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
-    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, backend: str, output_final_state: bool,
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
+    backend: str, output_final_state: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of the wanted tensors, from those of the given outputs (of the output and the state's tensors)."""
     sources = [t for t, want in zip(tensors, wanted, strict=True) if want]
@@ -156,13 +167,13 @@ def _backward_operation(
     def run(*chosen: torch.Tensor) -> list[torch.Tensor]:
         leaves = iter(chosen)
         whole = [next(leaves) if want else t for t, want in zip(tensors, wanted, strict=True)]
-        call = _call(whole, names, feature_maps, causal, window, sink_tokens, scaling, backend)
+        call = _call(whole, names, feature_maps, numbers, scaling, backend)
         call = call.replace(layout=layout)
         output, state = linear_heads(call, output_final_state, None)
         results = [output, *_state_tensors(state)]
         return [t for t, present in zip(results, given, strict=True) if present]
 
-    layout = _known_layout(_call(tensors, names, feature_maps, causal, window, sink_tokens, scaling, backend).layout)
+    layout = _known_layout(_call(tensors, names, feature_maps, numbers, scaling, backend).layout)
     # Autograd takes a few per cent less time than its transform, which is the public way inside of an operation.
     found = (_by_autograd if recording_works() else _by_transform)(run, sources, gradients)
     return [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
@@ -171,14 +182,14 @@ def _backward_operation(
 @_backward_operation.register_fake
 def _(
     gradients: Sequence[torch.Tensor], wanted: Sequence[bool], given: Sequence[bool],
-    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, causal: bool, window: int, sink_tokens: int,
-    scaling: float, backend: str, output_final_state: bool,
+    tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
+    backend: str, output_final_state: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t, want in zip(tensors, wanted, strict=True) if want]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    tensors, *settings, _ = inputs
+    tensors, *settings, _ = inputs  # whether to count has no part in the gradients
     ctx.save_for_backward(*tensors)
     ctx.settings = settings
     ctx.set_materialize_grads(False)
@@ -193,7 +204,7 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]
             [g for g in gradients if g is not None], wanted, [g is not None for g in gradients], tensors, *ctx.settings
         )
     )
-    return [next(found) if want else None for want in wanted], *(None,) * 9
+    return [next(found) if want else None for want in wanted], *(None,) * 7
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

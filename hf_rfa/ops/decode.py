@@ -93,7 +93,7 @@ class Decoder:
         statistics: FarStatistics | None,
     ) -> torch.Tensor:  # fmt: skip
         wide = self._wide
-        return self._heads.step(query.to(wide), key.to(wide), value.to(wide), layout.valid, statistics)
+        return self._heads.step(query.to(wide), key.to(wide), value.to(wide), layout.token_mask, statistics)
 
 
 class _ExactPart:

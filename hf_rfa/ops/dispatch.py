@@ -30,7 +30,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def form_of_call(call: OperatorCall) -> str:
     """'recurrent', 'bidirectional', 'triton' or 'chunked'; raises `ConfigError` if what is asked for cannot run."""
-    if call.causal and call.query.shape[3] == 1 and call.layout.document is None:
+    if call.causal and call.query.shape[3] == 1 and call.layout.segment_ids is None:
         return "recurrent"
     if not call.causal:
         if call.backend == "triton":

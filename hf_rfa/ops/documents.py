@@ -30,14 +30,17 @@ class Documents:
     last: np.ndarray
 
     @classmethod
-    def find(cls, rows: int, slots: int, valid: np.ndarray | None, document: np.ndarray | None) -> "Documents":
-        """Of valid (B, N) bool (None: no padding) and document (B, N), different in neighbours (None: one a row)."""
-        token = np.arange(rows * slots) if valid is None else np.flatnonzero(valid)
+    def find(cls, rows: int, slots: int, token_mask: np.ndarray | None, segment_ids: np.ndarray | None) -> "Documents":
+        """Of `token_mask` (B, N) bool and `segment_ids` (B, N), different in neighbours.
+
+        Without the one there is no padding, without the other one document per row.
+        """
+        token = np.arange(rows * slots) if token_mask is None else np.flatnonzero(token_mask)
         row = token // slots
         begins = np.ones(len(token), dtype=bool)
         begins[1:] = row[1:] != row[:-1]
-        if document is not None:
-            number = document.reshape(-1)[token]
+        if segment_ids is not None:
+            number = segment_ids.reshape(-1)[token]
             begins[1:] |= number[1:] != number[:-1]
         begin = np.flatnonzero(begins)
         return cls._of(rows, slots, token, row[begin], begin, np.diff(begin, append=len(token)))
@@ -83,10 +86,10 @@ class Documents:
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
         """(document, place in it) of every token, document by document."""
-        document = np.repeat(np.arange(len(self.length)), self.length)
-        return document, np.arange(len(document)) - np.repeat(self.length.cumsum() - self.length, self.length)
+        owner = np.repeat(np.arange(len(self.length)), self.length)
+        return owner, np.arange(len(owner)) - np.repeat(self.length.cumsum() - self.length, self.length)
 
     def tokens(self) -> np.ndarray:
         """row * N + slot of the tokens that `entries` counts."""
-        document, place = self.entries()
-        return self.token[self.begin[document] + place]
+        owner, place = self.entries()
+        return self.token[self.begin[owner] + place]

@@ -27,15 +27,15 @@ class Plan:
 
     Attributes:
         source: (R, n * C) slot of the source that each aligned slot takes (0 where there is none).
-        valid: (R, n, C) whether an aligned slot holds a token.
+        token_mask: (R, n, C) whether an aligned slot holds a token.
         asked: (R, n, C) whether that token is a new one, whose output is wanted.
         fold: (R, n, C) whether its key ever moves into the far sums: not a sink, and far to the tokens that follow.
-        document: (R, n) number of the document that a chunk belongs to; 0 continues the initial state.
+        segment_ids: (R, n) number of the document that a chunk belongs to; 0 continues the initial state.
         rank: (R, n) number of the chunk within its document.
         sink_chunk: (R, n) aligned chunk that holds the document's first tokens, -1 where only the state has them.
         last: (R,) aligned chunk that the next token would fall into.
         place: (R, N) aligned slot of each token (0 where it has none).
-        token_valid: (R, N) whether a token has one: padding and the documents that are left out have none.
+        placed: (R, N) whether a token has one: padding and the documents that are left out have none.
         count: (R,) tokens seen afterwards in the row's last document, on the CPU.
         identity: Whether the aligned sequence begins with the source itself, so that nothing need be gathered.
         regular: (n,) whether a chunk and the one before it are full, of one document and behind its first two chunks
@@ -43,15 +43,15 @@ class Plan:
     """
 
     source: torch.Tensor
-    valid: torch.Tensor
+    token_mask: torch.Tensor
     asked: torch.Tensor
     fold: torch.Tensor
-    document: torch.Tensor
+    segment_ids: torch.Tensor
     rank: torch.Tensor
     sink_chunk: torch.Tensor
     last: torch.Tensor
     place: torch.Tensor
-    token_valid: torch.Tensor
+    placed: torch.Tensor
     count: torch.Tensor
     identity: bool
     regular: tuple[bool, ...]
@@ -59,11 +59,11 @@ class Plan:
     @functools.cached_property
     def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The bits that `ops.triton.pieces` names, of slots (R, n, C) uint8, of chunks (R, n) int32; `sink_chunk`."""
-        same = F.pad(self.document[:, 1:] == self.document[:, :-1], (1, 0))
+        same = F.pad(self.segment_ids[:, 1:] == self.segment_ids[:, :-1], (1, 0))
         keep = same.clone()
-        keep[:, 0] = self.document[:, 0] == 0
+        keep[:, 0] = self.segment_ids[:, 0] == 0
         chunks = keep.int() + 2 * same.int() + 4 * (self.rank > 1).int()
-        slots = self.valid.to(torch.uint8) + 2 * self.fold.to(torch.uint8)
+        slots = self.token_mask.to(torch.uint8) + 2 * self.fold.to(torch.uint8)
         return slots, chunks, self.sink_chunk.int()
 
 
@@ -91,19 +91,19 @@ class TokenLayout:
     """Padding and packing of the N new tokens of a batch.
 
     Args:
-        valid: (B, N) bool, False for padding (left, right or holes); None if there is none.
-        document: (B, N) int, equal within a packed document and different in neighbours; None for one document a row.
+        token_mask: (B, N) bool, False for padding (left, right or holes); None if there is none.
+        segment_ids: (B, N) int, equal within a packed document and different in neighbours; None for one per row.
     """
 
-    valid: torch.Tensor | None = None
-    document: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
     _plans: dict[tuple, Plan] = field(default_factory=dict, repr=False, compare=False)
     _short_plans: dict[tuple, ShortPlan | None] = field(default_factory=dict, repr=False, compare=False)
     _documents: dict[tuple[int, int], Documents] = field(default_factory=dict, repr=False, compare=False)
     _ordinals: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("valid", "document"):
+        for name in ("token_mask", "segment_ids"):
             value = getattr(self, name)
             if value is not None and value.dim() != 2:
                 raise ConfigError(
@@ -113,7 +113,7 @@ class TokenLayout:
     @property
     def is_plain(self) -> bool:
         """No padding, no packing."""
-        return self.valid is None and self.document is None
+        return self.token_mask is None and self.segment_ids is None
 
     @property
     def ordinal(self) -> torch.Tensor | None:
@@ -121,32 +121,31 @@ class TokenLayout:
 
         Padding takes the number of the token before it, so that it begins and ends nothing.
         """
-        if self.document is None:
+        if self.segment_ids is None:
             return None
         if torch.compiler.is_compiling():  # a graph computes it where it is used; `cached_property` has a lock
-            return self._number_documents(self.document)
+            return self._number_documents(self.segment_ids)
         if not self._ordinals:
-            self._ordinals.append(self._number_documents(self.document))
+            self._ordinals.append(self._number_documents(self.segment_ids))
         return self._ordinals[0]
 
-    def _number_documents(self, document: torch.Tensor) -> torch.Tensor:
-        if self.valid is not None:
-            slots = torch.arange(document.shape[1], device=document.device)
-            last_token = torch.where(self.valid, slots, -1).cummax(1).values
-            first_token = self.valid.int().argmax(1, keepdim=True)
-            document = document.gather(1, torch.where(last_token < 0, first_token, last_token))
-        changes = (document[:, 1:] != document[:, :-1]).cumsum(1)
-        return torch.cat([torch.zeros_like(changes[:, :1]) if changes.shape[1] else document * 0, changes], dim=1)
+    def _number_documents(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        if self.token_mask is not None:
+            slots = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+            last_token = torch.where(self.token_mask, slots, -1).cummax(1).values
+            first_token = self.token_mask.int().argmax(1, keepdim=True)
+            segment_ids = segment_ids.gather(1, torch.where(last_token < 0, first_token, last_token))
+        changes = (segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(1)
+        return torch.cat([torch.zeros_like(changes[:, :1]) if changes.shape[1] else segment_ids * 0, changes], dim=1)
 
     def check(self, batch: int, length: int) -> None:
         """Raise `ConfigError` unless the layout describes (batch, length) tokens."""
-        for name in ("valid", "document"):
+        for name in ("token_mask", "segment_ids"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != (batch, length):
                 raise ConfigError(
                     f"`{name}` must have shape (batch, tokens) = {(batch, length)}. Got {tuple(value.shape)}. Pass "
-                    f"one "
-                    "entry for each new token."
+                    "one entry for each new token."
                 )
 
     def plan(self, length: int, spec: "PlanSpec", counts: torch.Tensor, device: torch.device) -> Plan:
@@ -174,8 +173,8 @@ class TokenLayout:
     def documents(self, batch: int, length: int) -> Documents:
         """The documents of the rows; reads the tensors, once for all layers."""
         if (batch, length) not in self._documents:
-            valid, document = (None if t is None else numbers(t) for t in (self.valid, self.document))
-            self._documents[batch, length] = Documents.find(batch, length, valid, document)
+            token_mask, segment_ids = (None if t is None else numbers(t) for t in (self.token_mask, self.segment_ids))
+            self._documents[batch, length] = Documents.find(batch, length, token_mask, segment_ids)
         return self._documents[batch, length]
 
 
@@ -197,14 +196,14 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
     of_chunk = np.repeat(np.arange(len(chunks)), chunks)
     within = np.arange(len(of_chunk)) - np.repeat(chunks.cumsum() - chunks, chunks)
     columns = np.minimum(np.arange(totals.max()), totals[:, None] - 1) + (totals.cumsum() - totals)[:, None]
-    document, rank = documents.number[of_chunk][columns], (first[of_chunk] + within)[columns]
+    segment_ids, rank = documents.number[of_chunk][columns], (first[of_chunk] + within)[columns]
     # Chunk 0 of the document, where it is laid out.
     sink_chunk = np.where(first <= 0, begin - first, -1)[of_chunk][columns]
 
     # What is said of slots.
     shape = (*columns.shape, chunk)
-    source, valid = np.zeros((rows, columns.shape[1] * chunk), dtype=np.int64), np.zeros(shape, dtype=bool)
-    flat = valid.reshape(rows, -1)
+    source, token_mask = np.zeros((rows, columns.shape[1] * chunk), dtype=np.int64), np.zeros(shape, dtype=bool)
+    flat = token_mask.reshape(rows, -1)
     slots = np.arange(min(2 * chunk, flat.shape[1]))
     led, from_start = np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=bool)
     led[documents.row[continues]], from_start[documents.row[continues]] = lead[continues], first[continues] >= 0
@@ -216,31 +215,31 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
     aligned = (begin * chunk + lead)[owner] + place_in
     source[row, aligned], flat[row, aligned] = slot + offset, True
     beginning: np.ndarray = rank == 0
-    fold = valid & ~(beginning[..., None] & (np.arange(chunk) < spec.sinks))
+    fold = token_mask & ~(beginning[..., None] & (np.arange(chunk) < spec.sinks))
     if spec.final:
         # These are near to the next token: folding them would put them into the final state.
         fold[np.arange(columns.shape[1]) >= totals[:, None] - 2] = False
-    place, token_valid = (np.zeros((rows, documents.slots), dtype=kind) for kind in (np.int64, bool))
-    place[row, slot], token_valid[row, slot] = aligned, True
-    full: np.ndarray = np.logical_and.reduce(valid, axis=2)
-    alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (document[:, 1:] == document[:, :-1])
+    place, placed = (np.zeros((rows, documents.slots), dtype=kind) for kind in (np.int64, bool))
+    place[row, slot], placed[row, slot] = aligned, True
+    full: np.ndarray = np.logical_and.reduce(token_mask, axis=2)
+    alike = (rank[:, 1:] > 1) & full[:, 1:] & full[:, :-1] & (segment_ids[:, 1:] == segment_ids[:, :-1])
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     return Plan(
         put(source),
-        put(valid),
-        put(valid & (source.reshape(shape) >= offset)),
+        put(token_mask),
+        put(token_mask & (source.reshape(shape) >= offset)),
         put(fold),
-        put(document),
+        put(segment_ids),
         put(rank),
         put(sink_chunk),
         put(totals - 1),
         put(place),
-        put(token_valid),
+        put(placed),
         torch.from_numpy((before + documents.length)[documents.last]),
-        identity=rows == 1 and bool(token_valid.all()) and bool((place[0] == np.arange(documents.slots)).all()),
+        identity=rows == 1 and bool(placed.all()) and bool((place[0] == np.arange(documents.slots)).all()),
         regular=(False, *alike.all(0).tolist()),
     )
 

@@ -28,25 +28,25 @@ def linear_heads(
         call = call.to(wide).replace(state=call.state or call.empty_state())  # whose near keys stay in their own type
         assert call.state is not None
         heads = RecurrentHeads(call, call.state)
-        output = heads.step(call.query, call.key, call.value, call.layout.valid, statistics)
+        output = heads.step(call.query, call.key, call.value, call.layout.token_mask, statistics)
         return output, heads.state() if output_final_state else None
     # Documents without far keys; without a window, where all keys are far, those that fit into a chunk.
     longest = 2 * call.window or PURE_CHUNK
     rule = ShortRule(longest, first=call.state is None, last=not output_final_state)
     short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)
     if short is None:
-        return _walk(form, call, output_final_state, statistics, None)
+        return _run_form(form, call, output_final_state, statistics, None)
     if call.window:
         output = short_documents(call, short)
     else:
         output = short_estimates(call.replace(far=call.far.to(wide)), short, statistics)
     if short.everything and not output_final_state:
         return output, None
-    others, state = _walk(form, call, output_final_state, statistics, rule)
+    others, state = _run_form(form, call, output_final_state, statistics, rule)
     return output + others, state
 
 
-def _walk(
+def _run_form(
     form: str, call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None
 ) -> tuple[torch.Tensor, RFAState | None]:
     """`linear_heads` of all documents but the short ones, for which it is zero."""

@@ -91,8 +91,8 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
     if plain.shape != tensor.shape:
         raise ConfigError(
             "Where padding and documents lie must be the same for everything that `torch.func.vmap` maps over. Got "
-            f"a `valid` or `document` of shape {tuple(tensor.shape)} that is mapped over. Give it in_dims=None, or "
-            "map over rows that are neither padded nor packed."
+            f"a `token_mask` or `segment_ids` of shape {tuple(tensor.shape)} that is mapped over. Give it "
+            "in_dims=None, or map over rows that are neither padded nor packed."
         )
     return np.array(tensor.tolist())  # `numpy()` cannot see through the wrapper
 

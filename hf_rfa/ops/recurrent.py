@@ -49,16 +49,16 @@ class RecurrentHeads:
         self._counts = [self._counts[row] for row in rows.tolist()]
 
     def step(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, token_mask: torch.Tensor | None,
         statistics: FarStatistics | None,
     ) -> torch.Tensor:  # fmt: skip
         """The output (B, Hk, G, 1, M) of one more token: q (B, Hk, G, 1, D), k (B, Hk, 1, D), v (B, Hk, 1, M).
 
-        Rows whose token is padding (`valid` (B, 1) is False) get zeros and keep their state.
+        Rows whose token is padding (`token_mask` (B, 1) is False) get zeros and keep their state.
         """
         far, scaling = self._far, self._scaling
-        rows = range(len(key)) if valid is None else valid[:, 0].nonzero().flatten().tolist()
-        present = None if valid is None else valid.to(query.device)
+        rows = range(len(key)) if token_mask is None else token_mask[:, 0].nonzero().flatten().tolist()
+        present = None if token_mask is None else token_mask.to(query.device)
         log_gate = far.log_gate(key)
         if log_gate is not None:  # what is far counts from the new token on
             forgotten = log_gate.squeeze(-1)

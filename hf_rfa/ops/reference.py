@@ -18,9 +18,11 @@ def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[t
     finals = []
     for row in range(batch):
         state = None if initial_state is None else initial_state.select_rows(torch.tensor([row]))
-        valid = torch.ones(length, dtype=torch.bool) if layout.valid is None else layout.valid[row].cpu()
-        number = torch.zeros(length) if layout.document is None else layout.document[row].cpu()
-        slots = valid.nonzero().squeeze(-1)
+        token_mask = (
+            torch.ones(length, dtype=torch.bool) if layout.token_mask is None else layout.token_mask[row].cpu()
+        )
+        number = torch.zeros(length) if layout.segment_ids is None else layout.segment_ids[row].cpu()
+        slots = token_mask.nonzero().squeeze(-1)
         borders = (number[slots].diff() != 0).nonzero().squeeze(-1) + 1
         for document in torch.tensor_split(slots, borders.tolist()):
             one = slice(row, row + 1)

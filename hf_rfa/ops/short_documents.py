@@ -165,7 +165,7 @@ def _gradients(
             put_rows(whole, x, tiles)
         if sink_logits is not None:
             taken = (gradient * answer).sum(-1) * (_logits(sink_logits, answer) - log_total).exp()
-            of_logits -= (taken.unflatten(2, (-1, groups)) * (tiles.document >= 0)[:, None, :, None]).sum((0, 2))
+            of_logits -= (taken.unflatten(2, (-1, groups)) * (tiles.segment_ids >= 0)[:, None, :, None]).sum((0, 2))
     of_query, of_key, of_value = (gradient for _, gradient in targets)
     if sink_logits is not None and of_logits is not None:
         of_logits = of_logits.to(sink_logits.dtype)

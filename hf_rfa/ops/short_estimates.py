@@ -44,7 +44,7 @@ def _block(
     query, key, value = query.to(wide).unflatten(-1, (groups, -1)), key.to(wide), value.to(wide)
     features, query_scale = far.query_features(query.flatten(2, 3), call.scaling)
     key_features, key_scale = far.key_features(key, call.scaling)
-    filled = tiles.document >= 0
+    filled = tiles.segment_ids >= 0
     log_gate = far.log_gate(key)
     if log_gate is not None:  # key j counts exp(sum of log g behind it): a difference of two sums of one document
         decay = log_gate.masked_fill(~filled.unsqueeze(1), 0.0).cumsum(-1)

@@ -40,13 +40,13 @@ def exact_attention(
     scaling: float,
     causal: bool,
     layout: TokenLayout,
-    past_valid: torch.Tensor | None = None,
+    past_mask: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
 
-    `layout` describes the new tokens (the last N keys), `past_valid` (B, T - N) the older ones (None: all are tokens).
+    `layout` describes the new tokens (the last N keys), `past_mask` (B, T - N) the older ones (None: all are tokens).
     `sink_logits` (H,) add to the denominator only. `sliding_window` W: a token sees the W - 1 slots before it and
     itself (causal only); time is then O(N W). Padding rows get zeros.
     """
@@ -64,21 +64,21 @@ def exact_attention(
     # Equal dims on both sides, padded by zeros: with unequal ones the CPU's linear-memory kernel is not taken.
     widest = max(query.shape[-1], value_dim)
     query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
-    simple = layout.is_plain and past_valid is None and sink_logits is None and sliding_window is None
+    simple = layout.is_plain and past_mask is None and sink_logits is None and sliding_window is None
     if simple and (not causal or length == 1):
         return F.scaled_dot_product_attention(query, key, value, **options)[..., :value_dim]
     if simple and past == 0:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)[..., :value_dim]
     device = query.device
-    valid = _key_valid(layout, past_valid, query.shape[0], length, past, device)
-    document = layout.ordinal
-    if document is not None:
-        document = document.to(device)
+    token_mask = _key_mask(layout, past_mask, query.shape[0], length, past, device)
+    segment_ids = layout.ordinal
+    if segment_ids is not None:
+        segment_ids = segment_ids.to(device)
         # The past continues the row's first document.
-        document = torch.cat([document[:, :1].expand(-1, past), document], dim=1)
+        segment_ids = torch.cat([segment_ids[:, :1].expand(-1, past), segment_ids], dim=1)
 
     seen = None
-    if document is not None and not torch.compiler.is_compiling():  # a graph must not depend on where documents end
+    if segment_ids is not None and not torch.compiler.is_compiling():  # a graph must not depend on where documents end
         seen = _seen(layout, len(query), length, past)
 
     def block(start: int, block_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -89,13 +89,13 @@ def exact_attention(
             first, stop = (x[:, start : start + len(rows)] for x in seen)
             low, high = max(low, int(first.min())), min(high, int(stop.max()))
         columns = torch.arange(low, high, device=device)
-        visible = valid[:, None, low:high].expand(-1, len(rows), -1)
+        visible = token_mask[:, None, low:high].expand(-1, len(rows), -1)
         if causal:
             visible = visible & (columns <= rows[:, None])
         if sliding_window is not None:
             visible = visible & (columns > rows[:, None] - sliding_window)
-        if document is not None:
-            visible = visible & (document[:, rows, None] == document[:, None, low:high])
+        if segment_ids is not None:
+            visible = visible & (segment_ids[:, rows, None] == segment_ids[:, None, low:high])
         # Padding sees itself, so that no row is empty.
         visible = visible | (columns == rows[:, None])
         block_key, block_value = key[:, :, low:high], value[:, :, low:high]
@@ -117,7 +117,7 @@ def exact_attention(
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         outputs.append(run(part, key, value))
     output = torch.cat(outputs, dim=2)[..., :value_dim]
-    return output if layout.valid is None else output * layout.valid.to(output)[:, None, :, None]
+    return output if layout.token_mask is None else output * layout.token_mask.to(output)[:, None, :, None]
 
 
 def masked_attention(
@@ -160,11 +160,11 @@ def cross_attention(
     value: torch.Tensor,
     *,
     scaling: float,
-    key_valid: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention of q (B, H, N, D) over another sequence's keys (B, Hk, T, D); key_valid (B, T) or None."""
-    mask = None if key_valid is None else key_valid.to(query.device)[:, None, None, :]
+    """Softmax attention of q (B, H, N, D) over another sequence's keys (B, Hk, T, D); key_mask (B, T) or None."""
+    mask = None if key_mask is None else key_mask.to(query.device)[:, None, None, :]
     enable_gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=enable_gqa
@@ -177,13 +177,15 @@ def _seen(layout: TokenLayout, batch: int, length: int, past: int) -> tuple[np.n
     return np.where(first > 0, first + past, 0), stop + past  # the past continues a row's first document
 
 
-def _key_valid(
-    layout: TokenLayout, past_valid: torch.Tensor | None, batch: int, length: int, past: int, device: torch.device
+def _key_mask(
+    layout: TokenLayout, past_mask: torch.Tensor | None, batch: int, length: int, past: int, device: torch.device
 ) -> torch.Tensor:
     new = (
-        torch.ones(batch, length, dtype=torch.bool, device=device) if layout.valid is None else layout.valid.to(device)
+        torch.ones(batch, length, dtype=torch.bool, device=device)
+        if layout.token_mask is None
+        else layout.token_mask.to(device)
     )
-    old = torch.ones(batch, past, dtype=torch.bool, device=device) if past_valid is None else past_valid.to(device)
+    old = torch.ones(batch, past, dtype=torch.bool, device=device) if past_mask is None else past_mask.to(device)
     return torch.cat([old, new], dim=1)
 
 

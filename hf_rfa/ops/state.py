@@ -23,7 +23,7 @@ class RFAState:
         sink_key, sink_value: (B, Hk, s, D or M), the first tokens of the sequence.
         count: (B,) int64 on the CPU, tokens seen by each row (without padding).
         exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if none do.
-        exact_valid: (B, T) bool, which of its slots hold a token; None if all do.
+        exact_mask: (B, T) bool, which of its slots hold a token; None if all do.
     """
 
     kv_state: torch.Tensor
@@ -35,7 +35,7 @@ class RFAState:
     count: torch.Tensor
     exact_key: torch.Tensor | None = None
     exact_value: torch.Tensor | None = None
-    exact_valid: torch.Tensor | None = None
+    exact_mask: torch.Tensor | None = None
 
     @classmethod
     def empty(

@@ -47,23 +47,23 @@ class Tiles:
     Attributes:
         source: (t, T) row * N + slot of the token in each slot; where there is none, that of another in the tile.
         target: (t, T) the same, but B * N where there is no token.
-        document: (t, T) number of the token's document; -1 where there is none.
+        segment_ids: (t, T) number of the token's document; -1 where there is none.
     """
 
     source: torch.Tensor
     target: torch.Tensor
-    document: torch.Tensor
+    segment_ids: torch.Tensor
 
     def split(self) -> "list[Tiles]":
         """A few tiles each."""
         slots = BLOCK_SLOTS if self.source.device.type == "cpu" else TIMES_ON_GPU * BLOCK_SLOTS
         count = max(1, slots // self.source.shape[1])
-        parts = zip(*(x.split(count) for x in (self.source, self.target, self.document)), strict=True)
+        parts = zip(*(x.split(count) for x in (self.source, self.target, self.segment_ids)), strict=True)
         return [Tiles(*part) for part in parts]
 
     def visible(self, causal: bool) -> torch.Tensor:
         """(t, T, T) bool: whether a slot's query sees a slot's key. Empty slots see each other alone."""
-        same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
+        same = self.segment_ids.unsqueeze(2) == self.segment_ids.unsqueeze(1)
         return same.tril() if causal else same
 
 
@@ -106,11 +106,11 @@ def _tiles(documents: Documents, which: np.ndarray, size: int, device: torch.dev
     count = int(start[-1]) // size + 1
     nothing = documents.rows * documents.slots
     target = np.full(count * size, nothing)
-    document = np.full(count * size, -1)
-    target[slot], document[slot] = token, owner
+    segment_ids = np.full(count * size, -1)
+    target[slot], segment_ids[slot] = token, owner
     tiles = target.reshape(count, size)
     source = np.where(tiles == nothing, tiles[:, :1], tiles)  # the first slot of a tile is never empty
-    return Tiles(*(torch.from_numpy(x).to(device) for x in (source, tiles, document.reshape(count, size))))
+    return Tiles(*(torch.from_numpy(x).to(device) for x in (source, tiles, segment_ids.reshape(count, size))))
 
 
 def _next_fit(lengths: list[int], size: int) -> list[int]:

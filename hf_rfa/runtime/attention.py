@@ -120,10 +120,10 @@ def _attend(
             dropout=dropout if module.training else 0.0,
         )  # fmt: skip
     if isinstance(adapter, RFAAdapter) and adapter.masked:
-        past = None if mask is None or mask.valid is None else mask.valid[:, : -query.shape[2]]
+        past = None if mask is None or mask.token_mask is None else mask.token_mask[:, : -query.shape[2]]
         return exact_attention(
             query, key, value, scaling=scaling, causal=_is_causal(module, is_causal) if mask is None else mask.causal,
-            layout=_layout(mask, kwargs, query.shape[2], query.device), past_valid=past,
+            layout=_layout(mask, kwargs, query.shape[2], query.device), past_mask=past,
             sliding_window=sliding, sink_logits=kwargs.get("s_aux"),
         )  # fmt: skip
     if key.shape[2] > query.shape[2] and shares_keys(module):
@@ -178,7 +178,7 @@ def _attend(
                 f"{type(module).__name__} sees both sides and got keys from before its first token (prefix tuning), "
                 "which is not supported. Use LoRA or prompt tuning."
             )
-        past = mask.valid[:, : -query.shape[2]] if mask is not None and mask.valid is not None else None
+        past = mask.token_mask[:, : -query.shape[2]] if mask is not None and mask.token_mask is not None else None
         cache_layer.absorb(key, value, past, kernel, settings)
     return _cached(adapter, cache_layer, query, key, value, kernel, settings, layout, counts)
 
@@ -217,7 +217,7 @@ def _in_place(cache_layer: RFACacheLayer, key: torch.Tensor, layout: TokenLayout
         key.shape[2] == 1
         and settings.causal
         and len(settings.softmax_heads) < key.shape[1]
-        and layout.document is None
+        and layout.segment_ids is None
         and not cache_layer.record_past
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -290,7 +290,7 @@ def _cross(
     dropout: float,
 ) -> torch.Tensor:
     """Attention over another sequence stays softmax: near and far have no meaning there."""
-    if mask is not None and (mask.causal or mask.document is not None):
+    if mask is not None and (mask.causal or mask.segment_ids is not None):
         raise UnsupportedModelError(
             f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} queries under a causal mask "
             "(compressed keys, prefix tuning, or a cache of its own), which is not supported. Keep softmax attention."
@@ -300,19 +300,19 @@ def _cross(
             f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} causal queries (compressed "
             "keys, prefix tuning, or a cache of its own), which is not supported. Keep softmax attention."
         )
-    valid = None if mask is None or mask.valid is None else mask.valid
+    token_mask = None if mask is None or mask.token_mask is None else mask.token_mask
     return cross_attention(
-        query, key, value, scaling=scaling, key_valid=valid, dropout=dropout if module.training else 0.0
+        query, key, value, scaling=scaling, key_mask=token_mask, dropout=dropout if module.training else 0.0
     )
 
 
 def _layout(mask: RFAMask | None, extras: dict[str, Any], length: int, device: torch.device) -> TokenLayout:
     """Documents come from the mask (`position_ids`), else from what padding-free collators hand over."""
-    lengths, document = extras.get("cu_seq_lens_q"), extras.get("seq_idx")
-    if document is None and lengths is not None:
+    lengths, segment_ids = extras.get("cu_seq_lens_q"), extras.get("seq_idx")
+    if segment_ids is None and lengths is not None:
         slots = torch.arange(length, device=device)
-        document = torch.searchsorted(lengths.to(device, torch.int64), slots, right=True)[None]
-    if document is not None and (mask is None or mask.document is None):
-        valid = None if mask is None or mask.valid is None else mask.valid[:, -length:]
-        return TokenLayout(valid, document.to(device))
+        segment_ids = torch.searchsorted(lengths.to(device, torch.int64), slots, right=True)[None]
+    if segment_ids is not None and (mask is None or mask.segment_ids is None):
+        token_mask = None if mask is None or mask.token_mask is None else mask.token_mask[:, -length:]
+        return TokenLayout(token_mask, segment_ids.to(device))
     return TokenLayout() if mask is None else mask.layout(length)

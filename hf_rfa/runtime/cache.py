@@ -118,10 +118,10 @@ class RFACacheLayer(CacheLayerMixin):
             companion.hand_on()
 
     def absorb(
-        self, new_key: torch.Tensor, new_value: torch.Tensor, valid: torch.Tensor | None, kernel: FarKernel,
+        self, new_key: torch.Tensor, new_value: torch.Tensor, token_mask: torch.Tensor | None, kernel: FarKernel,
         settings: AttentionSettings,
     ) -> None:  # fmt: skip
-        """Make the state of what was `given`; `valid` (B, seen) is False for padding among it."""
+        """Make the state of what was `given`; `token_mask` (B, seen) is False for padding among it."""
         if self.given is None:
             return
         key, value = self.given
@@ -131,7 +131,7 @@ class RFACacheLayer(CacheLayerMixin):
                 f"{tuple(key.shape)}, the attention {tuple(new_key.shape)}). Start with an empty cache."
             )
         self.given = None
-        layout = TokenLayout(None if valid is None else valid[:, -key.shape[2] :])
+        layout = TokenLayout(None if token_mask is None else token_mask[:, -key.shape[2] :])
         self.state = _state_after(key, value, kernel, settings, layout, None)
 
     def advance(
@@ -259,9 +259,9 @@ class RFACacheLayer(CacheLayerMixin):
 
 def _replay(step: _Step, kept: int) -> RFAState:
     """The state after the first `kept` tokens of a forward."""
-    valid = None if step.layout.valid is None else step.layout.valid[:, :kept]
+    token_mask = None if step.layout.token_mask is None else step.layout.token_mask[:, :kept]
     key, value = step.key[:, :, :kept], step.value[:, :, :kept]
-    return _state_after(key, value, step.kernel, step.settings, TokenLayout(valid), step.before)
+    return _state_after(key, value, step.kernel, step.settings, TokenLayout(token_mask), step.before)
 
 
 def _state_after(

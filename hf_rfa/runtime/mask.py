@@ -63,7 +63,7 @@ class RFAMask:
     Attributes:
         causal: Whether a token sees only what comes before it.
         padding: (B, T) over old and new tokens, 0 or False for padding; None if nobody said anything of it.
-        document: (B, N) number of each new token's packed document; None for one a row.
+        segment_ids: (B, N) number of each new token's packed document; None for one a row.
         rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
             whatever a model combines its mask with. Such layers can only stay softmax.
         keys: Number of old and new tokens.
@@ -72,12 +72,12 @@ class RFAMask:
 
     causal: bool
     padding: torch.Tensor | None = None
-    document: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
     rows: MaskRows | None = None
     keys: int = 0
     call: ForwardCall | None = field(default=None, repr=False, compare=False)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
-    _valid: list[torch.Tensor | None] = field(default_factory=list, repr=False, compare=False)
+    _token_masks: list[torch.Tensor | None] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int]:
@@ -100,28 +100,28 @@ class RFAMask:
         if last.start == 0:  # logits_to_keep=0: all of them
             return self
         rows = None if self.rows is None else self.rows.last(-last.start)
-        return dataclasses.replace(self, rows=rows, _layouts={}, _valid=[])
+        return dataclasses.replace(self, rows=rows, _layouts={}, _token_masks=[])
 
     @property
-    def valid(self) -> torch.Tensor | None:
+    def token_mask(self) -> torch.Tensor | None:
         """(B, T) bool over old and new tokens, False for padding; None if there is none.
 
         Looked through when it is first asked for: a decoding step never does, where all that came before is a state.
         """
         if self.padding is None or torch.compiler.is_compiling():
             return None if self.padding is None else self.padding.bool()
-        if not self._valid:
-            self._valid.append(_padded(self.padding))
-        return self._valid[0]
+        if not self._token_masks:
+            self._token_masks.append(_padded(self.padding))
+        return self._token_masks[0]
 
     def layout(self, length: int) -> TokenLayout:
         """Padding and packing of the last `length` tokens, one object for all layers."""
         if torch.compiler.is_compiling():  # a length looked up among others would be a constant of the graph
-            return TokenLayout(None if self.valid is None else self.valid[:, -length:], self.document)
+            return TokenLayout(None if self.token_mask is None else self.token_mask[:, -length:], self.segment_ids)
         if length not in self._layouts:
             # Where there is padding in the past alone, its states know of it.
             self._layouts[length] = TokenLayout(
-                None if self.padding is None else _padded(self.padding[:, -length:]), self.document
+                None if self.padding is None else _padded(self.padding[:, -length:]), self.segment_ids
             )
         return self._layouts[length]
 
@@ -150,11 +150,11 @@ def rfa_mask(
             f"{tuple(padding.shape)}. Describe padding by a 2-D mask and packing by `position_ids`."
         )
     causal: bool | None = mask_function is not bidirectional_mask_function
-    document, limited = None, False
+    segment_ids, limited = None, False
     if use_vmap:
         causal = None
     elif mask_function not in (causal_mask_function, bidirectional_mask_function):
-        causal, document, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
+        causal, segment_ids, limited = _probe(mask_function, batch_size, q_length, int(q_offset), torch.device(device))
     rows = None
     if limited or causal is None or local_size is not None:
         arguments = {
@@ -165,9 +165,9 @@ def rfa_mask(
         rows = MaskRows(arguments, sliding=bool(causal))
     if padding is not None:
         padding = padding[:, -max(kv_length, q_length) :]
-    mask = RFAMask(bool(causal), padding, document, rows, kv_length, call)
-    said = causal or document is not None or rows is not None or call is not None
-    return mask if said or mask.valid is not None else None
+    mask = RFAMask(bool(causal), padding, segment_ids, rows, kv_length, call)
+    said = causal or segment_ids is not None or rows is not None or call is not None
+    return mask if said or mask.token_mask is not None else None
 
 
 def padding_of(mask: torch.Tensor) -> RFAMask | None:
@@ -177,16 +177,16 @@ def padding_of(mask: torch.Tensor) -> RFAMask | None:
     """
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return None
-    valid = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
-    if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][valid].any()):
+    token_mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
+    if not torch.compiler.is_compiling() and mask.dtype != torch.bool and bool(mask[:, 0, 0][token_mask].any()):
         return None
-    return RFAMask(causal=False, padding=valid, keys=mask.shape[-1], call=travelling_call())
+    return RFAMask(causal=False, padding=token_mask, keys=mask.shape[-1], call=travelling_call())
 
 
 def _padded(padding: torch.Tensor) -> torch.Tensor | None:
     """`padding` as bool; None if there is none in it."""
-    valid = padding.bool()
-    return None if bool(valid.all()) else valid
+    token_mask = padding.bool()
+    return None if bool(token_mask.all()) else token_mask
 
 
 def _probe(
@@ -207,17 +207,17 @@ def _probe(
         sees(tokens[:, :-1], tokens[:, 1:]) if length > 1 else torch.zeros(batch, 0, dtype=torch.bool, device=device)
     )
     joined = sees(tokens[:, 1:], tokens[:, :-1]) if length > 1 else forward
-    document = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
+    segment_ids = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), (~joined).cumsum(1)], dim=1)
     if torch.compiler.is_compiling():
         # Nothing can be asked of tensors then. What Transformers composes without vmap is causal with packing, which
         # it always looks for when it is traced; local layers whose mask is another one go by the mask itself.
-        return True, document, False
+        return True, segment_ids, False
     causal = not bool(forward.any())
     if not causal and not bool(forward.all()):
         return None, None, True
-    first = torch.searchsorted(document, document)
+    first = torch.searchsorted(segment_ids, segment_ids)
     limited = not bool(sees(tokens.expand(batch, -1), offset + first).all()) or (
         offset > 0 and not bool(sees(tokens, tokens * 0).all())
     )
     packed = bool((~joined).any())
-    return causal, document if packed else None, limited
+    return causal, segment_ids if packed else None, limited

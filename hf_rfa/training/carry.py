@@ -91,18 +91,20 @@ def without_rows(state: RFAState, rows: Tensor) -> RFAState:
         return torch.where(mask, torch.full((), empty, dtype=tensor.dtype, device=tensor.device), tensor)
 
     if bool(rows.any()):
-        valid = state.exact_valid
-        if state.exact_key is not None and valid is None:
-            valid = torch.ones(len(rows), state.exact_key.shape[2], dtype=torch.bool, device=state.exact_key.device)
-        emptied = dataclasses.replace(state, exact_valid=valid).map(lambda tensor: cleared(tensor, 0))
+        token_mask = state.exact_mask
+        if state.exact_key is not None and token_mask is None:
+            token_mask = torch.ones(
+                len(rows), state.exact_key.shape[2], dtype=torch.bool, device=state.exact_key.device
+            )
+        emptied = dataclasses.replace(state, exact_mask=token_mask).map(lambda tensor: cleared(tensor, 0))
         state = dataclasses.replace(emptied, log_max=cleared(state.log_max, -torch.inf))
-    if state.exact_key is None or state.exact_value is None or state.exact_valid is None:
+    if state.exact_key is None or state.exact_value is None or state.exact_mask is None:
         return state
-    used = state.exact_valid.any(0).nonzero()
-    first = int(used[0]) if len(used) else state.exact_valid.shape[1]
+    used = state.exact_mask.any(0).nonzero()
+    first = int(used[0]) if len(used) else state.exact_mask.shape[1]
     return dataclasses.replace(
         state,
         exact_key=state.exact_key[:, :, first:],
         exact_value=state.exact_value[:, :, first:],
-        exact_valid=state.exact_valid[:, first:],
+        exact_mask=state.exact_mask[:, first:],
     )

@@ -171,18 +171,18 @@ class Shard:
         keep = torch.ones(far_key.shape[2], dtype=torch.bool, device=key.device)
         first = near_from[rank] if rank else 0
         keep[: max(0, sinks - first)] = False
-        sums, peak = far_sums(call.far, far_key, far_value, keep, call.scaling)
+        sums, log_max = far_sums(call.far, far_key, far_value, keep, call.scaling)
         all_sums = self._gather(sums)
-        peaks = self._gather(peak.detach())
+        log_maxima = self._gather(log_max.detach())
         before = (torch.arange(processes, device=key.device) < rank).view(-1, 1, 1)
-        peaks = peaks.masked_fill(~before, -torch.inf)
-        maximum = peaks.amax(0)
-        weights = (peaks - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
-        carry = torch.einsum("pbh,pbhfm->bhfm", weights, all_sums)
+        log_maxima = log_maxima.masked_fill(~before, -torch.inf)
+        log_max = log_maxima.amax(0)
+        weights = (log_maxima - log_max.masked_fill(log_max == -torch.inf, 0.0)).exp()
+        kv_state = torch.einsum("pbh,pbhfm->bhfm", weights, all_sums)
         return dataclasses.replace(
             empty,
-            kv_state=carry,
-            log_max=maximum,
+            kv_state=kv_state,
+            log_max=log_max,
             near_key=near_key,
             near_value=near_value,
             sink_key=sink_key,
@@ -212,7 +212,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def far_sums(far: FarKernel, key: Tensor, value: Tensor, keep: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """[S | z] (B, Hk, F, M + 1) of keys (B, Hk, n, D), divided by exp(maximum), and the maximum (B, Hk)."""
+    """[S | z] (B, Hk, F, M + 1) of keys (B, Hk, n, D), divided by exp(log_max), and the log_max (B, Hk)."""
     shape = (*key.shape[:2], far.num_components, value.shape[-1] + 1)
     total = key.new_zeros(shape), key.new_full(key.shape[:2], -torch.inf)
     parts = zip(*(t.split(KEYS_AT_ONCE, dim=2) for t in (key, value)), keep.split(KEYS_AT_ONCE), strict=True)
@@ -220,8 +220,8 @@ def far_sums(far: FarKernel, key: Tensor, value: Tensor, keep: Tensor, scaling: 
 
         def block(keys: Tensor = keys, values: Tensor = values, kept: Tensor = kept) -> tuple[Tensor, Tensor]:
             features, log_scale = far.key_features(keys.unsqueeze(2), scaling)
-            sums, peak = chunk_sums(features, log_scale, values.unsqueeze(2), kept[None, None])
-            return sums.squeeze(2), peak.squeeze(2)
+            sums, log_max = chunk_sums(features, log_scale, values.unsqueeze(2), kept[None, None])
+            return sums.squeeze(2), log_max.squeeze(2)
 
         added = checkpoint(block, use_reentrant=False) if torch.is_grad_enabled() else block()
         total = merge_states(total, added)

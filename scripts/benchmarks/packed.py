@@ -69,7 +69,7 @@ def attention_calls(setting: Setting, which: str, length: int, document: int) ->
         return F.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=grouped)
 
     def rfa() -> Tensor:
-        output = hf_rfa.rfa_attention(*tensors, document=number, **options)
+        output = hf_rfa.rfa_attention(*tensors, segment_ids=number, **options)
         assert isinstance(output, Tensor)
         return output
 

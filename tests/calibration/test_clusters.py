@@ -28,14 +28,14 @@ def blobs(heads=2, clusters=5, each=40, dim=6, seed=0):
     return (centres.unsqueeze(2) + noise).flatten(1, 2)[:, order], centres
 
 
-def observed(keys, config=CLUSTERED, scaling=0.25, valid=None):
+def observed(keys, config=CLUSTERED, scaling=0.25, token_mask=None):
     """A layer's adapter and its clusters after it has seen keys (heads, n, dim)."""
     adapter = RFAAdapter(config, 0, len(keys), keys.shape[-1], converted=True)
     clusters = KeyClusters(adapter)
     key = keys[None]
     settings = AttentionSettings(scaling=scaling)
     query = 1e-3 * key  # every key is attended to
-    clusters(adapter, torch.nn.Identity(), query, key, key, TokenLayout(valid), settings, key)
+    clusters(adapter, torch.nn.Identity(), query, key, key, TokenLayout(token_mask), settings, key)
     clusters.merge(lambda tensor: tensor)
     geometry = clusters.geometries()[TEMPERS.index(1.0)]
     heads = len(keys)
@@ -107,11 +107,11 @@ def test_heads_with_draws_and_heads_with_centroids_share_a_layer():
 
 def test_padding_is_in_no_cluster():
     keys, _ = blobs(heads=1, each=30)
-    valid = torch.ones(1, keys.shape[1], dtype=torch.bool)
-    valid[0, :40] = False
+    token_mask = torch.ones(1, keys.shape[1], dtype=torch.bool)
+    token_mask[0, :40] = False
     far = keys.clone()
     far[:, :40] = 1e4
-    with_padding, _ = observed(far, valid=valid)
+    with_padding, _ = observed(far, token_mask=token_mask)
     without, _ = observed(keys[:, 40:])
     assert_close(with_padding.omega, without.omega)
 

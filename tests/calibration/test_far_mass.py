@@ -9,22 +9,22 @@ from hf_rfa.calibration.far_mass import far_masses
 from hf_rfa.ops.layout import TokenLayout
 
 
-def dense(query, key, valid, document, *, window, sinks, scaling, causal, sink_logits):
+def dense(query, key, token_mask, segment_ids, *, window, sinks, scaling, causal, sink_logits):
     """Row by row, pair by pair."""
     batch, heads, groups, length, _ = query.shape
     given, taken = torch.zeros(batch, heads, groups, length), torch.zeros(batch, heads, length)
     for row in range(batch):
         rank, seen = [], {}
         for slot in range(length):
-            name = int(document[row, slot])
+            name = int(segment_ids[row, slot])
             rank.append(seen.get(name, 0))
-            seen[name] = seen.get(name, 0) + int(valid[row, slot])
+            seen[name] = seen.get(name, 0) + int(token_mask[row, slot])
         for i in range(length):
-            if not valid[row, i]:
+            if not token_mask[row, i]:
                 continue
             keys = [
                 j for j in range(length)
-                if valid[row, j] and document[row, i] == document[row, j] and (j <= i or not causal)
+                if token_mask[row, j] and segment_ids[row, i] == segment_ids[row, j] and (j <= i or not causal)
             ]  # fmt: skip
             far = [
                 j for j in keys
@@ -49,18 +49,18 @@ def test_the_masses_are_those_of_a_dense_computation(layout, window, causal):
     length = 26
     inputs = random_inputs(length, dtype=torch.float32)
     query, key = inputs["query"].unflatten(1, (2, 2)), inputs["key"]
-    valid = torch.ones(2, length, dtype=torch.bool)
-    document = torch.zeros(2, length, dtype=torch.int64)
+    token_mask = torch.ones(2, length, dtype=torch.bool)
+    segment_ids = torch.zeros(2, length, dtype=torch.int64)
     if layout in ("padded", "both"):
-        valid[0, :3], valid[1, 10:12], valid[1, -2:] = False, False, False
+        token_mask[0, :3], token_mask[1, 10:12], token_mask[1, -2:] = False, False, False
     if layout in ("packed", "both"):
-        document[0, 12:], document[1, 5:], document[1, 21:] = 1, 1, 2
+        segment_ids[0, 12:], segment_ids[1, 5:], segment_ids[1, 21:] = 1, 1, 2
     given, taken = far_masses(
-        query, key, layout=TokenLayout(valid, document), window=window, sink_tokens=2, scaling=0.4, causal=causal,
-        sink_logits=None,
+        query, key, layout=TokenLayout(token_mask, segment_ids), window=window, sink_tokens=2, scaling=0.4,
+        causal=causal, sink_logits=None,
     )  # fmt: skip
     options = {"window": window, "sinks": 2, "scaling": 0.4, "causal": causal, "sink_logits": None}
-    want_given, want_taken = dense(query, key, valid, document, **options)
+    want_given, want_taken = dense(query, key, token_mask, segment_ids, **options)
     assert_close(given, want_given, atol=1e-5, rtol=1e-5)
     assert_close(taken, want_taken, atol=1e-5, rtol=1e-5)
     assert (want_given > 0.01).any()

@@ -147,12 +147,12 @@ def test_padding_and_other_documents_do_not_count_in_the_weight_loss():
     plain = sampled_weight_loss(
         query[..., 20:, :], key[..., 20:, :], kernel, torch.arange(40), layout=TokenLayout(), **settings
     )
-    valid = (torch.arange(60) >= 20)[None]
-    padded = sampled_weight_loss(query, key, kernel, torch.arange(60), layout=TokenLayout(valid), **settings)
+    token_mask = (torch.arange(60) >= 20)[None]
+    padded = sampled_weight_loss(query, key, kernel, torch.arange(60), layout=TokenLayout(token_mask), **settings)
     torch.testing.assert_close(padded, plain)
-    document = (torch.arange(60) >= 20).long()[None]
+    segment_ids = (torch.arange(60) >= 20).long()[None]
     packed = sampled_weight_loss(
-        query, key, kernel, torch.arange(20, 60), layout=TokenLayout(None, document), **settings
+        query, key, kernel, torch.arange(20, 60), layout=TokenLayout(None, segment_ids), **settings
     )
     torch.testing.assert_close(packed, plain)
 

@@ -49,21 +49,21 @@ def options_of(inputs, window=8, **kernel):
     return {"omega": inputs["omega"], "alpha": 0.6, "window": window, "sink_tokens": 3, **kernel}
 
 
-def prefilled(inputs, options, length, valid=None):
+def prefilled(inputs, options, length, token_mask=None):
     """The state after the first tokens; None before the first."""
     part = slice(length)
     if not length:
         return None
-    valid = None if valid is None else valid[:, part]
-    return rfa_attention(*qkv(inputs, part), **options, valid=valid, output_final_state=True)[1]
+    token_mask = None if token_mask is None else token_mask[:, part]
+    return rfa_attention(*qkv(inputs, part), **options, token_mask=token_mask, output_final_state=True)[1]
 
 
-def decode(decoder, inputs, start, stop=N, valid=None):
+def decode(decoder, inputs, start, stop=N, token_mask=None):
     """The output of the tokens from `start` to `stop`."""
     outputs = []
     for step in range(start, stop):
         part = slice(step, step + 1)
-        layout = TokenLayout(None if valid is None else valid[:, part])
+        layout = TokenLayout(None if token_mask is None else token_mask[:, part])
         outputs.append(decoder.step(*qkv(inputs, part), layout))
     return torch.cat(outputs, dim=2)
 
@@ -108,10 +108,10 @@ def test_rows_with_padding_of_their_own(name, window):
     """Rows at different places in their chunks, and tokens of padding between the others."""
     inputs = random_inputs(N, batch=3)
     options = options_of(inputs, window, **KERNELS[name])
-    valid = torch.rand(3, N, generator=torch.Generator().manual_seed(1)) < torch.tensor([[1.0], [0.8], [0.3]])
-    whole, final = rfa_attention(*qkv(inputs, slice(N)), **options, valid=valid, output_final_state=True)
-    decoder = decoder_at(inputs, options, 19, valid=valid)
-    assert_near(decode(decoder, inputs, 19, valid=valid), whole[:, :, 19:], 1e-10)
+    token_mask = torch.rand(3, N, generator=torch.Generator().manual_seed(1)) < torch.tensor([[1.0], [0.8], [0.3]])
+    whole, final = rfa_attention(*qkv(inputs, slice(N)), **options, token_mask=token_mask, output_final_state=True)
+    decoder = decoder_at(inputs, options, 19, token_mask=token_mask)
+    assert_near(decode(decoder, inputs, 19, token_mask=token_mask), whole[:, :, 19:], 1e-10)
     assert_equal_states(decoder.state(), final, 1e-10)
 
 
@@ -158,12 +158,12 @@ def test_no_step_changes_a_state_that_somebody_holds(name, window):
 def test_select_rows(name):
     inputs, rows = random_inputs(N, batch=3), torch.tensor([2, 0, 2, 1])
     options = options_of(inputs, **KERNELS[name])
-    valid = torch.arange(N) >= torch.tensor([0, 3, 11])[:, None]
-    decoder = decoder_at(inputs, options, 20, valid=valid)
+    token_mask = torch.arange(N) >= torch.tensor([0, 3, 11])[:, None]
+    decoder = decoder_at(inputs, options, 20, token_mask=token_mask)
     decode(decoder, inputs, 20, 29)
     decoder.select_rows(rows)
     chosen = {n: t if n == "omega" else t[rows] for n, t in inputs.items()}
-    whole = rfa_attention(*qkv(chosen, slice(N)), **options, valid=valid[rows])
+    whole = rfa_attention(*qkv(chosen, slice(N)), **options, token_mask=token_mask[rows])
     assert_near(decode(decoder, chosen, 29), whole[:, :, 29:], 1e-10)
 
 

@@ -21,10 +21,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": 16},
     "pure": {"window": 0},
     "trigonometric": {"window": 16, "feature_map": "trigonometric"},
-    "padding": {"window": 16, "valid": PADDING},
-    "packing": {"window": 16, "document": torch.arange(N).expand(2, -1) // 33},
+    "padding": {"window": 16, "token_mask": PADDING},
+    "packing": {"window": 16, "segment_ids": torch.arange(N).expand(2, -1) // 33},
     "gate": {"window": 16, **GATE},
-    "bidirectional": {"window": 16, "causal": False, "valid": PADDING},
+    "bidirectional": {"window": 16, "causal": False, "token_mask": PADDING},
     "exact head": {"window": 16, "softmax_heads": (0,)},
     "centres": {"window": 16, "query_center": torch.full((2, 8), 0.2), "key_transform": torch.eye(8).repeat(2, 1, 1)},
 }
@@ -78,9 +78,9 @@ def test_the_operation_is_what_its_schema_and_its_fake_say():
     inputs = {name: tensor.requires_grad_() for name, tensor in random_inputs(40, dtype=torch.float32).items()}
     heads = {name: torch.full((2,), 0.5) for name in ("alpha", "gamma", "proposal")}
     centres = {name: torch.zeros(2, 8) for name in ("query_center", "key_center")}
-    tensors = {**inputs, **heads, **centres, "valid": torch.arange(40).expand(2, -1) > 3}
+    tensors = {**inputs, **heads, **centres, "token_mask": torch.arange(40).expand(2, -1) > 3}
     tensors["query"] = inputs["query"].detach().unflatten(1, (2, 2)).requires_grad_()
-    settings = (",".join(tensors), "positive,positive", True, 16, 4, 0.3, "auto", True, False)
+    settings = (",".join(tensors), "positive,positive", [1, 16, 4], 0.3, "auto", True, False)
     torch.library.opcheck(torch.ops.hf_rfa.linear_heads.default, (list(tensors.values()), *settings))
 
 

@@ -35,9 +35,9 @@ def largest(length: int, **options) -> tuple[int, int]:
     inputs = random_inputs(length, batch=1, heads=HEADS, key_heads=1, dtype=torch.float32)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     if options.pop("padded", False):
-        options["valid"] = torch.arange(length)[None] >= 5
+        options["token_mask"] = torch.arange(length)[None] >= 5
     if options.pop("packed", False):
-        options["document"] = torch.arange(length)[None] // 300
+        options["segment_ids"] = torch.arange(length)[None] // 300
     with LargestTensor() as forward:
         output = rfa_attention(**leaves, **options)
     with LargestTensor() as backward:
@@ -108,9 +108,9 @@ def test_what_softmax_heads_keep_for_the_backward_pass_is_linear(options):
         inputs = random_inputs(length, batch=1, heads=HEADS, key_heads=1, dtype=torch.float32)
         given = dict(options)
         if given.pop("padded", False):
-            given["valid"] = torch.arange(length)[None] >= 5
+            given["token_mask"] = torch.arange(length)[None] >= 5
         if given.pop("packed", False):
-            given["document"] = torch.arange(length)[None] // 300
+            given["segment_ids"] = torch.arange(length)[None] // 300
         if not options:
             _, given["initial_state"] = rfa_attention(**inputs, window=16, softmax_heads=[0], output_final_state=True)
         leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}

@@ -40,11 +40,11 @@ def assert_equals_the_definition(inputs: Tensors, tolerance: float = 1e-10, **op
     return want_gradients
 
 
-def in_pieces(inputs: Tensors, lengths: list[int], function=rfa_attention, valid=None, **options):
+def in_pieces(inputs: Tensors, lengths: list[int], function=rfa_attention, token_mask=None, **options):
     outputs, state, start = [], None, 0
     for length in lengths:
         part = slice(start, start + length)
-        more = {} if valid is None else {"valid": valid[:, part]}
+        more = {} if token_mask is None else {"token_mask": token_mask[:, part]}
         output, state = function(
             **part_of(inputs, part), **more, **options, initial_state=state, output_final_state=True
         )
@@ -169,12 +169,12 @@ def test_gradients_flow_through_the_state(window):
 def test_padding_forgets_nothing(lengths, window):
     inputs = gated_inputs(N)
     options = {"window": window, "alpha": 0.6, "sink_tokens": 3 if window else 0}
-    valid = torch.ones(2, N, dtype=torch.bool)
-    valid[0, :11] = False
-    valid[1, 5::7] = False
-    output, _ = in_pieces(inputs, lengths, valid=valid, **options)
+    token_mask = torch.ones(2, N, dtype=torch.bool)
+    token_mask[0, :11] = False
+    token_mask[1, 5::7] = False
+    output, _ = in_pieces(inputs, lengths, token_mask=token_mask, **options)
     for row in range(2):
-        slots = valid[row].nonzero()[:, 0]
+        slots = token_mask[row].nonzero()[:, 0]
         bare = rfa_attention_reference(**part_of(inputs, slots, slice(row, row + 1)), **options)
         assert_near(output[row : row + 1, :, slots], bare, 1e-11)
 
@@ -182,12 +182,14 @@ def test_padding_forgets_nothing(lengths, window):
 @WINDOW
 def test_documents_forget_on_their_own(window):
     inputs = gated_inputs(N)
-    document = torch.stack([torch.arange(N) // 27, torch.arange(N) // 40])
-    assert_equals_the_definition(inputs, window=window, alpha=0.6, document=document)
+    segment_ids = torch.stack([torch.arange(N) // 27, torch.arange(N) // 40])
+    assert_equals_the_definition(inputs, window=window, alpha=0.6, segment_ids=segment_ids)
     options = {"window": window, "alpha": 0.6}
     _, state = rfa_attention(**part_of(inputs, slice(0, 30)), **options, output_final_state=True)
     rest = part_of(inputs, slice(30, N))
-    got, _ = rfa_attention(**rest, **options, document=document[:, 30:], initial_state=state, output_final_state=True)
+    got, _ = rfa_attention(
+        **rest, **options, segment_ids=segment_ids[:, 30:], initial_state=state, output_final_state=True
+    )
     for row, end in ((0, 54), (1, 40)):  # the first document of the piece goes on, the second begins anew
         one = slice(row, row + 1)
         first = rfa_attention_reference(**part_of(inputs, slice(0, end), one), **options)

@@ -62,11 +62,11 @@ def assert_rows_equal_bare_sequences(inputs: Tensors, pieces: list[list[torch.Te
 @EXTRAS
 @PADDING
 def test_padding(name, extras, window, causal):
-    valid = torch.stack(PADDINGS[name])
-    inputs = random_inputs(N, batch=len(valid))
+    token_mask = torch.stack(PADDINGS[name])
+    inputs = random_inputs(N, batch=len(token_mask))
     options = {"window": window, "alpha": 0.6, "causal": causal, **extras}
-    output = rfa_attention(**inputs, **options, valid=valid)
-    assert_rows_equal_bare_sequences(inputs, [[mask.nonzero()[:, 0]] for mask in valid], output, **options)
+    output = rfa_attention(**inputs, **options, token_mask=token_mask)
+    assert_rows_equal_bare_sequences(inputs, [[mask.nonzero()[:, 0]] for mask in token_mask], output, **options)
 
 
 @CAUSAL
@@ -74,16 +74,16 @@ def test_padding(name, extras, window, causal):
 @PADDING
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_padding_equals_the_definition_in_gradients(feature_map, name, window, causal):
-    valid = torch.stack(PADDINGS[name])
-    inputs = random_inputs(N, batch=len(valid), size=1.0 if window else 0.5)
-    options = {"feature_map": feature_map, "window": window, "alpha": 0.6, "causal": causal, "valid": valid}
+    token_mask = torch.stack(PADDINGS[name])
+    inputs = random_inputs(N, batch=len(token_mask), size=1.0 if window else 0.5)
+    options = {"feature_map": feature_map, "window": window, "alpha": 0.6, "causal": causal, "token_mask": token_mask}
     got, got_gradients = with_gradients(rfa_attention, inputs, **options)
     want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
     assert_near(got, want, 1e-10)
     for leaf, gradient in want_gradients.items():
         assert_near(got_gradients[leaf], gradient, 1e-10, leaf)
         if leaf != "omega":
-            assert bool((got_gradients[leaf].transpose(1, 2)[~valid] == 0).all()), f"padding's gradient of {leaf}"
+            assert bool((got_gradients[leaf].transpose(1, 2)[~token_mask] == 0).all()), f"padding's gradient of {leaf}"
 
 
 @CAUSAL
@@ -91,12 +91,12 @@ def test_padding_equals_the_definition_in_gradients(feature_map, name, window, c
 @EXTRAS
 @PADDING
 def test_what_padding_holds_does_not_matter(name, extras, window, causal):
-    valid = torch.stack(PADDINGS[name])
-    inputs = random_inputs(N, batch=len(valid), dtype=torch.float32)
+    token_mask = torch.stack(PADDINGS[name])
+    inputs = random_inputs(N, batch=len(token_mask), dtype=torch.float32)
     garbage = {n: t.clone() for n, t in inputs.items()}
     for leaf in ("query", "key", "value"):
-        garbage[leaf].transpose(1, 2)[~valid] = 1000.0
-    options = {"window": window, "alpha": 0.6, "causal": causal, "valid": valid, **extras}
+        garbage[leaf].transpose(1, 2)[~token_mask] = 1000.0
+    options = {"window": window, "alpha": 0.6, "causal": causal, "token_mask": token_mask, **extras}
     assert torch.equal(rfa_attention(**garbage, **options), rfa_attention(**inputs, **options))
 
 
@@ -104,11 +104,11 @@ def test_what_padding_holds_does_not_matter(name, extras, window, causal):
 @EXTRAS
 def test_valid_may_be_a_mask_of_numbers(extras, causal):
     # A tokenizer's `attention_mask` is int64.
-    valid = torch.stack(PADDINGS["left"])
-    inputs = random_inputs(N, batch=len(valid))
+    token_mask = torch.stack(PADDINGS["left"])
+    inputs = random_inputs(N, batch=len(token_mask))
     options = {"window": 8, "causal": causal, **extras}
-    number = rfa_attention(**inputs, **options, valid=valid.long())
-    assert torch.equal(number, rfa_attention(**inputs, **options, valid=valid))
+    number = rfa_attention(**inputs, **options, token_mask=token_mask.long())
+    assert torch.equal(number, rfa_attention(**inputs, **options, token_mask=token_mask))
 
 
 @CAUSAL
@@ -119,8 +119,8 @@ def test_a_mask_without_padding_changes_nothing(extras, window, causal):
     options = {"window": window, "alpha": 0.6, "causal": causal, **extras}
     everything = torch.ones(2, N, dtype=torch.bool)
     plain = rfa_attention(**inputs, **options)
-    assert_near(rfa_attention(**inputs, **options, valid=everything), plain, 1e-12)
-    assert_near(rfa_attention(**inputs, **options, document=torch.full((2, N), 3)), plain, 1e-12)
+    assert_near(rfa_attention(**inputs, **options, token_mask=everything), plain, 1e-12)
+    assert_near(rfa_attention(**inputs, **options, segment_ids=torch.full((2, N), 3)), plain, 1e-12)
 
 
 # --- packed documents -----------------------------------------------------------------------------------------------
@@ -142,15 +142,15 @@ PACKINGS = {
 }
 
 
-def slots_of_documents(document: torch.Tensor, valid: torch.Tensor) -> list[torch.Tensor]:
+def slots_of_documents(segment_ids: torch.Tensor, token_mask: torch.Tensor) -> list[torch.Tensor]:
     """Runs of equal numbers among the tokens that are no padding."""
     runs: list[list[int]] = []
     before = None
-    for slot in valid.nonzero()[:, 0].tolist():
-        if before is None or int(document[slot]) != before:
+    for slot in token_mask.nonzero()[:, 0].tolist():
+        if before is None or int(segment_ids[slot]) != before:
             runs.append([])
         runs[-1].append(slot)
-        before = int(document[slot])
+        before = int(segment_ids[slot])
     return [torch.tensor(run) for run in runs]
 
 
@@ -159,12 +159,12 @@ def slots_of_documents(document: torch.Tensor, valid: torch.Tensor) -> list[torc
 @EXTRAS
 @pytest.mark.parametrize("name", PACKINGS)
 def test_packing(name, extras, window, causal):
-    document = torch.stack(PACKINGS[name])
+    segment_ids = torch.stack(PACKINGS[name])
     inputs = random_inputs(N)
     options = {"window": window, "alpha": 0.6, "causal": causal, **extras}
-    output = rfa_attention(**inputs, **options, document=document)
+    output = rfa_attention(**inputs, **options, segment_ids=segment_ids)
     everything = torch.ones(N, dtype=torch.bool)
-    pieces = [slots_of_documents(row, everything) for row in document]
+    pieces = [slots_of_documents(row, everything) for row in segment_ids]
     assert_rows_equal_bare_sequences(inputs, pieces, output, **options)
 
 
@@ -174,12 +174,12 @@ def test_packing(name, extras, window, causal):
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 @pytest.mark.parametrize("name", PACKINGS)
 def test_packing_and_padding(name, padding, extras, window, causal):
-    document = torch.stack(PACKINGS[name])
-    valid = torch.stack([PADDINGS[padding][3], PADDINGS[padding][0]])
+    segment_ids = torch.stack(PACKINGS[name])
+    token_mask = torch.stack([PADDINGS[padding][3], PADDINGS[padding][0]])
     inputs = random_inputs(N)
     options = {"window": window, "alpha": 0.6, "causal": causal, **extras}
-    output = rfa_attention(**inputs, **options, document=document, valid=valid)
-    pieces = [slots_of_documents(*row) for row in zip(document, valid, strict=True)]
+    output = rfa_attention(**inputs, **options, segment_ids=segment_ids, token_mask=token_mask)
+    pieces = [slots_of_documents(*row) for row in zip(segment_ids, token_mask, strict=True)]
     assert_rows_equal_bare_sequences(inputs, pieces, output, **options)
 
 
@@ -188,11 +188,11 @@ def test_packing_and_padding(name, padding, extras, window, causal):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("name", PACKINGS)
 def test_packing_equals_the_definition_in_gradients(name, feature_map, window, causal):
-    document = torch.stack(PACKINGS[name])
+    segment_ids = torch.stack(PACKINGS[name])
     inputs = random_inputs(N, size=1.0 if window else 0.5)
-    valid = torch.stack([left(5), holes()])
+    token_mask = torch.stack([left(5), holes()])
     options = {"feature_map": feature_map, "window": window, "alpha": 0.6, "causal": causal}
-    options |= {"document": document, "valid": valid}
+    options |= {"segment_ids": segment_ids, "token_mask": token_mask}
     got, got_gradients = with_gradients(rfa_attention, inputs, **options)
     want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
     assert_near(got, want, 1e-10)
@@ -204,18 +204,18 @@ def test_packing_equals_the_definition_in_gradients(name, feature_map, window, c
 @WINDOW
 @pytest.mark.parametrize("softmax_heads", [(), (1,), (0, 1)])
 def test_documents_do_not_see_each_other(softmax_heads, window, causal):
-    document = torch.stack([packed(20, 17, 23), packed(30, 20, 10)])
+    segment_ids = torch.stack([packed(20, 17, 23), packed(30, 20, 10)])
     inputs = random_inputs(N)
-    options = {"window": window, "causal": causal, "document": document, "softmax_heads": softmax_heads}
+    options = {"window": window, "causal": causal, "segment_ids": segment_ids, "softmax_heads": softmax_heads}
     before = rfa_attention(**inputs, **options)
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
-    inside = (document == 1)[:, None, :, None]
+    inside = (segment_ids == 1)[:, None, :, None]
     for name in ("query", "key", "value"):
         changed[name] = torch.where(inside, 5.0, changed[name])
     after = rfa_attention(**changed, **options)
     # Not bit for bit: the sums are scaled by maxima of whole blocks of chunks.
     same = ((after - before).abs() < 1e-12).all(-1).all(1)
-    assert torch.equal(same, document != 1)
+    assert torch.equal(same, segment_ids != 1)
 
 
 @CAUSAL
@@ -223,23 +223,23 @@ def test_documents_do_not_see_each_other(softmax_heads, window, causal):
 @EXTRAS
 @pytest.mark.parametrize("number", [-1, 0, 1, 9])
 def test_the_document_number_of_padding_does_not_matter(number, extras, window, causal):
-    document, valid = torch.stack([packed(20, 40), packed(31, 29)]), torch.stack([left(5) & right(6), holes()])
+    segment_ids, token_mask = torch.stack([packed(20, 40), packed(31, 29)]), torch.stack([left(5) & right(6), holes()])
     inputs = random_inputs(N)
-    options = {"window": window, "alpha": 0.6, "causal": causal, "valid": valid, **extras}
-    other = torch.where(valid, document, number)
-    got = rfa_attention(**inputs, **options, document=other)
-    assert_near(got, rfa_attention(**inputs, **options, document=document), 1e-12)
+    options = {"window": window, "alpha": 0.6, "causal": causal, "token_mask": token_mask, **extras}
+    other = torch.where(token_mask, segment_ids, number)
+    got = rfa_attention(**inputs, **options, segment_ids=other)
+    assert_near(got, rfa_attention(**inputs, **options, segment_ids=segment_ids), 1e-12)
 
 
 @pytest.mark.parametrize("width", [1, 5, 16])
 @pytest.mark.parametrize("name", ["short", "long", "aligned", "numbers"])
 def test_sliding_windows_in_packed_documents(name, width):
-    document = torch.stack(PACKINGS[name])
+    segment_ids = torch.stack(PACKINGS[name])
     inputs = random_inputs(N)
     options = {"softmax_heads": [0, 1], "sliding_window": width}
-    valid = torch.stack([left(13), right(8)])
-    output = rfa_attention(**inputs, **options, document=document, valid=valid)
-    pieces = [slots_of_documents(*row) for row in zip(document, valid, strict=True)]
+    token_mask = torch.stack([left(13), right(8)])
+    output = rfa_attention(**inputs, **options, segment_ids=segment_ids, token_mask=token_mask)
+    pieces = [slots_of_documents(*row) for row in zip(segment_ids, token_mask, strict=True)]
     assert_rows_equal_bare_sequences(inputs, pieces, output, **options)
 
 
@@ -249,12 +249,12 @@ def test_sliding_windows_in_packed_documents(name, width):
 @CAUSAL
 @WINDOW
 def test_a_shared_layout_gives_what_its_parts_give(window, causal):
-    valid, document = torch.stack([left(5), holes()]), torch.stack([packed(20, 40), packed(31, 29)])
-    layout = TokenLayout(valid, document)
+    token_mask, segment_ids = torch.stack([left(5), holes()]), torch.stack([packed(20, 40), packed(31, 29)])
+    layout = TokenLayout(token_mask, segment_ids)
     for seed in range(3):  # as the layers of one forward do
         inputs = random_inputs(N, seed=seed)
         shared = rfa_attention(**inputs, window=window, causal=causal, layout=layout)
-        parts = rfa_attention(**inputs, window=window, causal=causal, valid=valid, document=document)
+        parts = rfa_attention(**inputs, window=window, causal=causal, token_mask=token_mask, segment_ids=segment_ids)
         assert torch.equal(shared, parts)
 
 
@@ -268,11 +268,11 @@ def test_a_layout_serves_calls_with_other_windows_and_directions():
     ]:  # fmt: skip
         options = {"window": window, "sink_tokens": sinks, "causal": causal, "output_final_state": final}
         shared = rfa_attention(**inputs, **options, layout=layout)
-        fresh = rfa_attention(**inputs, **options, layout=TokenLayout(layout.valid, layout.document))
+        fresh = rfa_attention(**inputs, **options, layout=TokenLayout(layout.token_mask, layout.segment_ids))
         assert torch.equal(shared[0] if final else shared, fresh[0] if final else fresh)
 
 
 def test_is_plain():
     assert TokenLayout().is_plain
-    assert not TokenLayout(valid=torch.ones(1, 2, dtype=torch.bool)).is_plain
-    assert not TokenLayout(document=torch.zeros(1, 2)).is_plain
+    assert not TokenLayout(token_mask=torch.ones(1, 2, dtype=torch.bool)).is_plain
+    assert not TokenLayout(segment_ids=torch.zeros(1, 2)).is_plain

@@ -14,7 +14,7 @@ N = 100
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def dense_parts(inputs: Tensors, *, window: int, sinks: int, causal: bool, alpha: float = 1.0, valid=None):
+def dense_parts(inputs: Tensors, *, window: int, sinks: int, causal: bool, alpha: float = 1.0, token_mask=None):
     """Trigonometric RFA written out with N x N kernels, float64.
 
     Returns the near kernel, the far kernel (both (B, H, N, N), zero where a key is not seen), the values (B, H, N, M),
@@ -25,10 +25,10 @@ def dense_parts(inputs: Tensors, *, window: int, sinks: int, causal: bool, alpha
     key, value = (inputs[name].double().repeat_interleave(groups, dim=1) for name in ("key", "value"))
     omega = inputs["omega"].double().repeat_interleave(groups, dim=0)
     batch, _, length, dim = query.shape
-    valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
-    rank = valid.long().cumsum(1) - 1  # padding is not counted
+    token_mask = torch.ones(batch, length, dtype=torch.bool) if token_mask is None else token_mask
+    rank = token_mask.long().cumsum(1) - 1  # padding is not counted
     query_rank, key_rank = rank[:, :, None], rank[:, None, :]
-    seen = valid[:, :, None] & valid[:, None, :]
+    seen = token_mask[:, :, None] & token_mask[:, None, :]
     if causal:
         seen = seen & (key_rank <= query_rank)
     if window:
@@ -85,12 +85,12 @@ def test_statistics_count_what_a_dense_computation_counts(window, causal):
 @pytest.mark.parametrize("window", [0, 8])
 def test_statistics_leave_padding_out(window, causal):
     inputs = random_inputs(N, size=2.0)
-    valid = torch.stack([torch.arange(N) >= 30, torch.arange(N) < 83])
-    valid[:, 40:47] = False
-    _, far, _, has_far = dense_parts(inputs, window=window, sinks=4, causal=causal, valid=valid)
+    token_mask = torch.stack([torch.arange(N) >= 30, torch.arange(N) < 83])
+    token_mask[:, 40:47] = False
+    _, far, _, has_far = dense_parts(inputs, window=window, sinks=4, causal=causal, token_mask=token_mask)
     statistics = FarStatistics()
     options = {"feature_map": "trigonometric", "window": window, "causal": causal}
-    rfa_attention(**inputs, **options, valid=valid, statistics=statistics)
+    rfa_attention(**inputs, **options, token_mask=token_mask, statistics=statistics)
     assert int(statistics.queries) == int(has_far.sum()) * 4
     assert int(statistics.dropped) == int((has_far[:, None] & (far.sum(-1) <= 0)).sum())
 
@@ -262,14 +262,17 @@ def of_shape(*shape: int) -> torch.Tensor:
         ({"proposal": torch.zeros(3)}, r"`proposal` must have shape .*= \(2,\)\. Got \(3,\)\."),
         ({"scaling": 0.0}, r"`scaling` must be positive\. Got 0\.0\."),
         ({"scaling": -1}, r"`scaling` must be positive\. Got -1\.0\."),
-        ({"valid": torch.ones(2, 19)}, r"`valid` must have shape .*= \(2, 20\)\. Got \(2, 19\)\."),
-        ({"valid": torch.ones(2, 1, 20, 20)}, r"`valid` must have shape .*Got \(2, 1, 20, 20\)\."),
-        ({"document": torch.zeros(1, 20)}, r"`document` must have shape .*= \(2, 20\)\. Got \(1, 20\)\."),
+        ({"token_mask": torch.ones(2, 19)}, r"`token_mask` must have shape .*= \(2, 20\)\. Got \(2, 19\)\."),
+        ({"token_mask": torch.ones(2, 1, 20, 20)}, r"`token_mask` must have shape .*Got \(2, 1, 20, 20\)\."),
+        ({"segment_ids": torch.zeros(1, 20)}, r"`segment_ids` must have shape .*= \(2, 20\)\. Got \(1, 20\)\."),
         (
-            {"layout": TokenLayout(torch.ones(2, 20).bool()), "document": torch.zeros(2, 20)},
-            r"`layout` already holds `valid` and `document`\. Got both\.",
+            {"layout": TokenLayout(torch.ones(2, 20).bool()), "segment_ids": torch.zeros(2, 20)},
+            r"`layout` already holds `token_mask` and `segment_ids`\. Got both\.",
         ),
-        ({"layout": TokenLayout(torch.ones(2, 5).bool())}, r"`valid` must have shape .*= \(2, 20\)\. Got \(2, 5\)\."),
+        (
+            {"layout": TokenLayout(torch.ones(2, 5).bool())},
+            r"`token_mask` must have shape .*= \(2, 20\)\. Got \(2, 5\)\.",
+        ),
         ({"softmax_heads": [2]}, r"`softmax_heads` must be key heads 0\.\.1\. Got \[2\]\."),
         ({"softmax_heads": [0, -1]}, r"`softmax_heads` must be key heads 0\.\.1\. Got \[-1, 0\]\."),
         (
@@ -298,7 +301,7 @@ def test_wrong_arguments_are_named_with_what_was_got(change, message):
         ({"omega": of_shape(3, 16, 8)}, "omega"),
         ({"window": -1}, "window"),
         ({"alpha": torch.ones(4)}, "alpha"),
-        ({"valid": torch.ones(2, 19)}, "valid"),
+        ({"token_mask": torch.ones(2, 19)}, "token_mask"),
         ({"scaling": 0.0}, "scaling"),
     ],
 )
@@ -313,7 +316,7 @@ def test_a_state_of_another_batch_is_refused():
         rfa_attention(**BASE, initial_state=state)
 
 
-@pytest.mark.parametrize("name", ["valid", "document"])
+@pytest.mark.parametrize("name", ["token_mask", "segment_ids"])
 def test_a_layout_of_another_shape_is_refused(name):
     with pytest.raises(ConfigError, match=rf"`{name}` must have shape \(batch, tokens\)\. Got \(20,\)\."):
         TokenLayout(**{name: torch.ones(20)})
@@ -330,9 +333,9 @@ def test_narrow_tensors_are_computed_with_in_float32_and_rounded_once(length, ke
     """Block by block without gradients, as a whole with them: the same numbers."""
     narrow = random_inputs(length, key_heads=key_heads, dtype=dtype)
     wide = {name: tensor.float() for name, tensor in narrow.items()}
-    valid = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.9
+    token_mask = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.9
     gate = {"gate_weight": torch.full((key_heads, 8), 0.1), "gate_bias": torch.full((key_heads,), 3.0)}
-    for more in ({}, {"valid": valid}, gate, {"sink_logits": torch.linspace(-1, 1, 4)}):
+    for more in ({}, {"token_mask": token_mask}, gate, {"sink_logits": torch.linspace(-1, 1, 4)}):
         options = {"window": window, "sink_tokens": min(window, 3), "alpha": 0.6, "output_final_state": True, **more}
         want, state_of_wide = rfa_attention(**wide, **options)
         output, state = rfa_attention(**narrow, **options)

@@ -175,10 +175,10 @@ def test_left_padded_prompts_continue_with_counts_of_their_own(step, prompt, ext
     # As `generate` does: a padded prompt, then tokens without padding, rows at different places in their chunks.
     padding = torch.tensor([0, 1, 5, 16])
     inputs = random_inputs(N, batch=4)
-    valid = torch.arange(N) >= padding[:, None]
+    token_mask = torch.arange(N) >= padding[:, None]
     options = {"window": window, "alpha": 0.6, "sink_tokens": 3, **extras}
     first, state = rfa_attention(
-        **tokens(inputs, slice(prompt)), valid=valid[:, :prompt], **options, output_final_state=True
+        **tokens(inputs, slice(prompt)), token_mask=token_mask[:, :prompt], **options, output_final_state=True
     )
     assert state.count.tolist() == (prompt - padding).tolist()
     rest = (N - prompt) // step * step
@@ -197,21 +197,21 @@ def test_left_padded_prompts_continue_with_counts_of_their_own(step, prompt, ext
 @pytest.mark.parametrize("cuts", CUTS)
 def test_padding_in_every_piece(cuts, extras, window):
     generator = torch.Generator().manual_seed(3)
-    valid = torch.rand(3, N, generator=generator) < torch.tensor([0.9, 0.5, 0.1])[:, None]
-    valid[:, 0] = torch.tensor([True, False, False])
+    token_mask = torch.rand(3, N, generator=generator) < torch.tensor([0.9, 0.5, 0.1])[:, None]
+    token_mask[:, 0] = torch.tensor([True, False, False])
     inputs = random_inputs(N, batch=3)
-    options = {"window": window, "alpha": 0.6, "sink_tokens": 3, "valid": valid, **extras}
+    options = {"window": window, "alpha": 0.6, "sink_tokens": 3, "token_mask": token_mask, **extras}
     whole, final = rfa_attention(**inputs, **options, output_final_state=True)
     output, state = run_in_pieces(inputs, CUTS[cuts], **options)
     assert_near(output, whole, 1e-11)
     assert_equal_states(state, final)
     for row in range(3):
-        bare = tokens(inputs, valid[row].nonzero()[:, 0], slice(row, row + 1))
-        bare_options = {name: value for name, value in options.items() if name != "valid"}
+        bare = tokens(inputs, token_mask[row].nonzero()[:, 0], slice(row, row + 1))
+        bare_options = {name: value for name, value in options.items() if name != "token_mask"}
         alone, state_alone = rfa_attention(**bare, **bare_options, output_final_state=True)
-        assert_near(output[row : row + 1, :, valid[row]], alone, 1e-11, f"row {row}")
-        linear = dataclasses.replace(final, exact_key=None, exact_value=None, exact_valid=None)
-        linear_alone = dataclasses.replace(state_alone, exact_key=None, exact_value=None, exact_valid=None)
+        assert_near(output[row : row + 1, :, token_mask[row]], alone, 1e-11, f"row {row}")
+        linear = dataclasses.replace(final, exact_key=None, exact_value=None, exact_mask=None)
+        linear_alone = dataclasses.replace(state_alone, exact_key=None, exact_value=None, exact_mask=None)
         assert_equal_states(linear.select_rows(torch.tensor([row])), linear_alone)
 
 
@@ -220,12 +220,12 @@ def test_padding_in_every_piece(cuts, extras, window):
 @pytest.mark.parametrize("cut", [10, 20, 25, 44])
 def test_the_first_document_of_a_piece_continues_the_state(cut, softmax_heads, window):
     # Documents end at 20 and 33; the cut lies inside one, or between two.
-    document = torch.repeat_interleave(torch.tensor([0, 1, 2]), torch.tensor([20, 13, N - 33])).expand(2, -1)
+    segment_ids = torch.repeat_interleave(torch.tensor([0, 1, 2]), torch.tensor([20, 13, N - 33])).expand(2, -1)
     inputs = random_inputs(N)
     options = {"window": window, "alpha": 0.6, "softmax_heads": softmax_heads}
-    whole, final = rfa_attention(**inputs, **options, document=document, output_final_state=True)
+    whole, final = rfa_attention(**inputs, **options, segment_ids=segment_ids, output_final_state=True)
     pieces = [cut, N - cut] if cut != 20 else [cut - 5, N - cut + 5]
-    output, state = run_in_pieces(inputs, pieces, **options, document=document)
+    output, state = run_in_pieces(inputs, pieces, **options, segment_ids=segment_ids)
     assert_near(output, whole, 1e-11)
     if len(softmax_heads) < 2:
         assert_near(true_sums(state), true_sums(final), 1e-11)
@@ -240,9 +240,9 @@ def test_the_first_document_of_a_piece_continues_the_state(cut, softmax_heads, w
 
 @pytest.mark.parametrize("softmax_heads", [(), (1,), (0, 1)])
 def test_count_is_that_of_the_last_document(softmax_heads):
-    document = torch.tensor([[0] * 20 + [1] * 40, [0] * 50 + [1] * 10])
+    segment_ids = torch.tensor([[0] * 20 + [1] * 40, [0] * 50 + [1] * 10])
     _, state = rfa_attention(
-        **random_inputs(N), window=8, document=document, softmax_heads=softmax_heads, output_final_state=True
+        **random_inputs(N), window=8, segment_ids=segment_ids, softmax_heads=softmax_heads, output_final_state=True
     )
     assert state.count.tolist() == [40, 10]
 
@@ -252,10 +252,12 @@ def test_count_is_that_of_the_last_document(softmax_heads):
 def test_padding_behind_the_last_document_does_not_end_it(softmax_heads, number):
     # The document number of padding means nothing, in the state neither.
     inputs, more = random_inputs(N), random_inputs(5, seed=1)
-    valid = (torch.arange(N) < N - 7).expand(2, -1)
-    document = torch.where(valid, (torch.arange(N) >= 30).long(), number)
+    token_mask = (torch.arange(N) < N - 7).expand(2, -1)
+    segment_ids = torch.where(token_mask, (torch.arange(N) >= 30).long(), number)
     options = {"window": 8, "alpha": 0.6, "softmax_heads": softmax_heads}
-    _, state = rfa_attention(**inputs, **options, valid=valid, document=document, output_final_state=True)
+    _, state = rfa_attention(
+        **inputs, **options, token_mask=token_mask, segment_ids=segment_ids, output_final_state=True
+    )
     after = rfa_attention(**more, **options, initial_state=state)
     last = tokens(inputs, slice(30, N - 7))
     joined = {name: t if name == "omega" else torch.cat([last[name], more[name]], dim=2) for name, t in inputs.items()}
@@ -351,14 +353,14 @@ def test_a_state_is_frozen():
 def test_select_rows(rows, softmax_heads, window):
     # Beams of generation: rows in another order, some twice, some dropped; here with different counts.
     inputs, more = random_inputs(N, batch=3), random_inputs(12, batch=len(rows), seed=1)
-    valid = torch.arange(N) >= torch.tensor([0, 3, 11])[:, None]
+    token_mask = torch.arange(N) >= torch.tensor([0, 3, 11])[:, None]
     options = {"window": window, "softmax_heads": softmax_heads, "output_final_state": True}
-    _, state = rfa_attention(**inputs, **options, valid=valid)
+    _, state = rfa_attention(**inputs, **options, token_mask=token_mask)
     chosen = state.select_rows(torch.tensor(rows))
     assert chosen.count.tolist() == state.count[rows].tolist()
     output, _ = run_in_pieces(more, [1, 1, 10], state=chosen, window=window, softmax_heads=softmax_heads)
     for index, row in enumerate(rows):
-        begin = tokens(inputs, valid[row].nonzero()[:, 0], slice(row, row + 1))
+        begin = tokens(inputs, token_mask[row].nonzero()[:, 0], slice(row, row + 1))
         end = tokens(more, slice(None), slice(index, index + 1))
         joined = {n: t if n == "omega" else torch.cat([t, end[n]], dim=2) for n, t in begin.items()}
         want = rfa_attention(**joined, window=window, softmax_heads=softmax_heads)[:, :, -12:]
@@ -382,20 +384,20 @@ def test_exact_heads_cache_all_keys(cuts, softmax_heads):
     _, state = run_in_pieces(inputs, CUTS[cuts], window=8, softmax_heads=softmax_heads)
     assert torch.equal(state.exact_key, inputs["key"][:, list(softmax_heads)])
     assert torch.equal(state.exact_value, inputs["value"][:, list(softmax_heads)])
-    assert state.exact_valid is None
+    assert state.exact_mask is None
     assert state.near_key.shape[1] == state.kv_state.shape[1] == 2 - len(softmax_heads)
 
 
 def test_exact_heads_remember_which_slots_hold_tokens():
     inputs = random_inputs(N)
-    valid = torch.arange(N) >= torch.tensor([0, 9])[:, None]
-    _, state = run_in_pieces(inputs, [20, 1, N - 21], window=8, softmax_heads=[1], valid=valid)
-    assert torch.equal(state.exact_valid, valid)
+    token_mask = torch.arange(N) >= torch.tensor([0, 9])[:, None]
+    _, state = run_in_pieces(inputs, [20, 1, N - 21], window=8, softmax_heads=[1], token_mask=token_mask)
+    assert torch.equal(state.exact_mask, token_mask)
     # Tokens without a mask follow: all of them hold tokens.
     _, state = rfa_attention(
         **random_inputs(3, seed=1), window=8, softmax_heads=[1], initial_state=state, output_final_state=True
     )
-    assert torch.equal(state.exact_valid, torch.cat([valid, torch.ones(2, 3, dtype=torch.bool)], dim=1))
+    assert torch.equal(state.exact_mask, torch.cat([token_mask, torch.ones(2, 3, dtype=torch.bool)], dim=1))
 
 
 def test_exact_heads_are_the_only_part_that_grows():
@@ -426,13 +428,13 @@ def test_sliding_windows_in_pieces(cuts, width):
 def test_sliding_windows_after_left_padding(cuts, width):
     inputs = random_inputs(N, batch=3)
     padding = [0, 3, 30]
-    valid = torch.arange(N) >= torch.tensor(padding)[:, None]
+    token_mask = torch.arange(N) >= torch.tensor(padding)[:, None]
     options = {"softmax_heads": [0, 1], "sliding_window": width}
-    output, state = run_in_pieces(inputs, CUTS[cuts], **options, valid=valid)
+    output, state = run_in_pieces(inputs, CUTS[cuts], **options, token_mask=token_mask)
     for row, pad in enumerate(padding):
         bare = rfa_attention(**tokens(inputs, slice(pad, N), slice(row, row + 1)), **options)
         assert_near(output[row : row + 1, :, pad:], bare, 1e-12, f"row {row}")
-    assert state.exact_valid.shape == (3, width - 1)
+    assert state.exact_mask.shape == (3, width - 1)
 
 
 # --- bidirectional --------------------------------------------------------------------------------------------------
@@ -468,14 +470,14 @@ def test_bidirectional_states_are_those_of_the_definition(feature_map, window, s
 @WINDOW
 def test_a_bidirectional_state_with_padding_and_documents(window):
     inputs, more = random_inputs(N), random_inputs(25, seed=1)
-    valid = torch.stack([torch.arange(N) >= 7, torch.arange(N) < 41])
-    document = torch.stack([torch.arange(N) >= 30, torch.arange(N) >= 20]).long()
+    token_mask = torch.stack([torch.arange(N) >= 7, torch.arange(N) < 41])
+    segment_ids = torch.stack([torch.arange(N) >= 30, torch.arange(N) >= 20]).long()
     options = {"window": window, "alpha": 0.6, "causal": False, "output_final_state": True}
     results = []
     for function in (rfa_attention, rfa_attention_reference):
-        first, state = function(**inputs, **options, valid=valid, document=document)
+        first, state = function(**inputs, **options, token_mask=token_mask, segment_ids=segment_ids)
         numbers = torch.tensor([[0] * 10 + [1] * 15, [0] * 25])
-        second, final = function(**more, **options, initial_state=state, document=numbers)
+        second, final = function(**more, **options, initial_state=state, segment_ids=numbers)
         results.append((first, state, second, final))
     (first, state, second, final), want = results
     assert_near(first, want[0], 1e-10)

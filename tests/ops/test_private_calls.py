@@ -42,8 +42,8 @@ def test_near_attention_with_and_without_the_kernel_of_torch(monkeypatch, padded
     for name in ("_kernel_attention", "_kernel_gradients", "_plain_attention", "_plain_gradients"):
         whole = getattr(near, name)
         monkeypatch.setattr(near, name, lambda *args, name=name, whole=whole: calls.append(name) or whole(*args))
-    valid = torch.arange(70).expand(2, -1) > 9 if padded else None
-    assert_same(both_ways(monkeypatch, near, "kernel_works", valid=valid), 2e-6)
+    token_mask = torch.arange(70).expand(2, -1) > 9 if padded else None
+    assert_same(both_ways(monkeypatch, near, "kernel_works", token_mask=token_mask), 2e-6)
     assert len(set(calls)) == 4
 
 

@@ -21,22 +21,22 @@ CPU = torch.device("cpu")
 
 def random_layout(draw: random.Random, length: int = N) -> Tensors:
     """Rows of documents, each row of another mixture of lengths, and padding on the left, the right and inside."""
-    document, valid = torch.empty(ROWS, length, dtype=torch.int64), torch.ones(ROWS, length, dtype=torch.bool)
+    segment_ids, token_mask = torch.empty(ROWS, length, dtype=torch.int64), torch.ones(ROWS, length, dtype=torch.bool)
     for row in range(ROWS):
         longest, number, slot = draw.choice([2, 5, 16, 17, 40, 70, length]), 0, 0
         while slot < length:
             size = draw.randint(1, longest)
-            document[row, slot : slot + size] = number
+            segment_ids[row, slot : slot + size] = number
             number, slot = number + draw.choice([1, 2]), slot + size
         left, right = draw.choice([0, 0, 3, 30]), draw.choice([0, 0, 1, 50])
-        valid[row, :left] = False
-        valid[row, length - right :] = False
+        token_mask[row, :left] = False
+        token_mask[row, length - right :] = False
         holes = draw.choice([0.0, 0.0, 0.1, 0.6])
-        valid[row] &= torch.tensor([draw.random() >= holes for _ in range(length)])
+        token_mask[row] &= torch.tensor([draw.random() >= holes for _ in range(length)])
     if draw.random() < 0.2:
-        valid[draw.randrange(ROWS)] = False
-    layout = {"document": document, "valid": valid}
-    for name in draw.choice([(), (), ("document",), ("valid",), ("document", "valid")]):
+        token_mask[draw.randrange(ROWS)] = False
+    layout = {"segment_ids": segment_ids, "token_mask": token_mask}
+    for name in draw.choice([(), (), ("segment_ids",), ("token_mask",), ("segment_ids", "token_mask")]):
         del layout[name]
     return layout
 
@@ -75,7 +75,7 @@ def test_a_state_goes_before_and_comes_after_every_mixture(seed, causal):
     before, options = random_call(1000 + seed, causal, 50)
     inputs = {**before, **random_inputs(N, batch=ROWS, size=1.0 if options["window"] else 0.5, seed=seed)}
     _, start = rfa_attention_reference(**before, **options, output_final_state=True)
-    for name in ("document", "valid"):
+    for name in ("segment_ids", "token_mask"):
         options.pop(name, None)
     options |= random_layout(random.Random(seed)) | {"initial_state": start}
     want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
@@ -97,16 +97,16 @@ def test_every_mixture_may_be_split_anywhere(seed):
     whole, final = rfa_attention(**inputs, **options, output_final_state=True)
     assert_near(rfa_attention(**inputs, **options), whole, 1e-11)
     cut = random.Random(seed).randrange(1, N)
-    document, valid = options.get("document"), options.get("valid")
-    if document is not None:
+    segment_ids, token_mask = options.get("segment_ids"), options.get("token_mask")
+    if segment_ids is not None:
         # The first document of a piece continues the state: the cut must go through one in every row, or behind none.
-        present = torch.ones(ROWS, N, dtype=torch.bool) if valid is None else valid
+        present = torch.ones(ROWS, N, dtype=torch.bool) if token_mask is None else token_mask
         for row in range(ROWS):
-            seen = [int(d) for d, v in zip(document[row], present[row], strict=True) if v]
+            seen = [int(d) for d, v in zip(segment_ids[row], present[row], strict=True) if v]
             if seen and int(present[row, :cut].sum()) < len(seen):
                 at = int(present[row, :cut].sum())
-                document[row] = torch.where(
-                    document[row] == (seen[at - 1] if at else seen[0]), seen[at], document[row]
+                segment_ids[row] = torch.where(
+                    segment_ids[row] == (seen[at - 1] if at else seen[0]), seen[at], segment_ids[row]
                 )
         whole, final = rfa_attention(**inputs, **options, output_final_state=True)
     output, state = run_in_pieces(inputs, [cut, N - cut], **options)
@@ -141,8 +141,8 @@ def test_blocks_of_exact_heads_grow_with_documents_and_not_with_the_row(monkeypa
         return original(query, key, value, **options)
 
     monkeypatch.setattr(softmax.F, "scaled_dot_product_attention", attention)
-    document = (torch.arange(1024) // 4)[None]
-    rfa_attention(**random_inputs(1024, batch=1), document=document, softmax_heads=(0, 1), window=8)
+    segment_ids = (torch.arange(1024) // 4)[None]
+    rfa_attention(**random_inputs(1024, batch=1), segment_ids=segment_ids, softmax_heads=(0, 1), window=8)
     assert widths == [softmax.QUERY_BLOCK] * 4
 
 
@@ -151,8 +151,8 @@ def test_blocks_of_exact_heads_grow_with_documents_and_not_with_the_row(monkeypa
 
 @pytest.mark.parametrize("length", [1, 4, 16, 32, 64, 100, 128])
 def test_short_documents_take_at_most_twice_their_tokens(length):
-    document = (torch.arange(4096) // length)[None]
-    plan = TokenLayout(None, document).short(1, 4096, ShortRule(128), CPU)
+    segment_ids = (torch.arange(4096) // length)[None]
+    plan = TokenLayout(None, segment_ids).short(1, 4096, ShortRule(128), CPU)
     assert plan.everything
     slots = sum(part.source.numel() for part in plan.tiles)
     assert 4096 <= slots < 2 * 4096
@@ -166,27 +166,27 @@ def test_a_tile_holds_whole_documents():
         documents = layout.documents(ROWS, N)
         plan = short_plan(documents, ShortRule(40), CPU)
         if plan is None:
-            assert layout.document is None
+            assert layout.segment_ids is None
             continue
         placed = torch.cat([part.target[part.target < ROWS * N] for part in plan.tiles])
         short = documents.length <= 40
         assert sorted(placed.tolist()) == sorted(documents.select(short).tokens().tolist())
         for part in plan.tiles:
-            for number in range(int(part.document.max()) + 1):
-                in_tiles, slots = (part.document == number).nonzero(as_tuple=True)
+            for number in range(int(part.segment_ids.max()) + 1):
+                in_tiles, slots = (part.segment_ids == number).nonzero(as_tuple=True)
                 assert len(set(in_tiles.tolist())) == 1
                 assert slots.tolist() == list(range(int(slots[0]), int(slots[-1]) + 1))
 
 
 def test_only_long_documents_are_laid_out_in_chunks():
-    document = torch.repeat_interleave(torch.arange(6), torch.tensor([4, 40, 4, 4, 17, 16]))[None]
-    layout = TokenLayout(None, document)
+    segment_ids = torch.repeat_interleave(torch.arange(6), torch.tensor([4, 40, 4, 4, 17, 16]))[None]
+    layout = TokenLayout(None, segment_ids)
     spec = PlanSpec(8, 4, history=False, final=False, short=ShortRule(16))
     plan = layout.plan(85, spec, torch.zeros(1, dtype=torch.int64), CPU)
-    assert plan.valid.shape == (1, 5 + 3, 8)
-    assert int(plan.token_valid.sum()) == int(plan.valid.sum()) == 57
+    assert plan.token_mask.shape == (1, 5 + 3, 8)
+    assert int(plan.placed.sum()) == int(plan.token_mask.sum()) == 57
     whole = layout.plan(85, PlanSpec(8, 4, history=False, final=False), torch.zeros(1, dtype=torch.int64), CPU)
-    assert whole.valid.shape == (1, 1 + 5 + 1 + 1 + 3 + 2, 8)
+    assert whole.token_mask.shape == (1, 1 + 5 + 1 + 1 + 3 + 2, 8)
 
 
 @pytest.mark.parametrize("window", [0, 8])
@@ -195,12 +195,12 @@ def test_nothing_is_walked_through_where_all_documents_are_short(window, causal,
     def walk(*args):
         raise AssertionError("walked")
 
-    monkeypatch.setattr(linear, "_walk", walk)
-    inputs, document = random_inputs(64), (torch.arange(64) // 16).expand(2, -1)
-    rfa_attention(**inputs, document=document, window=window, causal=causal)
+    monkeypatch.setattr(linear, "_run_form", walk)
+    inputs, segment_ids = random_inputs(64), (torch.arange(64) // 16).expand(2, -1)
+    rfa_attention(**inputs, segment_ids=segment_ids, window=window, causal=causal)
     rfa_attention(**tokens(inputs, slice(0, 16)), window=window, causal=causal)  # a row is a document, too
     with pytest.raises(AssertionError, match="walked"):
-        rfa_attention(**inputs, document=document, window=window, causal=causal, output_final_state=True)
+        rfa_attention(**inputs, segment_ids=segment_ids, window=window, causal=causal, output_final_state=True)
 
 
 def test_the_tables_of_documents_are_made_once_for_all_layers(monkeypatch):
@@ -219,8 +219,8 @@ def test_the_tables_of_documents_are_made_once_for_all_layers(monkeypatch):
 
 @pytest.mark.parametrize("window", [0, 64])
 def test_blocks_of_tiles_are_independent_of_each_other(window, monkeypatch):
-    inputs, document = random_inputs(200), (torch.arange(200) // 7).expand(2, -1)
-    options = {"window": window, "document": document, "feature_map": "positive"}
+    inputs, segment_ids = random_inputs(200), (torch.arange(200) // 7).expand(2, -1)
+    options = {"window": window, "segment_ids": segment_ids, "feature_map": "positive"}
     whole = with_gradients(rfa_attention, inputs, **options)
     monkeypatch.setattr(tiles, "BLOCK_SLOTS", 32)
     blocks = with_gradients(rfa_attention, inputs, **options)
@@ -233,7 +233,7 @@ def test_blocks_of_tiles_are_independent_of_each_other(window, monkeypatch):
 @pytest.mark.parametrize("window", [0, 8])
 def test_half_precision_inputs_are_computed_in_float32(dtype, window):
     inputs = random_inputs(64, dtype=dtype, size=0.5)
-    options = {"window": window, "document": (torch.arange(64) // 5).expand(2, -1)}
+    options = {"window": window, "segment_ids": (torch.arange(64) // 5).expand(2, -1)}
     wide = {name: t.float() for name, t in inputs.items()}
     got, gradients = with_gradients(rfa_attention, inputs, **options)
     want, want_gradients = with_gradients(rfa_attention, wide, **options)
@@ -247,10 +247,10 @@ def test_half_precision_inputs_are_computed_in_float32(dtype, window):
 
 def test_parameters_without_a_part_in_short_documents_get_zeros():
     # None would make DistributedDataParallel wait for a gradient that never comes.
-    inputs, document = random_inputs(60), (torch.arange(60) // 4).expand(2, -1)
+    inputs, segment_ids = random_inputs(60), (torch.arange(60) // 4).expand(2, -1)
     omega = inputs["omega"].requires_grad_()
     alpha, gamma = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    rfa_attention(**inputs, window=8, document=document, alpha=alpha, gamma=gamma).sum().backward()
+    rfa_attention(**inputs, window=8, segment_ids=segment_ids, alpha=alpha, gamma=gamma).sum().backward()
     for parameter in (omega, alpha, gamma):
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
@@ -262,8 +262,8 @@ def test_second_derivatives_of_the_bidirectional_form(logits):
     if logits is not None:
         inputs["sink_logits"] = torch.tensor(logits, dtype=torch.float64)
         names.append("sink_logits")
-    document = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]])
-    options = {"window": 3, "sink_tokens": 1, "causal": False, "document": document}
+    segment_ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]])
+    options = {"window": 3, "sink_tokens": 1, "causal": False, "segment_ids": segment_ids}
 
     def operator(*leaves):
         return rfa_attention(**{**inputs, **dict(zip(names, leaves, strict=True))}, **options)
@@ -286,10 +286,10 @@ def test_second_derivatives_of_the_bidirectional_form(logits):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [0, 8])
 def test_functional_gradients(window, causal):
-    inputs, document = random_inputs(60, size=0.5), (torch.arange(60) // 6).expand(2, -1)
+    inputs, segment_ids = random_inputs(60, size=0.5), (torch.arange(60) // 6).expand(2, -1)
 
     def loss(query: torch.Tensor) -> torch.Tensor:
-        output = rfa_attention(**{**inputs, "query": query}, window=window, document=document, causal=causal)
+        output = rfa_attention(**{**inputs, "query": query}, window=window, segment_ids=segment_ids, causal=causal)
         return output.square().sum()
 
     query = inputs["query"].clone().requires_grad_()
@@ -299,12 +299,17 @@ def test_functional_gradients(window, causal):
 
 @pytest.mark.parametrize("window", [0, 8])
 def test_queries_with_far_keys_are_counted_once(window):
-    inputs, document = random_inputs(400, dtype=torch.float32), (torch.arange(400) // 7).expand(2, -1)
-    valid = torch.arange(400).expand(2, -1) >= 13
+    inputs, segment_ids = random_inputs(400, dtype=torch.float32), (torch.arange(400) // 7).expand(2, -1)
+    token_mask = torch.arange(400).expand(2, -1) >= 13
     inputs["query"].requires_grad_()
     statistics = FarStatistics()
     output = rfa_attention(
-        **inputs, window=window, document=document, valid=valid, feature_map="trigonometric", statistics=statistics
+        **inputs,
+        window=window,
+        segment_ids=segment_ids,
+        token_mask=token_mask,
+        feature_map="trigonometric",
+        statistics=statistics,
     )
     output.sum().backward()
     seen, zero = int(statistics.queries), int((output == 0).all(-1)[:, :, 13:].sum())

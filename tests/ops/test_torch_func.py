@@ -14,14 +14,14 @@ CALLS = {
     "causal, of maps with a maximum": {"feature_map": "positive"},
     "without a window": {"window": 0, "sink_tokens": 0},
     "both sides": {"causal": False},
-    "padding": {"valid": VALID},
-    "padding, both sides": {"valid": VALID, "causal": False},
-    "packing": {"document": (torch.arange(N) // 15).expand(2, -1)},
+    "padding": {"token_mask": VALID},
+    "padding, both sides": {"token_mask": VALID, "causal": False},
+    "packing": {"segment_ids": (torch.arange(N) // 15).expand(2, -1)},
     "an exact head": {"softmax_heads": (1,)},
-    "an exact head, padding": {"softmax_heads": (1,), "valid": VALID},
-    "an exact head, packing": {"softmax_heads": (1,), "document": (torch.arange(N) // 15).expand(2, -1)},
+    "an exact head, padding": {"softmax_heads": (1,), "token_mask": VALID},
+    "an exact head, packing": {"softmax_heads": (1,), "segment_ids": (torch.arange(N) // 15).expand(2, -1)},
     "one token": {"length": 1},
-    "one token, padding": {"length": 1, "valid": torch.tensor([[True], [False]])},
+    "one token, padding": {"length": 1, "token_mask": torch.tensor([[True], [False]])},
     "the kernels of Triton": {"backend": "triton", "length": 25},
 }
 
@@ -78,11 +78,11 @@ def test_gradients_of_each_example_and_of_all(name):
 
 def test_padding_that_is_mapped_over_is_refused():
     inputs = random_inputs(N)
-    valid = VALID[:, None].expand(-1, 2, -1)
+    token_mask = VALID[:, None].expand(-1, 2, -1)
     with pytest.raises(
         hf_rfa.ConfigError, match=r"must be the same for everything that `torch\.func\.vmap` maps over"
     ):
-        torch.func.vmap(lambda valid: hf_rfa.rfa_attention(**inputs, window=8, valid=valid))(valid)
+        torch.func.vmap(lambda token_mask: hf_rfa.rfa_attention(**inputs, window=8, token_mask=token_mask))(token_mask)
 
 
 def test_second_derivatives_are_refused_with_a_reason():

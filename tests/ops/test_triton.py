@@ -81,8 +81,8 @@ def test_every_map_with_all_its_parameters(feature_map, near):
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 100])
 def test_lengths(length):
     # One token alone is a decoding step, which is never the kernels'; two documents make it theirs.
-    document = torch.zeros(1, length, dtype=torch.int64)
-    compare(small(length), feature_map="hyperbolic", window=64, sink_tokens=4, alpha=0.4, document=document)
+    segment_ids = torch.zeros(1, length, dtype=torch.int64)
+    compare(small(length), feature_map="hyperbolic", window=64, sink_tokens=4, alpha=0.4, segment_ids=segment_ids)
 
 
 def test_several_blocks_of_chunks():
@@ -98,10 +98,10 @@ def test_head_dims_and_shared_key_heads(dim, value_dim, heads, key_heads):
 
 @pytest.mark.parametrize("near", WINDOWS)
 def test_padding_and_packed_documents(near):
-    valid = torch.ones(2, 70, dtype=torch.bool)
-    valid[0, :11] = valid[1, 40:43] = False
-    document = (torch.arange(70) >= torch.tensor([[25], [37]])).long()
-    options = {"valid": valid, "document": document, "alpha": 0.4}
+    token_mask = torch.ones(2, 70, dtype=torch.bool)
+    token_mask[0, :11] = token_mask[1, 40:43] = False
+    segment_ids = (torch.arange(70) >= torch.tensor([[25], [37]])).long()
+    options = {"token_mask": token_mask, "segment_ids": segment_ids, "alpha": 0.4}
     compare(small(70, batch=2), feature_map="hyperbolic", **options, **WINDOWS[near])
 
 

@@ -100,8 +100,8 @@ def test_the_loss_of_a_flattened_batch_is_the_loss_of_its_documents(family):
     documents = [{"input_ids": token_ids(1, n, seed=n)[0].tolist()} for n in (30, 3, 25, 12)]
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents)
     total, count = 0.0, 0
-    for document in documents:
-        ids = torch.tensor([document["input_ids"]])
+    for segment_ids in documents:
+        ids = torch.tensor([segment_ids["input_ids"]])
         with torch.no_grad():
             total += model(ids, labels=ids, use_cache=False).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1

@@ -181,7 +181,7 @@ def test_a_decoding_step_looks_at_its_own_column_of_the_padding_mask_only(config
     ids, mask = left_padded()
     expected = generate(model, ids, attention_mask=mask)
     asked, layout = [], RFAMask.layout
-    monkeypatch.setattr(RFAMask, "valid", property(lambda mask: pytest.fail("looked through the whole mask")))
+    monkeypatch.setattr(RFAMask, "token_mask", property(lambda mask: pytest.fail("looked through the whole mask")))
     monkeypatch.setattr(RFAMask, "layout", lambda mask, length: (asked.append(length), layout(mask, length))[1])
     assert torch.equal(generate(model, ids, attention_mask=mask), expected)
     assert set(asked) == {ids.shape[1], 1}

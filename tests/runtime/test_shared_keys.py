@@ -201,8 +201,8 @@ def test_a_left_padded_batch(family, config):
     ids = ids.clamp_max(59)
     tokens = generate(model, ids, NEW, attention_mask=mask)
     assert torch.equal(tokens, continue_greedily(model, ids, NEW, mask))
-    for row, valid in enumerate(mask.bool()):
-        bare = generate(model, ids[row][valid][None], NEW)
+    for row, token_mask in enumerate(mask.bool()):
+        bare = generate(model, ids[row][token_mask][None], NEW)
         assert torch.equal(tokens[row, -NEW:], bare[0, -NEW:]), f"row {row}"
 
 

@@ -79,18 +79,18 @@ class Sums:
         shrink: (A, n) e.
         extended: (A, n, C, M + 1), w [v, 1].
         key_scale: (A, n, C), the log-scale of the far keys, -inf where a key is not added.
-        read_peak: (A, n), m as each chunk reads it.
+        read_log_max: (A, n), m as each chunk reads it.
         query_scale: (A, n, R), the log-scale of the queries' features.
-        end_peak: (A), m after the block.
+        end_log_max: (A), m after the block.
     """
 
     weights: torch.Tensor
     shrink: torch.Tensor
     extended: torch.Tensor
     key_scale: torch.Tensor
-    read_peak: torch.Tensor
+    read_log_max: torch.Tensor
     query_scale: torch.Tensor
-    end_peak: torch.Tensor
+    end_log_max: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class OwnKeys:
+class IntraChunk:
     """No window: how a chunk's own keys count. exp(scale_j - base_r) and psi(q_r).psi(k_j), both (A, n, R, C), base
     (A, n, R), and exp(m - base) (A, n, R), with which the state is read."""
 
@@ -136,7 +136,7 @@ def finite(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
-def block_sums(block: Block, psi: Features, carry_peak: torch.Tensor, scratch: Scratch) -> Sums:
+def block_sums(block: Block, psi: Features, log_max: torch.Tensor, scratch: Scratch) -> Sums:
     """What the block adds to far sums that are divided by exp(carry_peak)."""
     key_scale, query_scale = psi.key_scale, psi.query_scale
     if block.decay is not None:
@@ -145,12 +145,12 @@ def block_sums(block: Block, psi: Features, carry_peak: torch.Tensor, scratch: S
             key_scale = key_scale + block.decay[:, :-1, -1:]
         query_scale = query_scale + block.decay[:, 1:].repeat(1, 1, block.groups)
     key_scale = key_scale.masked_fill(~block.fold, -torch.inf)
-    read_peak, after, end_peak = _running_peak(block, key_scale.amax(-1), carry_peak)
+    read_log_max, after, end_log_max = _running_max(block, key_scale.amax(-1), log_max)
     base = finite(after)
-    shrink = (read_peak - base).exp_()
+    shrink = (read_log_max - base).exp_()
     weights = (key_scale - base.unsqueeze(-1)).exp_()
     extended = extend(block.value[:, block.far], weights, scratch)
-    return Sums(weights, shrink, extended, key_scale, read_peak, query_scale, end_peak)
+    return Sums(weights, shrink, extended, key_scale, read_log_max, query_scale, end_log_max)
 
 
 def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch) -> Parts:
@@ -170,26 +170,26 @@ def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, sc
             windows(block.value, block.sink_value, scratch, "near values"),
         )
         near, near_log = near_attention(block.query, *near_keys, block.mask, block.scaling)
-        return Parts(near, near_log, far, sums.query_scale + sums.read_peak.unsqueeze(-1))
-    own = own_keys(block, psi, sums)
+        return Parts(near, near_log, far, sums.query_scale + sums.read_log_max.unsqueeze(-1))
+    own = intra_chunk(block, psi, sums)
     far.mul_(own.lifted.unsqueeze(-1))
     far += (own.weights * own.scores) @ extend(block.value[:, 1:], None, scratch)
     return Parts(None, None, far, sums.query_scale + own.base)
 
 
-def _running_peak(
-    block: Block, peaks: torch.Tensor, peak: torch.Tensor
+def _running_max(
+    block: Block, log_maxima: torch.Tensor, log_max: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """m as each chunk reads it (A, n), m after each addition (A, n), and m after the block (A)."""
     if block.steady and block.decay is None:
-        running = torch.cat([peak.unsqueeze(1), peaks], dim=1).cummax(1).values
+        running = torch.cat([log_max.unsqueeze(1), log_maxima], dim=1).cummax(1).values
         return running[:, :-1], running[:, 1:], running[:, -1]
     read, after = [], []
-    for i in range(peaks.shape[1]):
-        read.append(peak.masked_fill(~block.keep[:, i], -torch.inf))
-        after.append(torch.maximum(read[-1], peaks[:, i]))
-        peak = after[-1] if block.decay is None else after[-1] + block.decay[:, i + 1, -1]
-    return torch.stack(read, 1), torch.stack(after, 1), peak
+    for i in range(log_maxima.shape[1]):
+        read.append(log_max.masked_fill(~block.keep[:, i], -torch.inf))
+        after.append(torch.maximum(read[-1], log_maxima[:, i]))
+        log_max = after[-1] if block.decay is None else after[-1] + block.decay[:, i + 1, -1]
+    return torch.stack(read, 1), torch.stack(after, 1), log_max
 
 
 def extend(value: torch.Tensor, weights: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
@@ -204,18 +204,18 @@ def extend(value: torch.Tensor, weights: torch.Tensor | None, scratch: Scratch) 
     return whole
 
 
-def own_keys(block: Block, psi: Features, sums: Sums) -> OwnKeys:
+def intra_chunk(block: Block, psi: Features, sums: Sums) -> IntraChunk:
     """The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing."""
-    key_scale, read_peak = sums.key_scale, sums.read_peak
+    key_scale, read_log_max = sums.key_scale, sums.read_log_max
     chunk, groups = key_scale.shape[-1], block.groups
-    base = torch.maximum(key_scale.cummax(-1).values, read_peak.unsqueeze(-1))
+    base = torch.maximum(key_scale.cummax(-1).values, read_log_max.unsqueeze(-1))
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=base.device).tril()
     weights = key_scale.unsqueeze(-2) - finite(base).unsqueeze(-1)
     weights = weights.masked_fill_(~causal, -torch.inf).exp_()
-    lifted = (read_peak.unsqueeze(-1) - finite(base)).exp()
+    lifted = (read_log_max.unsqueeze(-1) - finite(base)).exp()
     if groups > 1:
         weights, base, lifted = weights.repeat(1, 1, groups, 1), base.repeat(1, 1, groups), lifted.repeat(1, 1, groups)
-    return OwnKeys(weights, psi.query @ psi.key.mT, base, lifted)
+    return IntraChunk(weights, psi.query @ psi.key.mT, base, lifted)
 
 
 def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:

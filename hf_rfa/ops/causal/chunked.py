@@ -2,7 +2,7 @@
 
 Chunk c attends exactly to chunks c - 1 and c and to the sinks, and to all earlier keys through a running sum of
 features. `window = 0` has no exact part: the own chunk goes through the features too. This module aligns the tokens,
-`causal_function` walks over them, and what remains is put into a state.
+`causal.function` goes over them, and what remains is put into a state.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.causal.function import WalkSettings, causal_attention
-from hf_rfa.ops.causal.passes import Walk, WalkInputs
+from hf_rfa.ops.causal.function import PassSettings, causal_attention
+from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import FarStatistics, Part
 from hf_rfa.ops.layout import Plan, PlanSpec
@@ -30,9 +30,9 @@ def chunked_causal(
     if wanted.
     """
     aligned = align(call, output_final_state, short)
-    settings = WalkSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
-    output, carry, peak = causal_attention(aligned.inputs, settings)
-    final = final_state(aligned, carry, peak, call.window) if output_final_state else None
+    settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
+    output, kv_state, log_max = causal_attention(aligned.inputs, settings)
+    final = final_state(aligned, kv_state, log_max, call.window) if output_final_state else None
     return tokens_of(output, aligned.plan, call.query.shape[3]), final
 
 
@@ -42,12 +42,12 @@ class CausalPass:
     def __init__(self, call: OperatorCall) -> None:
         aligned = align(call, output_final_state=False)
         self.plan = aligned.plan
-        self._walk = Walk(aligned.inputs, call.far, self.plan, call.window, call.scaling)
+        self._pass = ChunkedPass(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
         """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
-        heads = self._walk.inputs.key.shape[1]
-        for span, _, parts, _, _ in self._walk.forward():
+        heads = self._pass.inputs.key.shape[1]
+        for span, _, parts, _, _ in self._pass.forward():
             # Cloned: the next block writes over it.
             far, far_log = (x.unflatten(0, (-1, heads)) for x in (parts.far.clone(), parts.far_log))
             near = None
@@ -61,7 +61,7 @@ class CausalPass:
 class Aligned:
     """The tokens of a call, each document from a chunk boundary on, behind the near keys of the state."""
 
-    inputs: WalkInputs
+    inputs: PassInputs
     plan: Plan
     state: RFAState
 
@@ -84,19 +84,21 @@ def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None 
         key, value = take(key, plan.source), take(value, plan.source)
         query = take(query.flatten(1, 2), plan.source).unflatten(1, (heads, groups))
     wide = accumulation_dtype(key.dtype)
-    decay, peak = None, state.log_max.to(wide)
+    decay, log_max = None, state.log_max.to(wide)
     if call.far.gate_weight is not None:
         log_gate = call.far.log_gate(key.to(wide))
         assert log_gate is not None
-        log_gate = F.pad(log_gate, (0, plan.valid[0].numel() - key.shape[2])).unflatten(2, plan.valid.shape[1:])
-        log_gate = log_gate.masked_fill(~plan.valid.unsqueeze(1), 0.0)
+        log_gate = F.pad(log_gate, (0, plan.token_mask[0].numel() - key.shape[2])).unflatten(
+            2, plan.token_mask.shape[1:]
+        )
+        log_gate = log_gate.masked_fill(~plan.token_mask.unsqueeze(1), 0.0)
         decay = log_gate.cumsum(-1)
-        if history:  # the state counts from its last token, the walk from its first
-            remembered = plan.valid & ~plan.asked
-            peak = peak - torch.where(remembered.unsqueeze(1), log_gate, 0.0).sum((-2, -1))
-    inputs = WalkInputs(
+        if history:  # the state counts from its last token, the pass from its first
+            remembered = plan.token_mask & ~plan.asked
+            log_max = log_max - torch.where(remembered.unsqueeze(1), log_gate, 0.0).sum((-2, -1))
+    inputs = PassInputs(
         query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
-        state.kv_state.to(wide), peak,
+        state.kv_state.to(wide), log_max,
     )  # fmt: skip
     return Aligned(inputs, plan, state)
 
@@ -105,17 +107,17 @@ def _wide(call: OperatorCall) -> torch.Tensor | None:
     return None if call.sink_logits is None else call.sink_logits.to(accumulation_dtype(call.query.dtype))
 
 
-def final_state(aligned: Aligned, carry: torch.Tensor, peak: torch.Tensor, window: int) -> RFAState:
+def final_state(aligned: Aligned, kv_state: torch.Tensor, log_max: torch.Tensor, window: int) -> RFAState:
     """The state after a call, from the far sums after its last chunk."""
     plan, state, inputs = aligned.plan, aligned.state, aligned.inputs
-    count = plan.count.expand(carry.shape[0]).clone()
+    count = plan.count.expand(kv_state.shape[0]).clone()
     if not window:
-        return RFAState(carry, peak, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
+        return RFAState(kv_state, log_max, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
     last = plan.last[:, None]
     both = torch.cat([last - 1, last], dim=1)
     # Slots that hold no token of the document are zero, so that the state is a function of the tokens alone.
-    belongs = (both >= 0) & (plan.document.gather(1, both.clamp_min(0)) == plan.document.gather(1, last))
-    filled = take(plan.valid.unsqueeze(1), both.clamp_min(0)) & belongs[:, None, :, None]
+    belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, last))
+    filled = take(plan.token_mask.unsqueeze(1), both.clamp_min(0)) & belongs[:, None, :, None]
     first = plan.sink_chunk.gather(1, last)
     sinks = inputs.sink_key.shape[2]
     slots = torch.arange(sinks, device=last.device)
@@ -131,7 +133,7 @@ def final_state(aligned: Aligned, carry: torch.Tensor, peak: torch.Tensor, windo
         return torch.where(given, torch.where(stored, of_state, new), 0.0)
 
     return RFAState(
-        carry, peak, near(inputs.key), near(inputs.value), sink(inputs.key, inputs.sink_key),
+        kv_state, log_max, near(inputs.key), near(inputs.value), sink(inputs.key, inputs.sink_key),
         sink(inputs.value, inputs.sink_value), count,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The causal operator as a differentiable function: its backward pass walks the blocks again, from the last one on."""
+"""The causal operator as a differentiable function: its backward pass goes over the blocks again, last first."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
 from hf_rfa.ops.causal.gradients import Answered, block_gradients
-from hf_rfa.ops.causal.passes import Walk, WalkInputs, features_of
+from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.recomputing import Flags, follows, recomputing
@@ -22,8 +22,8 @@ KERNEL = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class WalkSettings:
-    """What a walk depends on besides tensors with gradients."""
+class PassSettings:
+    """What a pass depends on besides tensors with gradients."""
 
     far: FarKernel
     plan: Plan
@@ -32,7 +32,7 @@ class WalkSettings:
     statistics: FarStatistics | None
 
 
-def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk.
 
     The output is of value's type without gradients and wide with them, where one is added to the other.
@@ -42,113 +42,124 @@ def causal_attention(inputs: WalkInputs, settings: WalkSettings) -> tuple[torch.
     if any(follows([*tensors, *kernel.values()])):
         tensors = [None if t is None else t.to(inputs.wide) for t in tensors]
     constant = (2,) if inputs.decay is None else ()
-    output, carry, peak = recomputing(_Recipe(settings, constant), *tensors, *kernel.values())
-    return output, carry, peak
+    output, kv_state, log_max = recomputing(_Recipe(settings, constant), *tensors, *kernel.values())
+    return output, kv_state, log_max
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     """What the backward pass needs: S and m at the start of each block (A, F, M + 1), (A), L and b / Z (A, n, R)."""
 
-    carries: torch.Tensor
-    peaks: torch.Tensor
+    kv_states: torch.Tensor
+    log_maxima: torch.Tensor
     log_total: torch.Tensor
     far_weight: torch.Tensor
 
 
 def _run(
-    walk: Walk, statistics: FarStatistics | None, keep: bool
+    chunked: ChunkedPass, statistics: FarStatistics | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
     """Output, S and m after the last chunk, and what is kept, if wanted."""
-    inputs, plan = walk.inputs, walk.plan
+    inputs, plan = chunked.inputs, chunked.plan
     batch, heads, groups, length, _ = inputs.query.shape
-    spans = walk.spans()
+    spans = chunked.spans()
     output = inputs.value.new_empty(batch, heads, groups, length, inputs.value.shape[-1])
-    carry, peak = inputs.carry.flatten(0, 1), inputs.carry_peak.flatten(0, 1)
+    kv_state, log_max = inputs.kv_state.flatten(0, 1), inputs.log_max.flatten(0, 1)
     kept = None
     if keep:
-        rows = (len(carry), plan.valid.shape[1], groups * walk.chunk)
+        rows = (len(kv_state), plan.token_mask.shape[1], groups * chunked.chunk)
         kept = _Kept(
-            carry.new_empty(len(spans), *carry.shape), peak.new_empty(len(spans), *peak.shape),
-            carry.new_empty(rows), carry.new_empty(rows),
+            kv_state.new_empty(len(spans), *kv_state.shape), log_max.new_empty(len(spans), *log_max.shape),
+            kv_state.new_empty(rows), kv_state.new_empty(rows),
         )  # fmt: skip
-        kept.carries[0], kept.peaks[0] = carry, peak
-    for number, (span, block, parts, state, end_peak) in enumerate(walk.forward()):
-        rows_of_block = walk.target(output, span)
+        kept.kv_states[0], kept.log_maxima[0] = kv_state, log_max
+    for number, (span, block, parts, state, end_log_max) in enumerate(chunked.forward()):
+        rows_of_block = chunked.target(output, span)
         combined = combine_block(block, parts, rows_of_block)
-        walk.put(output, rows_of_block, span)
+        chunked.put(output, rows_of_block, span)
         if kept is not None:
             kept.log_total[:, span], kept.far_weight[:, span] = combined.log_total, combined.far_weight
             if number + 1 < len(spans):
-                kept.carries[number + 1], kept.peaks[number + 1] = state.mT, end_peak
+                kept.kv_states[number + 1], kept.log_maxima[number + 1] = state.mT, end_log_max
         if statistics is not None:
-            walk.count(combined, span, statistics)
-    final = state.mT.contiguous().view_as(inputs.carry)
-    return output, final, end_peak.contiguous().view_as(inputs.carry_peak), kept
+            chunked.count(combined, span, statistics)
+    final = state.mT.contiguous().view_as(inputs.kv_state)
+    return output, final, end_log_max.contiguous().view_as(inputs.log_max), kept
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """Output, S and m after the last chunk, from the tensors of `WalkInputs` and `KERNEL`; see `ops.recomputing`."""
+    """Output, S and m after the last chunk, from the tensors of `PassInputs` and `KERNEL`; see `ops.recomputing`."""
 
-    settings: WalkSettings
+    settings: PassSettings
     constant: tuple[int, ...]
     outputs: int = 3
 
     def forward(self, tensors: Sequence[torch.Tensor | None], followed: Flags) -> tuple[torch.Tensor, ...]:
-        output, carry, peak, kept = _run(self._walk(tensors, followed), self.settings.statistics, any(followed))
-        return output, carry, peak, *(() if kept is None else vars(kept).values())
+        output, kv_state, log_max, kept = _run(self._pass(tensors, followed), self.settings.statistics, any(followed))
+        return output, kv_state, log_max, *(() if kept is None else vars(kept).values())
 
     def backward(
         self, tensors: Sequence[Any], outputs: Sequence[Any], kept: Sequence[Any], above: Sequence[Any],
         followed: Flags,
     ) -> list[torch.Tensor | None]:  # fmt: skip
-        walk, answer, (carries, peaks, log_total, far_weight) = self._walk(tensors, followed), outputs[0], kept
-        output, carry, peak = above
-        carry = torch.zeros_like(carries[0]) if carry is None else carry.flatten(0, 1)
-        peak = torch.zeros_like(peaks[0]) if peak is None else peak.flatten(0, 1)
-        with torch.autocast(carries.device.type, enabled=False):
-            back = _Backward(walk, followed[-len(KERNEL) :], carry, peak)
-            for number, span in reversed(list(enumerate(walk.spans()))):
-                answered = Answered(walk.queries(answer, span), log_total[:, span], far_weight[:, span])
-                back.step(span, carries[number], peaks[number], answered, output)
+        chunked, answer, (kv_states, log_maxima, log_total, far_weight) = (
+            self._pass(tensors, followed),
+            outputs[0],
+            kept,
+        )
+        output, kv_state, log_max = above
+        kv_state = torch.zeros_like(kv_states[0]) if kv_state is None else kv_state.flatten(0, 1)
+        log_max = torch.zeros_like(log_maxima[0]) if log_max is None else log_max.flatten(0, 1)
+        with torch.autocast(kv_states.device.type, enabled=False):
+            back = _Backward(chunked, followed[-len(KERNEL) :], kv_state, log_max)
+            for number, span in reversed(list(enumerate(chunked.spans()))):
+                answered = Answered(chunked.queries(answer, span), log_total[:, span], far_weight[:, span])
+                back.step(span, kv_states[number], log_maxima[number], answered, output)
         return back.gradients()
 
-    def _walk(self, tensors: Sequence[Any], followed: Flags) -> Walk:
-        count, settings = len(dataclasses.fields(WalkInputs)), self.settings
+    def _pass(self, tensors: Sequence[Any], followed: Flags) -> ChunkedPass:
+        count, settings = len(dataclasses.fields(PassInputs)), self.settings
         far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
-        inputs = WalkInputs(*tensors[:count])
+        inputs = PassInputs(*tensors[:count])
         learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
-        return Walk(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
+        return ChunkedPass(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
 
 
 class _Backward:
-    """The gradients of a walk's tensors, gathered from its last block to the first."""
+    """The gradients of a pass's tensors, gathered from its last block to the first."""
 
-    def __init__(self, walk: Walk, wanted: Sequence[bool], carry: torch.Tensor, peak: torch.Tensor) -> None:
-        inputs = walk.inputs
-        self.walk, self.carry, self.peak = walk, carry, peak
+    def __init__(
+        self, chunked: ChunkedPass, wanted: Sequence[bool], kv_state: torch.Tensor, log_max: torch.Tensor
+    ) -> None:
+        inputs = chunked.inputs
+        self.chunked, self.kv_state, self.log_max = chunked, kv_state, log_max
         self.query, key, value, sink_key, sink_value = (
             torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in (inputs.query, inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
         )
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.sink_key, self.sink_value = sink_key.zero_().flatten(0, 1), sink_value.zero_().flatten(0, 1)
-        self.sink_rows = [torch.zeros_like(rows) for rows in walk.sink_rows]
+        self.sink_rows = [torch.zeros_like(rows) for rows in chunked.sink_rows]
         self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
         self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
-        self.log_gamma = torch.zeros_like(walk.far.gamma)
+        self.log_gamma = torch.zeros_like(chunked.far.gamma)
         # gamma has no part in the features.
         names = [name for name, need in zip(KERNEL, wanted, strict=True) if need and name != "gamma"]
-        self.leaves = {name: getattr(walk.far, name) for name in names}
+        self.leaves = {name: getattr(chunked.far, name) for name in names}
         self.kernel = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
 
     def step(
-        self, span: slice, carry: torch.Tensor, peak: torch.Tensor, answered: Answered, output: torch.Tensor | None
+        self,
+        span: slice,
+        kv_state: torch.Tensor,
+        log_max: torch.Tensor,
+        answered: Answered,
+        output: torch.Tensor | None,
     ) -> None:
-        """Go back over one block, which began with the state (carry, peak)."""
-        walk, block = self.walk, self.walk.block(span)
-        made = walk.bounded_psi(block)  # as in the forward pass: L and b / Z are those of its features
+        """Go back over one block, which began with the state (kv_state, log_max)."""
+        chunked, block = self.chunked, self.chunked.block(span)
+        made = chunked.bounded_psi(block)  # as in the forward pass: L and b / Z are those of its features
         if made is not None:
             psi = features_of(made)
         else:
@@ -156,56 +167,58 @@ class _Backward:
             tensors = (block.query, block.key[:, block.far], *self.leaves.values())
             recorded, pull_back = torch.func.vjp(self._psi, *tensors)[:2]
             psi = Features(*recorded)
-        sums = block_sums(block, psi, peak, walk.scratch)
-        above = torch.zeros_like(answered.output) if output is None else walk.queries(output, span)
-        gradients = block_gradients(block, psi, sums, answered, carry, above, self.carry, self.peak, walk.scratch)
-        self.carry = gradients.carry
+        sums = block_sums(block, psi, log_max, chunked.scratch)
+        above = torch.zeros_like(answered.output) if output is None else chunked.queries(output, span)
+        gradients = block_gradients(
+            block, psi, sums, answered, kv_state, above, self.kv_state, self.log_max, chunked.scratch
+        )
+        self.kv_state = gradients.kv_state
         self.log_gamma += gradients.psi.query_scale.sum((1, 2)).view(-1, len(self.log_gamma)).sum(0)
         if made is not None:
-            query, key = walk.bounded_gradients(made, gradients.psi)
+            query, key = chunked.bounded_gradients(made, gradients.psi)
         else:
             query, key, *kernel = pull_back(_tensors(gradients.psi))
             for name, gradient in zip(self.leaves, kernel, strict=True):
                 self.kernel[name] += gradient
         if gradients.near is not None:
             near = gradients.near
-            rows = walk.target(self.query, span)
+            rows = chunked.target(self.query, span)
             query = torch.add(query, near.query, out=rows)
             near.key[:, block.far] += key
             key = near.key
             self.sink_rows[0][:, span], self.sink_rows[1][:, span] = near.sink_key, near.sink_value
         else:
             key = F.pad(key, (0, 0, 0, 0, 1, 0))  # there is a chunk before the block's own
-        walk.put(self.query, query, span)
-        walk.put_keys(self.key, key, span)
-        walk.put_keys(self.value, gradients.value, span)
-        if self.decay is not None and gradients.decay is not None and gradients.carry_peak is not None:
+        chunked.put(self.query, query, span)
+        chunked.put_keys(self.key, key, span)
+        chunked.put_keys(self.value, gradients.value, span)
+        if self.decay is not None and gradients.decay is not None and gradients.log_max is not None:
             first = max(span.start - 1, 0)
             self.decay[:, first : span.stop] += gradients.decay[:, first - span.stop :]
-            self.peak = gradients.carry_peak
+            self.log_max = gradients.log_max
         if self.logits is not None and gradients.sink_logits is not None:
-            rows = gradients.sink_logits.sum(1).view(-1, *self.logits.shape, walk.chunk)
+            rows = gradients.sink_logits.sum(1).view(-1, *self.logits.shape, chunked.chunk)
             self.logits += rows.sum((0, 3))
 
     def _psi(self, query: torch.Tensor, key: torch.Tensor, *kernel: torch.Tensor) -> list[torch.Tensor]:
         changed: dict[str, Any] = dict(zip(self.leaves, kernel, strict=True))
-        far = dataclasses.replace(self.walk.far, **changed)
-        return _tensors(self.walk.psi(query, key, far))
+        far = dataclasses.replace(self.chunked.far, **changed)
+        return _tensors(self.chunked.psi(query, key, far))
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """In the order of `WalkInputs`, then of `KERNEL`."""
-        inputs, alive = self.walk.inputs, self.walk.far.alive()
-        self.walk.add_sinks(self.key, self.sink_key, self.sink_rows[0])
-        self.walk.add_sinks(self.value, self.sink_value, self.sink_rows[1])
-        self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.walk.far.gamma, 0.0)
+        """In the order of `PassInputs`, then of `KERNEL`."""
+        inputs, alive = self.chunked.inputs, self.chunked.far.alive()
+        self.chunked.add_sinks(self.key, self.sink_key, self.sink_rows[0])
+        self.chunked.add_sinks(self.value, self.sink_value, self.sink_rows[1])
+        self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.chunked.far.gamma, 0.0)
         flat = (self.key, self.value, self.sink_key, self.sink_value)
         whole = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
-        decay = peak = None
+        decay = log_max = None
         if self.decay is not None and inputs.decay is not None:
-            decay, peak = self.decay.view_as(inputs.decay), self.peak.view_as(inputs.carry_peak)
+            decay, log_max = self.decay.view_as(inputs.decay), self.log_max.view_as(inputs.log_max)
         return [
             self.query, *(x.view_as(y) for x, y in zip(flat, whole, strict=True)), decay, self.logits,
-            self.carry.view_as(inputs.carry), peak, *(self.kernel.get(name) for name in KERNEL),
+            self.kv_state.view_as(inputs.kv_state), log_max, *(self.kernel.get(name) for name in KERNEL),
         ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.ops.causal.block import Block, Features, Sums, extend, own_keys
+from hf_rfa.ops.causal.block import Block, Features, Sums, extend, intra_chunk
 from hf_rfa.ops.causal.near import near_gradients, split_windows, windows
 from hf_rfa.ops.causal.scratch import Scratch
 
@@ -32,8 +32,8 @@ class Gradients:
     psi: Features
     decay: torch.Tensor | None
     sink_logits: torch.Tensor | None
-    carry: torch.Tensor
-    carry_peak: torch.Tensor | None
+    kv_state: torch.Tensor
+    log_max: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class NearGradients:
 
 
 def block_gradients(
-    block: Block, psi: Features, sums: Sums, answered: Answered, carry: torch.Tensor, gradient: torch.Tensor,
-    carry_gradient: torch.Tensor, peak_gradient: torch.Tensor, scratch: Scratch,
+    block: Block, psi: Features, sums: Sums, answered: Answered, kv_state: torch.Tensor, gradient: torch.Tensor,
+    kv_state_gradient: torch.Tensor, log_max_gradient: torch.Tensor, scratch: Scratch,
 ) -> Gradients:  # fmt: skip
-    """Backward pass of a block that began with the sums `carry`, from the gradients of its output and of the state
+    """Backward pass of a block that began with the sums `kv_state`, from the gradients of its output and of the state
     after it."""
     inner = (gradient * answered.output).sum(-1)
     far = scratch("far", gradient, *gradient.shape[:-1], gradient.shape[-1] + 1)
@@ -59,23 +59,23 @@ def block_gradients(
     sink_logits = None
     if block.sink_logits is not None:
         sink_logits = -inner * (block.sink_logits - answered.log_total).exp()
-    own = None if block.delay else own_keys(block, psi, sums)
+    own = None if block.delay else intra_chunk(block, psi, sums)
     read = far if own is None else far * own.lifted.unsqueeze(-1)
     # Everything about sums is transposed, (M + 1, F), as the features are where `BoundedMap` makes them.
-    from_reads = scratch("from reads", carry, *psi.query.shape[:2], carry.shape[2], carry.shape[1])
+    from_reads = scratch("from reads", kv_state, *psi.query.shape[:2], kv_state.shape[2], kv_state.shape[1])
     _product(read.mT, psi.query, from_reads)
-    states = _states(psi, sums, carry, scratch)
+    states = _states(psi, sums, kv_state, scratch)
     # The state's gradient after each chunk, from the last one to the first.
-    flow, forgotten = carry_gradient.mT, [peak_gradient]
-    added = scratch("added", carry, *from_reads.shape)
+    flow, forgotten = kv_state_gradient.mT, [log_max_gradient]
+    added = scratch("added", kv_state, *from_reads.shape)
     for i in reversed(range(block.query.shape[1])):
         added[:, i] = flow
         flow = torch.addcmul(from_reads[:, i], added[:, i], sums.shrink[:, i, None, None])
         if block.decay is not None:
             forgotten.append((flow * states[:, i]).sum((-2, -1)))
-    query_psi = _product(states.mT, read.mT, scratch("query psi", carry, *psi.query.mT.shape)).mT
-    key_psi = _product(added.mT, sums.extended.mT, scratch("key psi", carry, *psi.key.mT.shape)).mT
-    pushed = _product(psi.key, added.mT, scratch("pushed", carry, *sums.extended.shape))
+    query_psi = _product(states.mT, read.mT, scratch("query psi", kv_state, *psi.query.mT.shape)).mT
+    key_psi = _product(added.mT, sums.extended.mT, scratch("key psi", kv_state, *psi.key.mT.shape)).mT
+    pushed = _product(psi.key, added.mT, scratch("pushed", kv_state, *sums.extended.shape))
     key_scale = (pushed * sums.extended).sum(-1)
     near = None
     if own is not None:
@@ -99,18 +99,18 @@ def block_gradients(
         near = NearGradients(query, key, sink_key, sink_value)
     value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
     # num and den are linear in psi(q), so that q's factor sees the same sum.
-    shares = scratch("shares", carry, *psi.query.mT.shape)
+    shares = scratch("shares", kv_state, *psi.query.mT.shape)
     query_scale = torch.mul(query_psi.mT, psi.query.mT, out=shares).sum(-2)
     psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
     decay = None if block.decay is None else _decay_gradient(block, psi_gradients, forgotten)
-    peak = None if block.decay is None else forgotten[-1]
-    return Gradients(value, near, psi_gradients, decay, sink_logits, flow.mT, peak)
+    log_max = None if block.decay is None else forgotten[-1]
+    return Gradients(value, near, psi_gradients, decay, sink_logits, flow.mT, log_max)
 
 
-def _states(psi: Features, sums: Sums, carry: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+def _states(psi: Features, sums: Sums, kv_state: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """The S^T (A, n, M + 1, F) that each chunk reads."""
-    states = scratch("states", carry, *psi.query.shape[:2], carry.shape[2], carry.shape[1])
-    state = carry.mT.clone(memory_format=torch.contiguous_format)
+    states = scratch("states", kv_state, *psi.query.shape[:2], kv_state.shape[2], kv_state.shape[1])
+    state = kv_state.mT.clone(memory_format=torch.contiguous_format)
     steps = zip(
         states.unbind(1),
         sums.shrink[..., None, None].unbind(1),

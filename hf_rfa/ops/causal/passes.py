@@ -1,4 +1,4 @@
-"""The causal operator as one walk over blocks of chunks: forwards, and backwards with everything recomputed.
+"""The causal operator as one pass over blocks of chunks: forwards, and backwards with everything recomputed.
 
 Memory beside what goes in and comes out: the far sums at each block's start, and one block's features and scores.
 """
@@ -23,12 +23,12 @@ BLOCK_CHUNKS = 8
 
 
 @dataclass(frozen=True)
-class WalkInputs:
-    """Tensors of a walk, in the aligned order of `plan`; the last chunk may be cut short.
+class PassInputs:
+    """Tensors of a pass, in the aligned order of `plan`; the last chunk may be cut short.
 
     query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
     remembers; all these in any types, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
-    None; sink_logits (Hk, G) or None; carry (B, Hk, F, M + 1), carry_peak (B, Hk), the state before the first slot.
+    None; sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1), log_max (B, Hk), the state before the first slot.
     """
 
     query: torch.Tensor
@@ -38,20 +38,20 @@ class WalkInputs:
     sink_value: torch.Tensor
     decay: torch.Tensor | None
     sink_logits: torch.Tensor | None
-    carry: torch.Tensor
-    carry_peak: torch.Tensor
+    kv_state: torch.Tensor
+    log_max: torch.Tensor
 
     @property
     def wide(self) -> torch.dtype:
         """What is computed in: float32 or float64."""
-        return self.carry.dtype
+        return self.kv_state.dtype
 
 
 @dataclass
-class Walk:
+class ChunkedPass:
     """The blocks of a call, read from its inputs one after the other; nothing is recorded by autograd."""
 
-    inputs: WalkInputs
+    inputs: PassInputs
     far: FarKernel
     plan: Plan
     window: int
@@ -63,12 +63,12 @@ class Walk:
     def __post_init__(self) -> None:
         plan, heads = self.plan, self.inputs.key.shape[1]
         self.delay = 1 if self.window else 0
-        same = plan.document[:, 1:] == plan.document[:, :-1]
+        same = plan.segment_ids[:, 1:] == plan.segment_ids[:, :-1]
         self.follows = F.pad(same, (1, 0))  # whether the chunk before belongs to the same document
         fold = plan.fold
         if self.delay:
             fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.follows.unsqueeze(-1)
-        keep = torch.cat([plan.document[:, :1] == 0, same], dim=1)
+        keep = torch.cat([plan.segment_ids[:, :1] == 0, same], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
         gamma, batch = self.far.gamma, len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
@@ -83,11 +83,11 @@ class Walk:
     @property
     def chunk(self) -> int:
         """C."""
-        return self.plan.valid.shape[-1]
+        return self.plan.token_mask.shape[-1]
 
     def spans(self) -> list[slice]:
         """The chunks of each block."""
-        count = self.plan.valid.shape[1]
+        count = self.plan.token_mask.shape[1]
         return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
 
     def block(self, span: slice) -> Block:
@@ -141,16 +141,16 @@ class Walk:
 
     def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
         """Of each block: both parts, in buffers that the next block uses again, and S^T and m after it."""
-        carry, peak = (x.flatten(0, 1) for x in (self.inputs.carry, self.inputs.carry_peak))
-        state = carry.mT.clone(memory_format=torch.contiguous_format)
+        kv_state, log_max = (x.flatten(0, 1) for x in (self.inputs.kv_state, self.inputs.log_max))
+        state = kv_state.mT.clone(memory_format=torch.contiguous_format)
         for span in self.spans():
             block = self.block(span)
             made = self.bounded_psi(block)
             psi = self.psi(block.query, block.key[:, block.far], self.far) if made is None else features_of(made)
-            sums = block_sums(block, psi, peak, self.scratch)
+            sums = block_sums(block, psi, log_max, self.scratch)
             parts = block_parts(block, psi, sums, state, self.scratch)
-            peak = sums.end_peak
-            yield span, block, parts, state, peak
+            log_max = sums.end_log_max
+            yield span, block, parts, state, log_max
 
     def count(self, combined: Combined, span: slice, statistics: FarStatistics) -> None:
         """Add a block's dropped far parts to the statistics; padding does not count."""
@@ -166,7 +166,7 @@ class Walk:
         count = span.stop - span.start
         if groups == 1 and span.stop * self.chunk <= length and whole.dtype == self.inputs.wide:
             return self.queries(whole, span)
-        return self.scratch("rows", self.inputs.carry, batch * heads, count, groups * self.chunk, dim)
+        return self.scratch("rows", self.inputs.kv_state, batch * heads, count, groups * self.chunk, dim)
 
     def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
         """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
@@ -182,7 +182,7 @@ class Walk:
 
         For blocks from the last to the first: the one behind has written to this one's last chunk.
         """
-        count, tokens = self.plan.valid.shape[1], chunks.flatten(1, 2)
+        count, tokens = self.plan.token_mask.shape[1], chunks.flatten(1, 2)
         first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
         low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
         whole[:, low:written] = tokens[:, low - first : written - first]
@@ -229,9 +229,9 @@ class Walk:
 
     def _sink_rows(self, x: torch.Tensor, of_state: torch.Tensor) -> torch.Tensor:
         """The sinks (A, n, s, D) that each chunk of the call sees, of keys or values x (B, Hk, T, D)."""
-        sinks, chunks = of_state.shape[2], self.plan.valid.shape[1]
+        sinks, chunks = of_state.shape[2], self.plan.token_mask.shape[1]
         if not sinks:
-            return self.inputs.carry.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
+            return self.inputs.kv_state.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
         index, from_state = self._sink_index(sinks)
         found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
         rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
@@ -247,11 +247,11 @@ class Walk:
 
     def _make_mask(self, span: slice, groups: int) -> torch.Tensor:
         plan, chunk, sinks = self.plan, self.chunk, self.inputs.sink_key.shape[2]
-        valid, device = plan.valid[:, span], plan.valid.device
+        token_mask, device = plan.token_mask[:, span], plan.token_mask.device
         causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
         # Padding sees itself, so that no row is empty; nobody sees padding.
-        own = causal & (valid.unsqueeze(2) | torch.eye(chunk, dtype=torch.bool, device=device))
-        before = F.pad(plan.valid, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
+        own = causal & (token_mask.unsqueeze(2) | torch.eye(chunk, dtype=torch.bool, device=device))
+        before = F.pad(plan.token_mask, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
         sink = (plan.rank[:, span] > 1)[..., None, None].expand(-1, -1, chunk, sinks)
         visible = torch.cat(
             [sink, before.unsqueeze(2).expand(-1, -1, chunk, -1), torch.zeros_like(sink), own], dim=-1

@@ -1,4 +1,4 @@
-"""Memory that every block of a walk uses again: fresh pages for each temporary cost as much as the arithmetic."""
+"""Memory that every block of a pass uses again: fresh pages for each temporary cost as much as the arithmetic."""
 
 import torch
 

@@ -30,15 +30,15 @@ def triton_causal(
     query, key = fold_queries(x.query, call.far, call.scaling), fold_keys(x.key, call.far, call.scaling)
     form = form_of(call.far)
     inputs = Inputs(
-        x.query, x.key, x.value, x.sink_key, x.sink_value, x.sink_logits, x.carry, x.carry_peak, *vars(query).values(),
+        x.query, x.key, x.value, x.sink_key, x.sink_value, x.sink_logits, x.kv_state, x.log_max, *vars(query).values(),
         *vars(key).values(),
     )  # fmt: skip
     settings = Settings(
         plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device),
-        _block(plan.valid.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), statistics,
+        _block(plan.token_mask.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), statistics,
     )  # fmt: skip
-    output, carry, peak = causal_attention(inputs, settings)
-    final = final_state(aligned, carry, peak, call.window) if output_final_state else None
+    output, kv_state, peak = causal_attention(inputs, settings)
+    final = final_state(aligned, kv_state, peak, call.window) if output_final_state else None
     return tokens_of(output, plan, call.query.shape[3]), final
 
 

@@ -18,8 +18,8 @@ _PARAMETERS = tuple(name for name in INPUTS if name.endswith(("_weight", "_bias"
 
 def causal_attention(inputs: Inputs, settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (B, Hk, G, T, M) in value's dtype; far sums (B, Hk, F, M + 1) and their log-scale after the last one."""
-    output, carry, peak = recomputing(_Recipe(settings), *(getattr(inputs, name) for name in INPUTS))
-    return output, carry, peak
+    output, kv_state, peak = recomputing(_Recipe(settings), *(getattr(inputs, name) for name in INPUTS))
+    return output, kv_state, peak
 
 
 @dataclasses.dataclass(frozen=True)

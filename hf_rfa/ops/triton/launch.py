@@ -43,7 +43,7 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Tensors with gradients. query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sinks of the state (B, Hk, s, D
-    or M); sink_logits (Hk, G) or None; carry (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s."""
+    or M); sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -51,8 +51,8 @@ class Inputs:
     sink_key: torch.Tensor
     sink_value: torch.Tensor
     sink_logits: torch.Tensor | None
-    carry: torch.Tensor
-    carry_peak: torch.Tensor
+    kv_state: torch.Tensor
+    log_max: torch.Tensor
     query_weight: torch.Tensor
     query_bias: torch.Tensor
     query_shift: torch.Tensor
@@ -91,7 +91,7 @@ class Launch:
         self.batch, self.heads, self.groups, self.length = batch, heads, groups, length
         self.all = batch * heads
         plan = settings.plan
-        self.chunks, chunk = plan.valid.shape[1:]
+        self.chunks, chunk = plan.token_mask.shape[1:]
         self.blocks = triton.cdiv(self.chunks, settings.block)
         self.two = settings.form in ("PAIR", "WAVE", "MIXED")
         self.components = self.projected * (2 if self.two else 1)
@@ -115,9 +115,9 @@ class Launch:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fill the buffers that the backward pass needs; output, carry, peak."""
         x, blocks, every = self.inputs, self.blocks, self.all
-        new = x.carry.new_empty
+        new = x.kv_state.new_empty
         self.states, block_peaks = new(every, blocks, self.size), new(every, 2, blocks + 1)
-        self.kept = x.carry.new_empty(every, blocks, dtype=torch.int32)
+        self.kept = x.kv_state.new_empty(every, blocks, dtype=torch.int32)
         value_dim = x.value.shape[-1]
         with on_device(x.query):
             forward.block_sums[(blocks, every)](
@@ -126,15 +126,15 @@ class Launch:
                 *x.value.stride()[:3], self.code_row, self.flag_row, self.heads, self.length, self.chunks, blocks,
                 self.settings.block, **self.tiles, **self.options,
             )  # fmt: skip
-            carry = self.flat(x.carry)
+            kv_state = self.flat(x.kv_state)
             forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
-                self.states, block_peaks, self.kept, carry, x.carry_peak, blocks, self.size, BE=SCAN_TILE
+                self.states, block_peaks, self.kept, kv_state, x.log_max, blocks, self.size, BE=SCAN_TILE
             )
             output = _output_like(x.query, value_dim)
             tokens = (self.batch, self.heads, self.groups, self.length)
             self.log_total, self.log_weight = new(tokens), new(tokens)
             self.peaks = new(every, self.chunks + 1)
-            logits = x.carry if x.sink_logits is None else x.sink_logits
+            logits = x.kv_state if x.sink_logits is None else x.sink_logits
             forward.block_outputs[(blocks, every)](
                 x.query, x.key, x.value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(), logits,
                 x.sink_key, x.sink_value, self.codes, self.flags, self.sink_chunks, self.states, block_peaks, output,
@@ -145,7 +145,7 @@ class Launch:
             )  # fmt: skip
         if self.settings.statistics is not None:
             self._count(self.settings.statistics)
-        return output, self.matrix(carry), block_peaks[:, 1, -1].reshape(self.batch, self.heads)
+        return output, self.matrix(kv_state), block_peaks[:, 1, -1].reshape(self.batch, self.heads)
 
     def maps(self) -> tuple[torch.Tensor, ...]:
         """The affine maps of queries and keys, and the maps' codes."""

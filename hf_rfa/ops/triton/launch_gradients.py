@@ -13,28 +13,28 @@ INNER_TILE = 64
 
 
 def gradients(
-    launch: Launch, output: torch.Tensor, d_output: torch.Tensor | None, d_carry: torch.Tensor | None, learned: bool
+    launch: Launch, output: torch.Tensor, d_output: torch.Tensor | None, d_kv_state: torch.Tensor | None, learned: bool
 ) -> dict[str, torch.Tensor]:
     """Gradients of `Inputs` by name, from those of the output and of the far sums after the last chunk.
 
-    `learned`: whether those of the far kernel's parameters are wanted. None is given for `carry_peak`: it is what
-    `carry` is divided by, and follows it.
+    `learned`: whether those of the far kernel's parameters are wanted. None is given for `log_max`: it is what
+    `kv_state` is divided by, and follows it.
     """
     x, settings = launch.inputs, launch.settings
     every, blocks, chunks, length = launch.all, launch.blocks, launch.chunks, launch.length
     tokens = (launch.batch, launch.heads, launch.groups, length)
     above = torch.zeros_like(output) if d_output is None else d_output.to(output.dtype)
     above = above if above.stride(-1) == 1 else above.contiguous()
-    flow = x.carry.new_zeros(every, launch.size) if d_carry is None else launch.flat(d_carry)
-    inner = x.carry.new_empty(tokens)
-    flows = x.carry.new_empty(every, blocks, launch.size)
+    flow = x.kv_state.new_zeros(every, launch.size) if d_kv_state is None else launch.flat(d_kv_state)
+    inner = x.kv_state.new_empty(tokens)
+    flows = x.kv_state.new_empty(every, blocks, launch.size)
     sizes = (launch.code_row, launch.flag_row, launch.heads, launch.groups, length, chunks)
     queries, keys, values = x.query.stride()[:4], x.key.stride()[:3], x.value.stride()[:3]
     found = {name: torch.empty_like(getattr(x, name)) for name in ("query", "key", "value")}
     found |= {name: torch.empty_like(getattr(x, name)) for name in ("query_r", "query_scale", "key_r", "key_scale")}
     sinks = x.sink_key.shape[2] if settings.window else 0
     sink_rows = [
-        x.carry.new_empty(every, chunks if sinks else 0, sinks, t.shape[-1]) for t in (x.sink_key, x.sink_value)
+        x.kv_state.new_empty(every, chunks if sinks else 0, sinks, t.shape[-1]) for t in (x.sink_key, x.sink_value)
     ]
     key_blocks = triton.cdiv(chunks + launch.tiles["DELAY"], settings.block)
     query_maps, key_maps = (_sums_of_maps(launch, count, learned) for count in (blocks, key_blocks))
@@ -75,7 +75,7 @@ def gradients(
     if x.sink_logits is not None:
         share = (x.sink_logits.unsqueeze(-1) - launch.log_total).exp()
         found["sink_logits"] = -(inner * share).sum((0, 3))
-    return found | {"carry": launch.matrix(flow)}
+    return found | {"kv_state": launch.matrix(flow)}
 
 
 def _block_decay(launch: Launch) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _block_decay(launch: Launch) -> torch.Tensor:
 def _sums_of_maps(launch: Launch, blocks: int, learned: bool) -> tuple[torch.Tensor, ...]:
     """Room for the gradients of W, b and the shifts, those of each block by themselves."""
     rows = (launch.all, blocks, launch.projected) if learned else (0, blocks, launch.projected)
-    new = launch.inputs.carry.new_empty
+    new = launch.inputs.kv_state.new_empty
     return new(*rows, launch.inputs.query.shape[-1]), new(rows), new(rows)
 
 

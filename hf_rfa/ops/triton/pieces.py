@@ -129,8 +129,8 @@ def near_masks(own_code, before_code, flags, rows, sinks, C: tl.constexpr, S: tl
     sink = ((flags & BEHIND_SINKS) != 0) & (sinks < S)
     before = ((flags & FOLLOWS) != 0) & ((before_code & VALID) != 0)
     # Padding sees itself, so that no row is empty; nobody sees padding.
-    valid = ((own_code & VALID) != 0)[None, :]
-    own = (rows[None, :] <= rows[:, None]) & (valid | (rows[None, :] == rows[:, None]))
+    filled = ((own_code & VALID) != 0)[None, :]
+    own = (rows[None, :] <= rows[:, None]) & (filled | (rows[None, :] == rows[:, None]))
     return sink[None, :], before[None, :], own
 
 
