@@ -58,6 +58,7 @@ def rfa_attention(
     feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
+    kept_keys: int = 0,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
@@ -101,6 +102,8 @@ def rfa_attention(
             all make equally many components ('trigonometric' with 'hyperbolic').
         window: Chunk size, tokens; 0 = pure RFA (all keys estimated, no sinks).
         sink_tokens: At most `window`.
+        kept_keys: K, the far keys of each key head that stay exact: those that took the largest mean weight from the
+            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`. 0 = none.
         alpha, gamma: A number, or one a key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
         query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
@@ -142,9 +145,10 @@ def rfa_attention(
         (torch.Size([1, 8, 300, 64]), 300)
     """
     kernel, settings, layout = operator_arguments(
-        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
-        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, token_mask=token_mask,
-        segment_ids=segment_ids, layout=layout, softmax_heads=softmax_heads, sliding_window=sliding_window,
+        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens,
+        kept_keys=kept_keys, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
+        token_mask=token_mask, segment_ids=segment_ids, layout=layout, softmax_heads=softmax_heads,
+        sliding_window=sliding_window,
         sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
         key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
         gate_bias=gate_bias, backend=backend,
@@ -165,6 +169,7 @@ def rfa_attention_reference(
     feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
+    kept_keys: int = 0,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
@@ -199,8 +204,9 @@ def rfa_attention_reference(
     """
     query, key, value = query.double(), key.double(), value.double()
     kernel, settings, layout = operator_arguments(
-        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens, alpha=alpha,
-        gamma=gamma, proposal=proposal, scaling=scaling, causal=causal, token_mask=token_mask, segment_ids=segment_ids,
+        query, key, value, omega=omega, feature_map=feature_map, window=window, sink_tokens=sink_tokens,
+        kept_keys=kept_keys, alpha=alpha, gamma=gamma, proposal=proposal, scaling=scaling, causal=causal,
+        token_mask=token_mask, segment_ids=segment_ids,
         sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
         key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
         gate_bias=gate_bias,

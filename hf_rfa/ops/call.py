@@ -23,7 +23,7 @@ class OperatorCall:
         far: The far kernel of the Hk key heads.
         sink_logits: (Hk, G) or None.
         state: What the call continues from; None at the beginning of a sequence.
-        softmax_heads, sliding_window, backend: See `AttentionSettings`.
+        softmax_heads, sliding_window, backend, kept_keys: See `AttentionSettings`.
     """
 
     query: torch.Tensor
@@ -40,6 +40,7 @@ class OperatorCall:
     sink_logits: torch.Tensor | None
     state: RFAState | None
     backend: str = "auto"
+    kept_keys: int = 0
 
     @classmethod
     def of(
@@ -57,6 +58,15 @@ class OperatorCall:
             raise ConfigError(
                 f"`window` must be >= 0 and `sink_tokens` between 0 and `window`. Got window={window}, "
                 f"sink_tokens={sink_tokens}. Set, for example, window=64, sink_tokens=4."
+            )
+        if settings.kept_keys < 0 or (settings.kept_keys and not window):
+            raise ConfigError(
+                "`kept_keys` must be >= 0, and 0 without a window: where nothing is exact no key has a score. Got "
+                f"kept_keys={settings.kept_keys}, window={window}. Set a window, for example 64."
+            )
+        if settings.kept_keys and not causal:
+            raise ConfigError(
+                f"Keys are kept in causal layers. Got kept_keys={settings.kept_keys}, causal=False. Set kept_keys=0."
             )
         layout.check(batch, length)
         sink_logits = settings.sink_logits
@@ -83,7 +93,7 @@ class OperatorCall:
             raise ConfigError(f"`scaling` must be positive. Got {scaling}. Pass the factor that the model gives q.k.")
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
-            sliding_window, sink_logits, state, settings.backend,
+            sliding_window, sink_logits, state, settings.backend, settings.kept_keys,
         )  # fmt: skip
 
     @property
@@ -122,17 +132,23 @@ class OperatorCall:
         """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
         if self.state is None:
             return
-        for name, want in RFAState.shapes(*self._state_size()).items():
-            got = tuple(getattr(self.state, name).shape)
+        shapes = RFAState.shapes(*self._state_size())
+        if not self.kept_keys and self.state.kept_key is not None:
+            shapes["kept_key"] = (*self.state.kept_key.shape[:2], 0, self.state.kept_key.shape[3])
+        for name, want in shapes.items():
+            tensor = getattr(self.state, name)
+            got = None if tensor is None else tuple(tensor.shape)
             if got != want:
                 raise ConfigError(
                     f"`initial_state` comes from another kind of call: its `{name}` has shape {got}, this call "
-                    f"needs {want}. Continue with the window, sinks, heads, features and causality of that call."
+                    f"needs {want}. Continue with the window, sinks, kept "
+                    "keys, heads, features and causality of that call."
                 )
 
-    def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int]:
-        window = self.window if self.causal else 0  # the bidirectional form keeps no near keys
-        return len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens
+    def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int, int]:
+        # The bidirectional form remembers no near keys and keeps none.
+        window, kept_keys = (self.window, self.kept_keys) if self.causal else (0, 0)
+        return len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens, kept_keys
 
 
 def check_backend(name: str) -> None:

@@ -24,8 +24,11 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 _Run = Callable[..., list[torch.Tensor]]
 _KERNEL = tuple(f.name for f in dataclasses.fields(FarKernel) if f.name != "feature_maps")
 #: Fields of `OperatorCall` that the operation takes as one list.
-_NUMBERS = ("causal", "window", "sink_tokens")
-_STATE = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
+_NUMBERS = ("causal", "window", "sink_tokens", "kept_keys")
+_STATE = (
+    "kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count", "kept_key", "kept_value",
+    "kept_position", "kept_decay", "mass",
+)  # fmt: skip
 
 
 def linear_heads_of_graph(
@@ -48,7 +51,7 @@ def linear_heads_of_graph(
     )  # fmt: skip
     if statistics is not None:
         statistics.add_counts(counts)
-    return output, RFAState(**dict(zip(_STATE, state, strict=True))) if output_final_state else None
+    return output, RFAState(**dict(zip(_STATE, state, strict=False))) if output_final_state else None
 
 
 @torch.library.custom_op("hf_rfa::linear_heads", mutates_args=())
@@ -86,13 +89,14 @@ def _call(
 ) -> OperatorCall:  # fmt: skip
     given = dict(zip(names.split(","), tensors, strict=True))
     far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
-    state = RFAState(**{name: given[name] for name in _STATE}) if "count" in given else None
-    causal, window, sink_tokens = numbers
+    state = RFAState(**{name: given[name] for name in _STATE if name in given}) if "count" in given else None
+    causal, window, sink_tokens, kept_keys = numbers
     return OperatorCall(
         given["query"], given["key"], given["value"], far, scaling=scaling,
         causal=bool(causal), window=window, sink_tokens=sink_tokens,
         layout=TokenLayout(given.get("token_mask"), given.get("segment_ids")), softmax_heads=(), sliding_window=None,
         sink_logits=given.get("sink_logits"), state=state, backend=backend,
+        kept_keys=kept_keys,
     )  # fmt: skip
 
 
@@ -152,7 +156,8 @@ def _recording() -> Iterator[None]:
 
 
 def _state_tensors(state: RFAState | None) -> list[torch.Tensor]:
-    return [] if state is None else [getattr(state, name) for name in _STATE]
+    # Those of kept keys come last, and are missing together.
+    return [] if state is None else [getattr(state, name) for name in _STATE if getattr(state, name) is not None]
 
 
 @torch.library.custom_op("hf_rfa::linear_heads_backward", mutates_args=())

@@ -36,6 +36,10 @@ def form_of_call(call: OperatorCall) -> str:
         if call.backend == "triton":
             raise _cannot("the layer sees both sides, and the kernels are causal")
         return "bidirectional"
+    if call.kept_keys:
+        if call.backend == "triton":
+            raise _cannot("far keys are kept, which the kernels do not know of yet")
+        return "chunked"
     return pick(call.backend, call.far, call.query.device, call.query.dtype, call.value.shape[-1], call.window)
 
 

@@ -66,6 +66,31 @@ class Plan:
         slots = self.token_mask.to(torch.uint8) + 2 * self.fold.to(torch.uint8)
         return slots, chunks, self.sink_chunk.int()
 
+    @functools.cached_property
+    def boundaries(self) -> "Boundaries":
+        """What happens between each chunk and the next."""
+        same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+        advances = F.pad(same & (self.rank[:, 1:] == self.rank[:, :-1] + 1), (0, 1))
+        begins = F.pad(~same, (0, 1))
+        numbers = torch.stack([advances.any(0), advances.all(0), begins.any(0)]).tolist()
+        return Boundaries(advances, begins, *(tuple(x) for x in numbers))
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """What follows a chunk: the next one of its document, or another document's first; nothing, if neither.
+
+    Attributes:
+        advances, begins: (R, n) bool.
+        any_advances, all_advance, any_begins: (n,) whether that is so in any row, or in all.
+    """
+
+    advances: torch.Tensor
+    begins: torch.Tensor
+    any_advances: tuple[bool, ...]
+    all_advance: tuple[bool, ...]
+    any_begins: tuple[bool, ...]
+
 
 @dataclass(frozen=True)
 class PlanSpec:

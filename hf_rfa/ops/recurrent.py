@@ -6,6 +6,8 @@ import torch
 
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics, Part, combine, near_part
+from hf_rfa.ops.keeping_heads import KeepingHeads, Rivals
+from hf_rfa.ops.kept_keys import least_distance, number_kept
 from hf_rfa.ops.prepared import PreparedQueries
 from hf_rfa.ops.scan import chunk_sums, merge_states
 from hf_rfa.ops.state import RFAState
@@ -14,8 +16,8 @@ from hf_rfa.ops.state import RFAState
 class RecurrentHeads:
     """The linear heads of a layer while they decode.
 
-    Every new token is written into their tables of near keys, one row of slots `[sinks | chunk c0 - 1 | chunk c0]`
-    each, which are theirs alone: the state that they begin with and those that they hand out are copies.
+    Every new token is written into their tables of exact keys, one row of slots `[kept | sinks | chunk c0 - 1 | chunk
+    c0]` each, which are theirs alone: the state that they begin with and those that they hand out are copies.
     """
 
     def __init__(self, call: OperatorCall, state: RFAState, prepare: bool = False) -> None:
@@ -24,10 +26,12 @@ class RecurrentHeads:
         `prepare` works out what the queries of all steps have in common, which pays from the second step on.
         """
         self._far, self._window, self._scaling, wide = call.far, call.window, call.scaling, call.query.dtype
-        self._sinks = state.sink_key.shape[2]
+        self._sinks, self._kept = state.sink_key.shape[2], call.kept_keys
         self._sink_logits = None if call.sink_logits is None else call.sink_logits.to(wide)
-        keys, values = (state.sink_key, state.near_key), (state.sink_value, state.near_value)
+        keys = *(() if state.kept_key is None else (state.kept_key,)), state.sink_key, state.near_key
+        values = *(() if state.kept_value is None else (state.kept_value,)), state.sink_value, state.near_value
         self._tables: tuple[torch.Tensor, ...] = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        self._keeping = KeepingHeads(call, state) if self._kept else None
         self._kv_state, self._log_max = state.kv_state.to(wide), state.log_max.to(wide)
         self._counts: list[int] = state.count.tolist()
         self._log_gamma = call.far.log_gamma()
@@ -35,11 +39,12 @@ class RecurrentHeads:
 
     def state(self) -> RFAState:
         """The state after the last token."""
-        sinks = self._sinks
-        near_key, near_value = (t[:, :, sinks:].clone(memory_format=torch.contiguous_format) for t in self._tables)
-        sink_key, sink_value = (t[:, :, :sinks].clone(memory_format=torch.contiguous_format) for t in self._tables)
+        sizes = [self._kept, self._sinks, 2 * self._window]
+        parts = [[x.clone(memory_format=torch.contiguous_format) for x in t.split(sizes, 2)] for t in self._tables]
+        (kept_key, sink_key, near_key), (kept_value, sink_value, near_value) = parts
         count = torch.tensor(self._counts)
-        return RFAState(self._kv_state, self._log_max, near_key, near_value, sink_key, sink_value, count)
+        state = RFAState(self._kv_state, self._log_max, near_key, near_value, sink_key, sink_value, count)
+        return state if self._keeping is None else self._keeping.into(state, kept_key, kept_value)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows (n,) int64 of the batch, for beams and batch selection."""
@@ -47,6 +52,8 @@ class RecurrentHeads:
         self._tables = tuple(table.index_select(0, index) for table in self._tables)
         self._kv_state, self._log_max = self._kv_state.index_select(0, index), self._log_max.index_select(0, index)
         self._counts = [self._counts[row] for row in rows.tolist()]
+        if self._keeping is not None:
+            self._keeping.select_rows(index)
 
     def step(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, token_mask: torch.Tensor | None,
@@ -62,12 +69,15 @@ class RecurrentHeads:
         log_gate = far.log_gate(key)
         if log_gate is not None:  # what is far counts from the new token on
             forgotten = log_gate.squeeze(-1)
-            self._log_max = self._log_max + (forgotten if present is None else forgotten.masked_fill(~present, 0.0))
+            forgotten = forgotten if present is None else forgotten.masked_fill(~present, 0.0)
+            self._log_max = self._log_max + forgotten
+            if self._keeping is not None:
+                self._keeping.forget(forgotten)
         query = query.squeeze(3)
         near = None
         if self._window:
             self._write(key, value, rows)
-            near = self._near(query)
+            near = self._near(query, present)
         else:
             self._fold(
                 key, value, torch.ones(1, 1, dtype=torch.bool, device=key.device) if present is None else present
@@ -87,11 +97,11 @@ class RecurrentHeads:
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, rows: Sequence[int]) -> None:
         """Put the new token into its place among the near keys, and among the sinks if it is one of the first."""
-        slots = [self._sinks + self._window + self._counts[row] % self._window for row in rows]
-        self._put(key, value, rows, slots)
+        own = self._kept + self._sinks + self._window
+        self._put(key, value, rows, [own + self._counts[row] % self._window for row in rows])
         first = [row for row in rows if self._counts[row] < self._sinks]
         if first:
-            self._put(key, value, first, [self._counts[row] for row in first])
+            self._put(key, value, first, [self._kept + self._counts[row] for row in first])
 
     def _put(self, key: torch.Tensor, value: torch.Tensor, rows: Sequence[int], slots: list[int]) -> None:
         for table, new in zip(self._tables, (key, value), strict=True):
@@ -101,8 +111,8 @@ class RecurrentHeads:
                 index = torch.tensor(rows, device=table.device)
                 table[index, :, torch.tensor(slots, device=table.device)] = new[index, :, 0].to(table.dtype)
 
-    def _near(self, query: torch.Tensor) -> Part:
-        """Attention to the near keys, those that all rows see being one slice of the tables."""
+    def _near(self, query: torch.Tensor, present: torch.Tensor | None) -> Part:
+        """Attention to the exact keys, those that all rows see being one slice of the tables."""
         first, end = zip(*(self._seen(count) for count in self._counts), strict=True)
         start, stop = min(first), max(end)
         key, value = (t.narrow(2, start, stop - start).to(query.dtype) for t in self._tables)
@@ -111,13 +121,30 @@ class RecurrentHeads:
             slots = torch.arange(start, stop)
             visible = (slots >= torch.tensor(first)[:, None]) & (slots < torch.tensor(end)[:, None])
             visible = visible[:, None, None].to(query.device)
-        return near_part((query * self._scaling) @ key.mT, value, visible)
+        scores = (query * self._scaling) @ key.mT
+        if self._keeping is not None:
+            distant = self._distant(start, stop, query.device)
+            self._keeping.receive(
+                scores, visible, slice(start, stop), distant if present is None else distant & present[:, None, :]
+            )
+        return near_part(scores, value, visible)
+
+    def _distant(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """(B or 1, 1, W) bool: which of the slots are so far from the new token that its queries count for them."""
+        ends = sorted({self._seen(count)[1] for count in self._counts})
+        slots, nearest = torch.arange(start, stop, device=device), least_distance(self._window)
+        if len(ends) == 1:
+            return (slots < ends[0] - nearest).view(1, 1, -1)
+        own = torch.tensor([self._seen(count)[1] for count in self._counts], device=device)
+        return (slots < own[:, None] - nearest).unsqueeze(1)
 
     def _seen(self, count: int) -> tuple[int, int]:
         """The slots, from the first to behind the last, that token number `count` of a row sees."""
-        own = self._sinks + self._window
-        earlier = count // self._window
-        start = 0 if earlier > 1 else self._sinks if earlier else own  # sinks lie in the chunks themselves till then
+        sinks = self._kept
+        own, earlier = sinks + self._sinks + self._window, count // self._window
+        # Sinks lie in the chunks themselves till then.
+        start = sinks if earlier > 1 else sinks + self._sinks if earlier else own
+        start -= number_kept(count, self._window, self._sinks, self._kept)
         return start, own + count % self._window + 1
 
     def _fold(
@@ -133,7 +160,7 @@ class RecurrentHeads:
 
     def _roll(self, rows: Sequence[int]) -> None:
         """Where a chunk has just been filled, the chunk before it becomes far."""
-        window, sinks = self._window, self._sinks
+        window, sinks, kept = self._window, self._sinks, self._kept
         full = [row in rows and self._counts[row] % window == 0 for row in range(len(self._counts))]
         if not any(full):
             return
@@ -142,19 +169,51 @@ class RecurrentHeads:
         chunk = torch.tensor([count // window - 2 for count in self._counts], device=device).unsqueeze(-1)
         moved = torch.tensor(full, device=device).unsqueeze(-1)
         keep = (chunk >= 0) & ~((chunk == 0) & (torch.arange(window, device=device) < sinks)) & moved
-        keys, values = (t[:, :, sinks:].to(wide) for t in self._tables)
+        keys, values = (t[:, :, kept + sinks :].to(wide) for t in self._tables)
         log_gate, behind = self._far.log_gate(keys), None
         if log_gate is not None:
             behind = log_gate[..., 1:].flip(-1).cumsum(-1).flip(-1)[..., :window]
-        self._fold(keys[:, :, :window], values[:, :, :window], keep, behind)
+        leaving = keys[:, :, :window], values[:, :, :window]
+        if self._keeping is not None:
+            far_key, far_value, behind = self._exchange(leaving, keep, moved, behind)
+            leaving, keep = (far_key, far_value), torch.ones_like(keep)  # `behind` says which are keys
+        self._fold(*leaving, keep, behind)
         self._tables = tuple(self._shifted(table, moved[..., None, None]) for table in self._tables)
+        if self._keeping is not None:
+            self._keeping.shift(moved)
+
+    def _exchange(
+        self, leaving: tuple[torch.Tensor, torch.Tensor], keep: torch.Tensor, moved: torch.Tensor,
+        behind: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Let the keys of the `leaving` chunk compete with the kept ones in the rows `moved` (B, 1).
+
+        Returns key, value (B, H, C, D or M) of those that become far instead, and log g behind each, -inf where there
+        is none.
+        """
+        assert self._keeping is not None
+        values = torch.cat([self._tables[1][:, :, : self._kept].to(leaving[1].dtype), leaving[1]], dim=2)
+        lengths = torch.linalg.vector_norm(values, dim=-1)
+        going, staying, behind = self._keeping.choose(Rivals(self._counts, keep, moved, lengths, behind))
+        found, empty = [], (self._keeping.position < 0).unsqueeze(-1)
+        for number, (table, new) in enumerate(zip(self._tables, leaving, strict=True)):
+            rivals = torch.cat([table[:, :, : self._kept].to(new.dtype), new], dim=2)
+            wide = (index.unsqueeze(-1).expand(-1, -1, -1, new.shape[3]) for index in (going, staying))
+            far, kept = (rivals.gather(2, index) for index in wide)
+            found.append(far)
+            if table.requires_grad:  # autograd still needs the one that was read
+                table = table.clone()
+                self._tables = *self._tables[:number], table, *self._tables[number + 1 :]
+            table[:, :, : self._kept] = kept.to(table.dtype).masked_fill(empty, 0.0)
+        return found[0], found[1], behind
 
     def _shifted(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The table with its last chunk in the place of the one before, in the `rows` (B, 1, 1, 1) bool."""
         if table.requires_grad:  # autograd still needs the one that was read
             table = table.clone()
-        middle = self._sinks + self._window
-        previous, own = table[:, :, self._sinks : middle], table[:, :, middle:]
+        first = self._kept + self._sinks
+        middle = first + self._window
+        previous, own = table[:, :, first:middle], table[:, :, middle:]
         previous.copy_(torch.where(rows, own, previous))
         own.masked_fill_(rows, 0.0)
         return table

@@ -1,11 +1,13 @@
 """The definition: quadratic, in float64, written to be read. Every fast path is held to it.
 
-out_i = (sum_{j in near(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_near e_ij + gamma sum_far f_ij)
+out_i = (sum_{j in exact(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_exact e_ij + gamma sum_far f_ij)
 e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j) prod_{t=j+1..i} g_t,    x' = x sqrt(scaling)
+exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.kept_keys`.
 """
 
 import torch
 
+from hf_rfa.ops import kept_keys
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
 
@@ -30,38 +32,58 @@ def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[t
             sequence = _Sequence(k, v, state, call)
             output[one, ..., document, :] = sequence.attend(q)
             state = None
-        finals.append(sequence.final_state() if output_final_state else None)
-    if not output_final_state:
-        return output, None
-    fields = ("kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count")
-    return output, RFAState(**{name: torch.cat([getattr(f, name) for f in finals]) for name in fields})
+        if output_final_state:
+            finals.append(sequence.final_state())
+    return output, RFAState.cat(finals) if output_final_state else None
 
 
 class _Sequence:
-    """The keys of one document: those that the state remembers one by one, the new ones, and the far sums."""
+    """The keys of one document: those that the state remembers one by one, the new ones, and the far sums.
+
+    The remembered ones are the state's kept keys, then sinks that are no longer near, then chunks c0 - 1 and c0.
+    """
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor, state: RFAState | None, call: OperatorCall) -> None:
         window = call.window
         self.window, self.sinks, self.causal = window, call.sink_tokens if window else 0, call.causal
         self.far, self.scaling, self.sink_logits, self.state = call.far, call.scaling, call.sink_logits, state
+        self.kept_keys = call.kept_keys
         self.seen = int(state.count) if state is not None else 0
         self.key, self.value = key, value
         # Without causality an earlier state is a bag of far keys; chunks and sinks are those of the new tokens.
-        self.rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
-        self.new_rank = self.rank
+        self.new_rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
+        self.rank = self.new_rank.expand(key.shape[1], -1)  # (Hk, K), -1 where there is no key
+        self.mass = torch.zeros_like(key[0, ..., 0])
         self.decay, self.forgotten = self._decay(0)
-        if state is None or not (window and self.causal):
-            return
-        # Sinks that are no longer among the near keys, then chunks c0 - 1 and c0.
-        first = (self.seen // window - 1) * window
+        if state is not None and window and self.causal:
+            self._remember(state)
+        kept = torch.arange(self.rank.shape[1]) < (self.kept_keys if self.seen else 0)
+        self.kept = kept & (self.rank >= 0)
+
+    def _remember(self, state: RFAState) -> None:
+        """Put the keys that the state has one by one before the new ones."""
+        first = (self.seen // self.window - 1) * self.window
         old = torch.arange(max(first, 0), self.seen)
         sinks_left = torch.arange(min(self.sinks, max(first, 0)))
-        self.rank = torch.cat([sinks_left, old, self.rank])
-        self.key = torch.cat([state.sink_key[:, :, sinks_left], state.near_key[:, :, old - first], key], dim=2).to(key)
-        self.value = torch.cat([state.sink_value[:, :, sinks_left], state.near_value[:, :, old - first], value], 2).to(
-            value
+        keys, values = [state.sink_key[:, :, sinks_left]], [state.sink_value[:, :, sinks_left]]
+        masses = [torch.zeros(self.key.shape[1], len(sinks_left))]
+        keys, values = [*keys, state.near_key[:, :, old - first]], [*values, state.near_value[:, :, old - first]]
+        rank, decay = torch.cat([sinks_left, old]).expand(self.key.shape[1], -1), None
+        if state.kept_key is not None:
+            kept_key, kept_value, position, kept_decay, mass = state.kept
+            keys, values = [kept_key, *keys], [kept_value, *values]
+            masses = [mass[0, :, : self.kept_keys], *masses, mass[0, :, self.kept_keys + old - first]]
+            rank, decay = torch.cat([position[0], rank], dim=1), -kept_decay.to(self.key)
+            self.mass = torch.cat([*(m.to(self.mass) for m in masses), self.mass], dim=1)
+        key, value = self.key, self.value
+        self.key, self.value = (
+            torch.cat([*(k.to(key) for k in keys), key], 2),
+            torch.cat([*(v.to(value) for v in values), value], 2),
         )
-        self.decay, self.forgotten = self._decay(len(sinks_left) + len(old))
+        self.rank = torch.cat([rank, self.rank], dim=1)
+        self.decay, self.forgotten = self._decay(rank.shape[1])
+        if decay is not None:
+            self.decay = torch.cat([decay, self.decay[..., self.kept_keys :]], dim=-1)
 
     def _decay(self, earlier: int) -> tuple[torch.Tensor, torch.Tensor]:
         """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, from the last of the `earlier` keys on."""
@@ -74,14 +96,16 @@ class _Sequence:
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         """Output (1, Hk, G, n, M) of the document's queries."""
         far, scaling, sink_logits = self.far, self.scaling, self.sink_logits
-        query_rank, key_rank = self.new_rank[:, None], self.rank[None]
-        visible = key_rank <= query_rank if self.causal else torch.ones_like(key_rank <= query_rank)
-        near = visible & self._near(query_rank, key_rank)
         keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): a group shares them
-        exact = torch.where(near, (query @ keys.mT * scaling).exp(), 0.0)
+        weights = (query @ keys.mT * scaling).exp()
+        visible, near = self._visible(), self._near()
+        if self.kept_keys:
+            near = near | self._choose(weights, visible, near)
+        visible, near = visible[:, None], (visible & near)[:, None]  # (Hk, 1, n, K)
+        exact = torch.where(near, weights, 0.0)
         query_features, query_scale = far.query_features(query, scaling)
         key_features, key_scale = far.key_features(keys, scaling)
-        given = self.decay[:, :, len(self.rank) - len(self.new_rank) :].unsqueeze(2)  # (1, Hk, 1, n)
+        given = self.decay[:, :, self.decay.shape[2] - len(self.new_rank) :].unsqueeze(2)  # (1, Hk, 1, n)
         decay = torch.where(visible, given.unsqueeze(-1) - self.decay[:, :, None, None], 0.0)
         kernel = (query_features @ key_features.mT) * (
             query_scale.unsqueeze(-1) + key_scale.unsqueeze(-2) + decay
@@ -103,20 +127,55 @@ class _Sequence:
         quotient = numerator / torch.where(answered, denominator, 1.0).unsqueeze(-1)
         return torch.where(answered.unsqueeze(-1), quotient, 0.0)
 
-    def _near(self, query_rank: torch.Tensor, key_rank: torch.Tensor) -> torch.Tensor:
+    def _visible(self) -> torch.Tensor:
+        """(Hk, n, K) which keys each new token may see."""
+        there = (self.rank >= 0)[:, None]
+        return (
+            there & (self.rank[:, None] <= self.new_rank[:, None])
+            if self.causal
+            else there.expand(-1, len(self.new_rank), -1)
+        )
+
+    def _near(self) -> torch.Tensor:
+        """(Hk, n, K) which of them are near or sinks."""
+        key_rank, query_rank = self.rank[:, None], self.new_rank[:, None]
         if not self.window:
             return torch.zeros_like(key_rank <= query_rank)
         distance = (query_rank // self.window - key_rank // self.window).abs()
         return (distance <= 1) | (key_rank < self.sinks)
+
+    @torch.no_grad()
+    def _choose(self, weights: torch.Tensor, visible: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        """(Hk, n, K) which keys are kept while each new token asks, of exp(s q.k) (1, Hk, G, n, K), chunk by chunk."""
+        chunk_of_query, chunk_of_key = self.new_rank // self.window, self.rank // self.window
+        kept = torch.zeros_like(visible)
+        for chunk in chunk_of_query.unique().tolist():
+            rows = chunk_of_query == chunk
+            kept[:, rows] = self.kept[:, None]
+            exact = visible[:, rows] & (near[:, rows] | self.kept[:, None])
+            share = torch.where(exact[:, None], weights[0, :, :, rows], 0.0)
+            total = share.sum(-1, keepdim=True)
+            if self.sink_logits is not None:
+                total = total + self.sink_logits.to(total).exp()[..., None, None]
+            counts = self.new_rank[rows, None] - self.rank[:, None] >= kept_keys.least_distance(self.window)
+            self.mass = self.mass + (share / total * counts[:, None]).sum((1, 2))
+            if self.new_rank[-1] + 1 >= (chunk + 1) * self.window:  # the chunk is full
+                rivals = self.kept | ((chunk_of_key == chunk - 1) & (self.rank >= self.sinks))
+                position, count = torch.where(rivals, self.rank, -1), (chunk + 1) * self.window
+                score = kept_keys.scores(self.mass, self.value[0].norm(dim=-1), position, count, self.window)
+                _, staying = kept_keys.split(score, min(self.kept_keys, score.shape[1]))
+                self.kept = torch.zeros_like(self.kept).scatter(1, staying, True) & rivals
+        return kept
 
     def final_state(self) -> RFAState:
         """The state after the document's last token, its sums not rescaled."""
         count = self.seen + len(self.new_rank)
         window = self.window if self.causal else 0
         sinks = self.sinks if self.causal else 0
-        state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks)
+        kept_keys = self.kept_keys if self.causal else 0
+        state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks, kept_keys)
         chunk = self.rank // window if window else self.rank
-        is_far = (self.rank >= sinks) & (chunk <= count // window - 2) if window else torch.ones_like(self.rank).bool()
+        is_far = (self.rank >= sinks) & ~self.kept & (chunk <= count // window - 2) if window else self.rank >= 0
         features, log_scale = self.far.key_features(self.key, self.scaling)
         # The sums are relative to the last token.
         decay = self.forgotten.unsqueeze(-1) - self.decay
@@ -126,15 +185,28 @@ class _Sequence:
         if self.state is not None:
             scale = self.state.log_max.to(sums) + self.forgotten
             sums = sums + self.state.kv_state.to(sums) * scale.exp()[..., None, None]
-        near_key, near_value = state.near_key.clone(), state.near_value.clone()
-        sink_key, sink_value = state.sink_key.clone(), state.sink_value.clone()
-        for index, rank in enumerate(self.rank.tolist()):
-            if window and rank >= (count // window - 1) * window:
-                slot = rank - (count // window - 1) * window
-                near_key[:, :, slot], near_value[:, :, slot] = self.key[:, :, index], self.value[:, :, index]
-            if rank < sinks:
-                sink_key[:, :, rank], sink_value[:, :, rank] = self.key[:, :, index], self.value[:, :, index]
+        tables = {n: t.clone() for n, t in vars(state).items() if t is not None and n not in ("kv_state", "log_max")}
+        for head, ranks in enumerate(self.rank.tolist()):
+            held = [index for index in range(len(ranks)) if self.kept[head, index]] if kept_keys else []
+            places = {index: kept_keys - len(held) + place for place, index in enumerate(held)}
+            for index, rank in enumerate(ranks):
+                slot = rank - (count // window - 1) * window if window else -1
+                if rank >= 0 and slot >= 0:
+                    tables["near_key"][0, head, slot] = self.key[0, head, index]
+                    tables["near_value"][0, head, slot] = self.value[0, head, index]
+                    if kept_keys:
+                        tables["mass"][0, head, kept_keys + slot] = self.mass[head, index]
+                if 0 <= rank < sinks:
+                    tables["sink_key"][0, head, rank] = self.key[0, head, index]
+                    tables["sink_value"][0, head, rank] = self.value[0, head, index]
+                if index in places:
+                    place = places[index]
+                    tables["kept_key"][0, head, place] = self.key[0, head, index]
+                    tables["kept_value"][0, head, place] = self.value[0, head, index]
+                    tables["kept_position"][0, head, place] = rank
+                    tables["kept_decay"][0, head, place] = decay[0, head, index]
+                    tables["mass"][0, head, place] = self.mass[head, index]
         # The reference keeps its sums unscaled: log_max = 0 (-inf while no key is far).
-        some = bool(is_far.any()) or (self.state is not None and bool((self.state.log_max > -torch.inf).any()))
-        log_max = torch.full_like(state.log_max, 0.0 if some else -torch.inf)
-        return RFAState(sums, log_max, near_key, near_value, sink_key, sink_value, torch.tensor([count]))
+        before = self.state is not None and bool((self.state.log_max > -torch.inf).any())
+        log_max = torch.full_like(state.log_max, 0.0 if before or bool(is_far.any()) else -torch.inf)
+        return RFAState(**{**tables, "kv_state": sums, "log_max": log_max, "count": torch.tensor([count])})

@@ -14,11 +14,10 @@ BACKENDS = ("auto", "chunked", "triton")
 class AttentionSettings:
     """How a layer attends, the same for all of its calls. `OperatorCall.of` checks it against the tensors.
 
-    Further ways to attend exactly, such as far keys that are kept, become fields here.
-
     Args:
         window: Chunk size, tokens; 0 = pure RFA.
         sink_tokens: First tokens of a document that every query sees exactly; at most `window`.
+        kept_keys: K, the far keys of each linear key head that stay exact, see `ops.kept_keys`; needs a window.
         scaling: Factor of q.k, usually D ** -0.5.
         causal: False for the bidirectional form.
         softmax_heads: Key heads that are computed by exact softmax.
@@ -29,6 +28,7 @@ class AttentionSettings:
 
     window: int = 64
     sink_tokens: int = 4
+    kept_keys: int = 0
     scaling: float
     causal: bool = True
     softmax_heads: tuple[int, ...] = ()

@@ -1,7 +1,7 @@
 """`RFAState`: what a layer must remember of the tokens it has seen; its size does not depend on their number."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,21 @@ class RFAState:
     """Decoding state of one layer after `count` tokens. Immutable: every step returns a new one.
 
     With C = window, c0 = count // C the chunk that the next token falls into, B rows, Hk linear key heads, D / M the
-    dims of keys / values, F the components of psi and s the sink tokens:
+    dims of keys / values, F the components of psi, s the sink tokens and K the kept keys:
 
     Attributes:
         kv_state: (B, Hk, F, M + 1) sums over the far keys, `sum_j psi(k_j) [v_j, 1]`, divided by exp(log_max): the
-            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks (all keys if C = 0). With
-            a gate, key j counts exp(sum of log g over the tokens behind it).
+            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks and the kept ones (all
+            keys if C = 0). With a gate, key j counts exp(sum of log g over the tokens behind it).
         log_max: (B, Hk) running maximum of the far keys' log-scale, -inf while there are none.
         near_key, near_value: (B, Hk, 2C, D or M), the keys of chunks c0 - 1 and c0, in their places.
         sink_key, sink_value: (B, Hk, s, D or M), the first tokens of the sequence.
         count: (B,) int64 on the CPU, tokens seen by each row (without padding).
+        kept_key, kept_value: (B, Hk, K, D or M), far keys that are seen exactly, in order, the last places filled
+            first; None if K = 0, as all of the following.
+        kept_position: (B, Hk, K) int64, numbers of these tokens in their document; -1 in empty places.
+        kept_decay: (B, Hk, K), sum of log g over the tokens behind each; 0 without a gate.
+        mass: (B, Hk, K + 2C), attention that the kept and the near keys have received, see `ops.kept_keys`.
         exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if none do.
         exact_mask: (B, T) bool, which of its slots hold a token; None if all do.
     """
@@ -33,17 +38,32 @@ class RFAState:
     sink_key: torch.Tensor
     sink_value: torch.Tensor
     count: torch.Tensor
+    kept_key: torch.Tensor | None = None
+    kept_value: torch.Tensor | None = None
+    kept_position: torch.Tensor | None = None
+    kept_decay: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
     exact_key: torch.Tensor | None = None
     exact_value: torch.Tensor | None = None
     exact_mask: torch.Tensor | None = None
 
     @classmethod
     def empty(
-        cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int
-    ) -> "RFAState":
+        cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int,
+        kept_keys: int = 0,
+    ) -> "RFAState":  # fmt: skip
         """The state before the first token, shaped and placed like key (_, Hk, _, D) and value (_, Hk, _, M)."""
-        shapes = cls.shapes(batch, key, value, components, window, sink_tokens)
+        shapes = cls.shapes(batch, key, value, components, window, sink_tokens, kept_keys)
         wide = accumulation_dtype(key.dtype)
+        kept = {}
+        if kept_keys:
+            kept = {
+                "kept_key": key.new_zeros(shapes["kept_key"]),
+                "kept_value": value.new_zeros(shapes["kept_value"]),
+                "kept_position": key.new_full(shapes["kept_position"], -1, dtype=torch.int64),
+                "kept_decay": key.new_zeros(shapes["kept_decay"], dtype=wide),
+                "mass": key.new_zeros(shapes["mass"], dtype=wide),
+            }
         return cls(
             kv_state=key.new_zeros(shapes["kv_state"], dtype=wide),
             log_max=key.new_full(shapes["log_max"], -torch.inf, dtype=wide),
@@ -52,15 +72,26 @@ class RFAState:
             sink_key=key.new_zeros(shapes["sink_key"]),
             sink_value=value.new_zeros(shapes["sink_value"]),
             count=torch.zeros(batch, dtype=torch.int64),
+            **kept,
         )
 
     @staticmethod
     def shapes(
-        batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int
-    ) -> dict[str, tuple[int, ...]]:
+        batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int,
+        kept_keys: int = 0,
+    ) -> dict[str, tuple[int, ...]]:  # fmt: skip
         """The shapes of the linear heads' tensors, see `empty`."""
         heads, dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
         sinks = sink_tokens if window else 0
+        kept = {}
+        if kept_keys:
+            kept = {
+                "kept_key": (batch, heads, kept_keys, dim),
+                "kept_value": (batch, heads, kept_keys, value_dim),
+                "kept_position": (batch, heads, kept_keys),
+                "kept_decay": (batch, heads, kept_keys),
+                "mass": (batch, heads, kept_keys + 2 * window),
+            }
         return {
             "kv_state": (batch, heads, components, value_dim + 1),
             "log_max": (batch, heads),
@@ -68,12 +99,26 @@ class RFAState:
             "near_value": (batch, heads, 2 * window, value_dim),
             "sink_key": (batch, heads, sinks, dim),
             "sink_value": (batch, heads, sinks, value_dim),
+            **kept,
         }
 
     @property
     def z_state(self) -> torch.Tensor:
         """z (B, Hk, F): the denominators' sums, divided by exp(log_max)."""
         return self.kv_state[..., -1]
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """kept_key, kept_value, kept_position, kept_decay and mass, of a state that keeps keys."""
+        key, value, position, decay, mass = (
+            self.kept_key, self.kept_value, self.kept_position, self.kept_decay, self.mass,
+        )  # fmt: skip
+        assert key is not None
+        assert value is not None
+        assert position is not None
+        assert decay is not None
+        assert mass is not None
+        return key, value, position, decay, mass
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +128,12 @@ class RFAState:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RFAState":
         """The state with `function` applied to every tensor (all have the batch as first dimension)."""
         return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    @classmethod
+    def cat(cls, states: Sequence["RFAState"]) -> "RFAState":
+        """The rows of several states in one."""
+        names = states[0]._tensors()
+        return cls(**{name: torch.cat([getattr(state, name) for state in states]) for name in names})
 
     def select_rows(self, rows: torch.Tensor) -> "RFAState":
         """The state of some rows, for beams and batch selection; `rows` (n,) int64."""

@@ -80,7 +80,7 @@ def test_the_operation_is_what_its_schema_and_its_fake_say():
     centres = {name: torch.zeros(2, 8) for name in ("query_center", "key_center")}
     tensors = {**inputs, **heads, **centres, "token_mask": torch.arange(40).expand(2, -1) > 3}
     tensors["query"] = inputs["query"].detach().unflatten(1, (2, 2)).requires_grad_()
-    settings = (",".join(tensors), "positive,positive", [1, 16, 4], 0.3, "auto", True, False)
+    settings = (",".join(tensors), "positive,positive", [1, 16, 4, 0], 0.3, "auto", True, False)
     torch.library.opcheck(torch.ops.hf_rfa.linear_heads.default, (list(tensors.values()), *settings))
 
 

@@ -32,6 +32,7 @@ class Block:
         sink_logits: (A, 1, R) or None.
         log_gamma: (A, 1, 1), -inf where gamma is 0.
         steady: Whether `keep` is known to be all True.
+        kept: The far keys that the chunks see exactly, and those that they let go; None if none are kept.
     """
 
     query: torch.Tensor
@@ -48,6 +49,7 @@ class Block:
     scaling: float
     delay: int
     steady: bool
+    kept: "KeptRows | None" = None
 
     @property
     def groups(self) -> int:
@@ -56,8 +58,38 @@ class Block:
 
     @property
     def far(self) -> slice:
-        """The chunks of `key` that the block adds to the far sums."""
+        """The chunks of `key` that the block adds to the far sums, where no keys are kept."""
         return slice(1 - self.delay, 1 - self.delay + self.query.shape[1])
+
+    @property
+    def far_key(self) -> torch.Tensor:
+        """(A, n, C, D), what is added to the far sums once each chunk has been answered."""
+        return self.key[:, self.far] if self.kept is None else self.kept.far_key
+
+    @property
+    def far_value(self) -> torch.Tensor:
+        """(A, n, C, M), the values of `far_key`."""
+        return self.value[:, self.far] if self.kept is None else self.kept.far_value
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Kept keys of the chunks of a block.
+
+    Attributes:
+        key, value: (A, n, K, D or M), what each chunk sees.
+        full: Whether all of them are keys; `mask` (A, n, K) bool says which ones are.
+        far_key, far_value: (A, n, C, D or M), what is let go after each chunk.
+        far_decay: (A, n, C), log g summed behind each of those up to the chunk; None without a gate.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    full: bool
+    mask: torch.Tensor
+    far_key: torch.Tensor
+    far_value: torch.Tensor
+    far_decay: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -139,17 +171,21 @@ def finite(x: torch.Tensor) -> torch.Tensor:
 def block_sums(block: Block, psi: Features, log_max: torch.Tensor, scratch: Scratch) -> Sums:
     """What the block adds to far sums that are divided by exp(carry_peak)."""
     key_scale, query_scale = psi.key_scale, psi.query_scale
-    if block.decay is not None:
-        key_scale = key_scale - block.decay[:, block.far]
-        if block.delay:  # as of the first slot of the chunk that adds it
-            key_scale = key_scale + block.decay[:, :-1, -1:]
+    if block.decay is not None:  # as of the first slot of the chunk that adds it
+        if block.kept is not None:
+            assert block.kept.far_decay is not None
+            key_scale = key_scale + block.kept.far_decay
+        else:
+            key_scale = key_scale - block.decay[:, block.far]
+            if block.delay:
+                key_scale = key_scale + block.decay[:, :-1, -1:]
         query_scale = query_scale + block.decay[:, 1:].repeat(1, 1, block.groups)
     key_scale = key_scale.masked_fill(~block.fold, -torch.inf)
     read_log_max, after, end_log_max = _running_max(block, key_scale.amax(-1), log_max)
     base = finite(after)
     shrink = (read_log_max - base).exp_()
     weights = (key_scale - base.unsqueeze(-1)).exp_()
-    extended = extend(block.value[:, block.far], weights, scratch)
+    extended = extend(block.far_value, weights, scratch)
     return Sums(weights, shrink, extended, key_scale, read_log_max, query_scale, end_log_max)
 
 
@@ -165,16 +201,29 @@ def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, sc
         state.mul_(factor).baddbmm_(new, key)
     if block.delay:
         assert block.mask is not None
-        near_keys = (
-            windows(block.key, block.sink_key, scratch, "near keys"),
-            windows(block.value, block.sink_value, scratch, "near values"),
-        )
-        near, near_log = near_attention(block.query, *near_keys, block.mask, block.scaling)
+        near, near_log = near_attention(block.query, *exact_rows(block, scratch), block.mask, block.scaling)
         return Parts(near, near_log, far, sums.query_scale + sums.read_log_max.unsqueeze(-1))
     own = intra_chunk(block, psi, sums)
     far.mul_(own.lifted.unsqueeze(-1))
     far += (own.weights * own.scores) @ extend(block.value[:, 1:], None, scratch)
     return Parts(None, None, far, sums.query_scale + own.base)
+
+
+def exact_rows(block: Block, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values (A, n, W, D or M) that each chunk sees exactly, in the order of the block's mask."""
+    key = windows(block.key, block.sink_key, scratch, "near keys")
+    value = windows(block.value, block.sink_value, scratch, "near values")
+    if block.kept is None:
+        return key, value
+    key = _beside(block.kept.key, key, scratch, "exact keys")
+    return key, _beside(block.kept.value, value, scratch, "exact values")
+
+
+def _beside(kept: torch.Tensor, near: torch.Tensor, scratch: Scratch, name: str) -> torch.Tensor:
+    count = kept.shape[2]
+    rows = scratch(name, near, *near.shape[:2], count + near.shape[2], near.shape[3])
+    rows[:, :, :count], rows[:, :, count:] = kept, near
+    return rows
 
 
 def _running_max(

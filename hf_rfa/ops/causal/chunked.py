@@ -1,10 +1,11 @@
 """The causal operator in chunks: O(N) time and memory, exactly the reference's numbers.
 
-Chunk c attends exactly to chunks c - 1 and c and to the sinks, and to all earlier keys through a running sum of
-features. `window = 0` has no exact part: the own chunk goes through the features too. This module aligns the tokens,
-`causal.function` goes over them, and what remains is put into a state.
+Chunk c attends exactly to chunks c - 1 and c, to the sinks and to the keys that it keeps, and to all earlier keys
+through a running sum of features. `window = 0` has no exact part: the own chunk goes through the features too. This
+module aligns the tokens, `causal.function` goes over them, and what remains is put into a state.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.function import PassSettings, causal_attention
+from hf_rfa.ops.causal.keeping import decay_of_evicted, with_kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
+from hf_rfa.ops.causal.selection import Choice, choose_keys
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import FarStatistics, Part
 from hf_rfa.ops.layout import Plan, PlanSpec
@@ -32,7 +35,11 @@ def chunked_causal(
     aligned = align(call, output_final_state, short)
     settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
     output, kv_state, log_max = causal_attention(aligned.inputs, settings)
-    final = final_state(aligned, kv_state, log_max, call.window) if output_final_state else None
+    final = None
+    if output_final_state:
+        final = final_state(aligned, kv_state, log_max, call.window)
+        if aligned.choice is not None:
+            final = with_kept_keys(final, aligned.choice, aligned.inputs, aligned.state, aligned.plan)
     return tokens_of(output, aligned.plan, call.query.shape[3]), final
 
 
@@ -64,6 +71,7 @@ class Aligned:
     inputs: PassInputs
     plan: Plan
     state: RFAState
+    choice: Choice | None = None
 
 
 def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None = None) -> Aligned:
@@ -100,7 +108,20 @@ def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None 
         query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
         state.kv_state.to(wide), log_max,
     )  # fmt: skip
-    return Aligned(inputs, plan, state)
+    if not call.kept_keys:
+        return Aligned(inputs, plan, state)
+    assert state.kept_key is not None
+    assert state.kept_value is not None
+    inputs = dataclasses.replace(
+        inputs, kept_key=state.kept_key.to(key.dtype), kept_value=state.kept_value.to(value.dtype)
+    )
+    choice = choose_keys(ChunkedPass(inputs, call.far, plan, window, call.scaling, may_bound=False), state, history)
+    far_decay = None if decay is None else decay_of_evicted(choice, decay, state, plan)
+    inputs = dataclasses.replace(
+        inputs, kept=choice.kept, kept_mask=choice.kept_mask, evicted=choice.evicted,
+        evicted_mask=choice.evicted_mask, far_decay=far_decay,
+    )  # fmt: skip
+    return Aligned(inputs, plan, state, choice)
 
 
 def _wide(call: OperatorCall) -> torch.Tensor | None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from hf_rfa.features.maps import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
-from hf_rfa.ops.causal.gradients import Answered, block_gradients
+from hf_rfa.ops.causal.gradients import Answered, Gradients, block_gradients
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of
+from hf_rfa.ops.causal.pool import PoolGradient
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.recomputing import Flags, follows, recomputing
@@ -40,7 +41,7 @@ def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     kernel = {name: getattr(settings.far, name) for name in KERNEL}
     if any(follows([*tensors, *kernel.values()])):
-        tensors = [None if t is None else t.to(inputs.wide) for t in tensors]
+        tensors = [t.to(inputs.wide) if t is not None and t.is_floating_point() else t for t in tensors]
     constant = (2,) if inputs.decay is None else ()
     output, kv_state, log_max = recomputing(_Recipe(settings, constant), *tensors, *kernel.values())
     return output, kv_state, log_max
@@ -141,6 +142,8 @@ class _Backward:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.sink_key, self.sink_value = sink_key.zero_().flatten(0, 1), sink_value.zero_().flatten(0, 1)
         self.sink_rows = [torch.zeros_like(rows) for rows in chunked.sink_rows]
+        self.pools = None if chunked.pools is None else [PoolGradient(pool, inputs.wide) for pool in chunked.pools]
+        self.far_decay = None if inputs.far_decay is None else torch.zeros_like(inputs.far_decay)
         self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
         self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
         self.log_gamma = torch.zeros_like(chunked.far.gamma)
@@ -164,7 +167,7 @@ class _Backward:
             psi = features_of(made)
         else:
             # Not `torch.autograd`, which is switched off inside of an operation of a graph (`ops.graph`).
-            tensors = (block.query, block.key[:, block.far], *self.leaves.values())
+            tensors = (block.query, block.far_key, *self.leaves.values())
             recorded, pull_back = torch.func.vjp(self._psi, *tensors)[:2]
             psi = Features(*recorded)
         sums = block_sums(block, psi, log_max, chunked.scratch)
@@ -184,7 +187,10 @@ class _Backward:
             near = gradients.near
             rows = chunked.target(self.query, span)
             query = torch.add(query, near.query, out=rows)
-            near.key[:, block.far] += key
+            if gradients.kept is None:
+                near.key[:, block.far] += key
+            else:
+                self._step_kept(span, gradients, key)
             key = near.key
             self.sink_rows[0][:, span], self.sink_rows[1][:, span] = near.sink_key, near.sink_value
         else:
@@ -200,6 +206,20 @@ class _Backward:
             rows = gradients.sink_logits.sum(1).view(-1, *self.logits.shape, chunked.chunk)
             self.logits += rows.sum((0, 3))
 
+    def _step_kept(self, span: slice, gradients: Gradients, far_key: torch.Tensor) -> None:
+        """What a block gives to the keys that it keeps and to those that it lets go."""
+        inputs, kept = self.chunked.inputs, gradients.kept
+        assert self.pools is not None
+        assert kept is not None
+        assert inputs.kept is not None
+        assert inputs.evicted is not None
+        pairs = ((kept.key, far_key), (kept.value, kept.far_value))
+        for pool, (of_kept, of_far) in zip(self.pools, pairs, strict=True):
+            pool.add(inputs.kept[:, span], of_kept)
+            pool.add(inputs.evicted[:, span], of_far)
+        if self.far_decay is not None:
+            self.far_decay[:, span] = gradients.psi.key_scale
+
     def _psi(self, query: torch.Tensor, key: torch.Tensor, *kernel: torch.Tensor) -> list[torch.Tensor]:
         changed: dict[str, Any] = dict(zip(self.leaves, kernel, strict=True))
         far = dataclasses.replace(self.chunked.far, **changed)
@@ -210,15 +230,21 @@ class _Backward:
         inputs, alive = self.chunked.inputs, self.chunked.far.alive()
         self.chunked.add_sinks(self.key, self.sink_key, self.sink_rows[0])
         self.chunked.add_sinks(self.value, self.sink_value, self.sink_rows[1])
+        of_kept: list[torch.Tensor | None] = [None, None]
+        if self.pools is not None and inputs.kept_key is not None:
+            for i, (pool, of_tokens) in enumerate(zip(self.pools, (self.key, self.value), strict=True)):
+                of_kept[i], added = pool.split(inputs.kept_key.shape[2])
+                of_tokens += added.flatten(0, 1)
         self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.chunked.far.gamma, 0.0)
         flat = (self.key, self.value, self.sink_key, self.sink_value)
         whole = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
         decay = log_max = None
         if self.decay is not None and inputs.decay is not None:
             decay, log_max = self.decay.view_as(inputs.decay), self.log_max.view_as(inputs.log_max)
+        exact = (x.view_as(y) for x, y in zip(flat, whole, strict=True))
         return [
-            self.query, *(x.view_as(y) for x, y in zip(flat, whole, strict=True)), decay, self.logits,
-            self.kv_state.view_as(inputs.kv_state), log_max, *(self.kernel.get(name) for name in KERNEL),
+            self.query, *exact, decay, self.logits, self.kv_state.view_as(inputs.kv_state), log_max, *of_kept, None,
+            None, None, None, self.far_decay, *(self.kernel.get(name) for name in KERNEL),
         ]  # fmt: skip
 
 

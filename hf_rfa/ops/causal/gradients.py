@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.ops.causal.block import Block, Features, Sums, extend, intra_chunk
-from hf_rfa.ops.causal.near import near_gradients, split_windows, windows
+from hf_rfa.ops.causal.block import Block, Features, Sums, exact_rows, extend, intra_chunk
+from hf_rfa.ops.causal.near import near_gradients, split_windows
 from hf_rfa.ops.causal.scratch import Scratch
 
 
@@ -34,6 +34,16 @@ class Gradients:
     sink_logits: torch.Tensor | None
     kv_state: torch.Tensor
     log_max: torch.Tensor | None
+    kept: "KeptGradients | None" = None
+
+
+@dataclass(frozen=True)
+class KeptGradients:
+    """Those of `KeptRows`, but for `far_key`, which psi has."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    far_value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -88,23 +98,28 @@ def block_gradients(
         value[:, 1:] = ((own.weights * own.scores).mT @ far)[..., :-1]
     else:
         assert block.mask is not None
-        keys = windows(block.key, block.sink_key, scratch, "near keys")
-        values = windows(block.value, block.sink_value, scratch, "near values")
+        keys, values = exact_rows(block, scratch)
         query, key, near_value = near_gradients(
             gradient, block.query, keys, values, answered.output, answered.log_total, block.mask, block.scaling
         )
-        sinks = block.sink_key.shape[2]
+        sinks, count = block.sink_key.shape[2], 0 if block.kept is None else block.kept.key.shape[2]
+        kept_key, key = key.split([count, key.shape[2] - count], dim=2)
+        kept_value, near_value = near_value.split([count, near_value.shape[2] - count], dim=2)
         key, sink_key = split_windows(key, sinks, scratch, "keys")
         value, sink_value = split_windows(near_value, sinks, scratch, "values")
         near = NearGradients(query, key, sink_key, sink_value)
-    value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
+    kept = None
+    if block.kept is None:
+        value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
+    else:
+        kept = KeptGradients(kept_key, kept_value, pushed[..., :-1] * sums.weights.unsqueeze(-1))
     # num and den are linear in psi(q), so that q's factor sees the same sum.
     shares = scratch("shares", kv_state, *psi.query.mT.shape)
     query_scale = torch.mul(query_psi.mT, psi.query.mT, out=shares).sum(-2)
     psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
     decay = None if block.decay is None else _decay_gradient(block, psi_gradients, forgotten)
     log_max = None if block.decay is None else forgotten[-1]
-    return Gradients(value, near, psi_gradients, decay, sink_logits, flow.mT, log_max)
+    return Gradients(value, near, psi_gradients, decay, sink_logits, flow.mT, log_max, kept)
 
 
 def _states(psi: Features, sums: Sums, kv_state: torch.Tensor, scratch: Scratch) -> torch.Tensor:
@@ -136,8 +151,9 @@ def _decay_gradient(block: Block, psi: Features, forgotten: list[torch.Tensor]) 
     assert block.decay is not None
     gradient = torch.zeros_like(block.decay)
     gradient[:, 1:] = psi.query_scale.unflatten(2, (block.groups, -1)).sum(2)
-    gradient[:, block.far] -= psi.key_scale
-    if block.delay:
-        gradient[:, :-1, -1] += psi.key_scale.sum(-1)
+    if block.kept is None:
+        gradient[:, block.far] -= psi.key_scale
+        if block.delay:
+            gradient[:, :-1, -1] += psi.key_scale.sum(-1)
     gradient[:, 1:, -1] += torch.stack(forgotten[-2::-1], dim=1)
     return gradient

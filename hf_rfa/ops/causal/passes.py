@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.features.maps import FarKernel
-from hf_rfa.ops.causal.block import Block, Combined, Features, Parts, block_parts, block_sums
+from hf_rfa.ops.causal.block import Block, Combined, Features, KeptRows, Parts, block_parts, block_sums
 from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
 from hf_rfa.ops.chunks import take
 from hf_rfa.ops.combine import FarStatistics
@@ -29,6 +30,9 @@ class PassInputs:
     query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
     remembers; all these in any types, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
     None; sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1), log_max (B, Hk), the state before the first slot.
+
+    Where keys are kept: kept_key, kept_value (B, Hk, K, D or M), those that the state remembers; the first fields of
+    `selection.Choice`; far_decay (A, n, C), log g summed behind the `evicted` ones, with a gate.
     """
 
     query: torch.Tensor
@@ -40,6 +44,13 @@ class PassInputs:
     sink_logits: torch.Tensor | None
     kv_state: torch.Tensor
     log_max: torch.Tensor
+    kept_key: torch.Tensor | None = None
+    kept_value: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    kept_mask: torch.Tensor | None = None
+    evicted: torch.Tensor | None = None
+    evicted_mask: torch.Tensor | None = None
+    far_decay: torch.Tensor | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -74,6 +85,7 @@ class ChunkedPass:
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
         pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
         self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
+        self.pools = self._pools()
         self._bounded: tuple[BoundedMap, BoundedMap] | None = None
         # Which exponents are large has to be read: no waiting for a GPU.
         if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
@@ -101,14 +113,16 @@ class ChunkedPass:
         if inputs.decay is not None:
             decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
             decay = decay if span.start else F.pad(decay, (0, 0, 1, 0))
+        kept = self._kept_rows(span)
+        fold = self.fold if inputs.evicted_mask is None else inputs.evicted_mask
         return Block(
             query=self.queries(inputs.query, span).to(inputs.wide),
             key=self._chunks(inputs.key, span).to(inputs.wide),
             value=self._chunks(inputs.value, span).to(inputs.wide),
             sink_key=self.sink_rows[0][:, span],
             sink_value=self.sink_rows[1][:, span],
-            mask=self._mask(span, groups) if self.window else None,
-            fold=self.fold[:, span],
+            mask=self._exact_mask(span, groups, kept) if self.window else None,
+            fold=fold[:, span],
             keep=self.keep[:, span],
             decay=decay,
             sink_logits=logits,
@@ -116,6 +130,7 @@ class ChunkedPass:
             scaling=self.scaling,
             delay=self.delay,
             steady=all(self.plan.regular[span]),
+            kept=kept,
         )
 
     def psi(self, query: torch.Tensor, key: torch.Tensor, far: FarKernel) -> Features:
@@ -129,7 +144,7 @@ class ChunkedPass:
         """The same, made in less time, if the map allows it."""
         if self._bounded is None:
             return None
-        return self._bounded[0](block.query), self._bounded[1](block.key[:, block.far])
+        return self._bounded[0](block.query), self._bounded[1](block.far_key)
 
     def bounded_gradients(
         self, made: tuple[BoundedFeatures, BoundedFeatures], psi: Features
@@ -146,7 +161,7 @@ class ChunkedPass:
         for span in self.spans():
             block = self.block(span)
             made = self.bounded_psi(block)
-            psi = self.psi(block.query, block.key[:, block.far], self.far) if made is None else features_of(made)
+            psi = self.psi(block.query, block.far_key, self.far) if made is None else features_of(made)
             sums = block_sums(block, psi, log_max, self.scratch)
             parts = block_parts(block, psi, sums, state, self.scratch)
             log_max = sums.end_log_max
@@ -236,6 +251,38 @@ class ChunkedPass:
         found = take(x, index.flatten(1)).unflatten(2, index.shape[1:])
         rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
         return rows.flatten(0, 1).to(self.inputs.wide)
+
+    def _pools(self) -> tuple[Pool, Pool] | None:
+        inputs = self.inputs
+        if inputs.kept is None:
+            return None
+        assert inputs.kept_key is not None
+        assert inputs.kept_value is not None
+        return Pool(inputs.kept_key, inputs.key), Pool(inputs.kept_value, inputs.value)
+
+    def _kept_rows(self, span: slice) -> KeptRows | None:
+        inputs = self.inputs
+        if self.pools is None or inputs.kept is None or inputs.kept_mask is None or inputs.evicted is None:
+            return None
+        mask, wide = inputs.kept_mask[:, span], inputs.wide
+        kept_key, kept_value = (pool.take(inputs.kept[:, span]).to(wide) for pool in self.pools)
+        far_key, far_value = (pool.take(inputs.evicted[:, span]).to(wide) for pool in self.pools)
+        decay = None if inputs.far_decay is None else inputs.far_decay[:, span]
+        return KeptRows(kept_key, kept_value, bool(mask.all()), mask, far_key, far_value, decay)
+
+    def _exact_mask(self, span: slice, groups: int, kept: KeptRows | None) -> torch.Tensor:
+        """0 where the queries of a chunk see the keys of `exact_rows`, else -inf; (1 or A, 1 or n, R, W)."""
+        mask = self._mask(span, groups)
+        if kept is None:
+            return mask
+        if kept.full:
+            key = mask.shape[0] * 2 + mask.shape[1]  # the mask of ordinary chunks is one for all
+            if all(self.plan.regular[span]):
+                return self._masks.setdefault(-key, F.pad(mask, (kept.mask.shape[2], 0)))
+            return F.pad(mask, (kept.mask.shape[2], 0))
+        seen = torch.zeros_like(kept.mask, dtype=mask.dtype).masked_fill_(~kept.mask, -math.inf)
+        seen = seen.unsqueeze(2).expand(-1, -1, mask.shape[2], -1)
+        return torch.cat([seen, mask.expand(*seen.shape[:3], -1)], dim=-1)
 
     def _mask(self, span: slice, groups: int) -> torch.Tensor:
         """0 where the queries of a chunk see its near keys, else -inf; (1 or A, 1 or n, R, W)."""

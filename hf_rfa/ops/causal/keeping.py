@@ -1,0 +1,80 @@
+"""What kept keys need around the chunked form: the gate behind the evicted ones, and their part of the final state."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.ops.causal.passes import PassInputs
+from hf_rfa.ops.causal.pool import Pool
+from hf_rfa.ops.causal.selection import Choice
+from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.state import RFAState
+
+
+def decay_of_evicted(choice: Choice, decay: torch.Tensor, state: RFAState, plan: Plan) -> torch.Tensor:
+    """(A, n, C) log g summed behind each evicted key, up to the chunk after which it goes.
+
+    decay: (B, Hk, n, C), log g summed from each chunk's first slot.
+    """
+    starts, whole = _gate_sums(decay, state, plan)
+    before = starts[..., :-1].flatten(0, 1).unsqueeze(-1)
+    whole = whole.flatten(0, 1).unsqueeze(1).expand(-1, before.shape[1], -1)
+    return (before - whole.gather(2, choice.evicted)).to(decay.dtype)
+
+
+def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: RFAState, plan: Plan) -> RFAState:
+    """The final state with what it keeps, after a call that continued `state`."""
+    assert inputs.kept_key is not None
+    assert inputs.kept_value is not None
+    _, _, kept_position, kept_decay, _ = state.kept
+    batch, heads, count, _ = inputs.kept_key.shape
+    there, index = choice.last >= 0, choice.last.clamp_min(0)
+
+    def taken(of_state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        rows = Pool(of_state, tokens).take(index.unsqueeze(1)).squeeze(1)
+        return rows.masked_fill(~there.unsqueeze(-1), 0.0).unflatten(0, (batch, heads))
+
+    chunk = plan.token_mask.shape[-1]
+    places = (plan.rank.unsqueeze(-1) * chunk + torch.arange(chunk, device=index.device)).flatten(1)
+    places = torch.cat([kept_position, places.unsqueeze(1).expand(batch, heads, -1)], dim=2).flatten(0, 1)
+    position = torch.where(there, places.gather(1, index), -1).unflatten(0, (batch, heads))
+    decay = torch.zeros_like(kept_decay)
+    if inputs.decay is not None:
+        starts, whole = _gate_sums(inputs.decay, state, plan)
+        behind = starts[..., -1].flatten(0, 1).unsqueeze(-1) - whole.flatten(0, 1).gather(1, index)
+        decay = behind.masked_fill(~there, 0.0).to(decay.dtype).unflatten(0, (batch, heads))
+    return dataclasses.replace(
+        final, kept_key=taken(inputs.kept_key, inputs.key), kept_value=taken(inputs.kept_value, inputs.value),
+        kept_position=position, kept_decay=decay, mass=_mass(choice, plan, batch, heads, count),
+    )  # fmt: skip
+
+
+def _mass(choice: Choice, plan: Plan, batch: int, heads: int, count: int) -> torch.Tensor:
+    """(B, Hk, K + 2C): of the kept keys, then of the chunks c0 - 1 and c0."""
+    chunk = plan.token_mask.shape[-1]
+    kept = choice.mass[:, :count].masked_fill(choice.last < 0, 0.0).unflatten(0, (batch, heads))
+    tokens = choice.mass[:, count:].unflatten(0, (batch, heads)).unflatten(2, (-1, chunk))
+    last = plan.last[:, None]
+    both = torch.cat([last - 1, last], dim=1)
+    belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, last))
+    filled = plan.token_mask.gather(1, both.clamp_min(0).unsqueeze(-1).expand(-1, -1, chunk)) & belongs.unsqueeze(-1)
+    both = both.clamp_min(0).expand(batch, -1)[:, None, :, None].expand(-1, heads, -1, chunk)
+    near = tokens.gather(2, both).masked_fill(~filled.unsqueeze(1), 0.0)
+    return torch.cat([kept, near.flatten(2)], dim=2)
+
+
+def _gate_sums(decay: torch.Tensor, state: RFAState, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """log g summed before each chunk and behind the last (B, Hk, n + 1), and up to each token of the pool (B, Hk, P).
+
+    In float64: they are differences of sums over the whole text. Documents do not mix, for only differences within one
+    are ever taken.
+    """
+    wide = decay.double()
+    starts = F.pad(wide[..., -1].cumsum(-1), (1, 0))
+    tokens = starts[..., :-1].unsqueeze(-1) + wide
+    each = wide - F.pad(wide[..., :-1], (1, 0))
+    remembered = (plan.token_mask & ~plan.asked).unsqueeze(1)  # the state counts from the last of these
+    already = each.masked_fill(~remembered, 0.0).sum((-2, -1))
+    kept = already.unsqueeze(-1) - state.kept[3].double()
+    return starts, torch.cat([kept, tokens.flatten(2)], dim=2)
