@@ -7,7 +7,7 @@ from torch import nn
 from hf_rfa.calibration.head_errors import output_projection
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout

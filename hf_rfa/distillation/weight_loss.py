@@ -3,7 +3,7 @@
 import torch
 
 from hf_rfa.calibration.far_mass import places
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.layout import TokenLayout
 
 

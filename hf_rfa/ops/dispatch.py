@@ -16,7 +16,7 @@ import os
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import PURE_CHUNK
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics

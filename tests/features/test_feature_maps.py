@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from hf_rfa.config import FEATURE_MAPS as CONFIG_MAPS
 from hf_rfa.config import OMEGA_DRAWS
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FEATURE_MAPS, FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import FEATURE_MAPS, feature_map_of_heads, optimal_proposal
 from hf_rfa.features.omega import draw_omega
 
 #: Those whose products estimate the kernel for a random omega; the rows of the clustered map are no draw.
