@@ -129,7 +129,10 @@ def options_of(settings: type) -> dict[str, Option]:
 def _option(
     own: dataclasses.Field[Any], name: str, kind: Any, default: Any, group: str | None, place: tuple[str | None, str]
 ) -> Option:
-    return Option(name, kind, default, own.metadata["help"], group, own.metadata.get("bounds", {}), (place,))
+    text, choices = own.metadata["help"], own.metadata.get("choices", {})
+    if choices:
+        text += " " + ", ".join(f"'{choice}' ({each.summary})" for choice, each in choices.items()) + "."
+    return Option(name, kind, default, text, group, own.metadata.get("bounds", {}), (place,))
 
 
 class Settings:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
+from hf_rfa.features import maps
 from hf_rfa.features.omega import draw_omega
 
-FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
+FEATURE_MAPS = tuple(maps.FEATURE_MAPS)
 Tensors = dict[str, torch.Tensor]
 
 

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_rfa.features.maps import FEATURE_MAPS, Features, MapFunction, rows_per_feature
+from hf_rfa.features.maps import FEATURE_MAPS, Features, rows_per_feature
+from hf_rfa.registry import MapFunction
 
 
 def squared_bound(radius: torch.Tensor) -> torch.Tensor:
-    """The bound of |y|^2 that a radius says, never 0 and never infinite; a radius of 0 is no bound."""
+    """The bound of |y|^2 for a radius, never 0 and never infinite; a radius of 0 means no bound."""
     # Not infinite, since inf / inf is no number; not smaller, since the square of a tiny radius is 0.
     return torch.where(radius > 0, radius.square().clamp_min(1e-30), torch.finfo(radius.dtype).max)
 
 
 def pull_in(square: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """min(1, radius / |y|), by which what lies outside of the bound is pulled in to it.
+    """min(1, radius / |y|), the factor that pulls what lies outside the bound in to it.
 
     square: |y|^2, before any tempering; bound: `squared_bound`. Every form of the operator takes the factor from here:
     |y| is 0 where a query equals its centre, alpha |y| where alpha is 0, and neither value nor gradient may then be
@@ -54,7 +55,7 @@ class FarKernel:
     tensors is kept for as long as the kernel is.
 
     Args:
-        feature_maps: A name of `FEATURE_MAPS` for each key head; all make equally many components.
+        feature_maps: A name of `FEATURE_MAPS` per key head; all make equally many components.
         omega: (key_heads, m, D), rows N(0, I) (or learned). (key_heads, 2m, D) if a head is clustered: the others
             then use the first m rows.
         alpha: (key_heads,) tempering; 1 = unbiased, 0 = only b and c tell far keys apart.
@@ -102,7 +103,7 @@ class FarKernel:
         self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
         scaling: float, shift: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """What is exact of a token, as a log-weight, and what is left to be estimated."""
+        """The exact part of a token as a log-weight, and the rest, which is to be estimated."""
         center = center.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         other = other.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         centred = x - center

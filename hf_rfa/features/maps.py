@@ -1,12 +1,13 @@
 """The psi family: random features whose inner product estimates the softmax kernel exp(q'.k').
 
 With `x' = x * sqrt(scaling)` and rows of omega ~ N(0, I), every map here satisfies `E[psi(q').psi(k')] = exp(q'.k')`.
-A map is a pure function that returns `psi` in two pieces,
+A map is a pure function of |x'|^2 (..., N), w.x' (..., N, m), omega (heads, m, D) and the proposal; it returns `psi`
+in two pieces,
 
     psi(x') = exp(log_scale) * features,        features (..., N, F), log_scale (..., N)
 
-with bounded `features`, so that the caller can stabilise: the exponential is never taken here. What it is handed is
-|x'|^2 (..., N) and w.x' (..., N, m).
+with bounded `features`, so that the caller can stabilise: the exponential is never taken here. To add a map, write its
+function and add an entry to `FEATURE_MAPS` below.
 
 | map              | F  | psi_i(x')                                                                           |
 |------------------|----|-------------------------------------------------------------------------------------|
@@ -26,15 +27,14 @@ al. 2024), with one exponential of a query for each cluster as in Vyas et al. 20
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from hf_rfa.errors import ConfigError
+from hf_rfa.registry import FEATURE_MAPS, FeatureMap
 
 Features = tuple[torch.Tensor, torch.Tensor]
-MapFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Features]
 
 
 def trigonometric(
@@ -73,7 +73,7 @@ def optimal_positive(
 def cluster_logits(
     square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
 ) -> Features:
-    """What each cluster gives a query: exp(w.q')."""
+    """The weight of each cluster for a query: exp(w.q')."""
     return _normalised(projection, torch.zeros_like(projection[..., 0]))
 
 
@@ -103,35 +103,31 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
     return (exponent - peak.unsqueeze(-1)).exp(), log_constant + peak
 
 
-@dataclass(frozen=True)
-class FeatureMap:
-    """A member of the family: its function, and how many components a random feature has.
-
-    `rows` of omega belong to one random feature. `key_function` is that of keys where it differs from the queries'.
-    """
-
-    function: MapFunction
-    components: int
-    rows: int = 1
-    key_function: MapFunction | None = None
-
-
-FEATURE_MAPS = {
-    "trigonometric": FeatureMap(trigonometric, 2),
-    "positive": FeatureMap(positive, 1),
-    "hyperbolic": FeatureMap(hyperbolic, 2),
-    "optimal_positive": FeatureMap(optimal_positive, 1),
-    "clustered": FeatureMap(cluster_logits, 2, rows=2, key_function=cluster_shares),
-}
+# The order is part of the saved format, which holds a map as its place in it: add at the end.
+FEATURE_MAPS.update({
+    "trigonometric": FeatureMap(trigonometric, 2, "sin and cos, unbiased, may be negative"),
+    "positive": FeatureMap(positive, 1, "exp"),
+    "hyperbolic": FeatureMap(hyperbolic, 2, "exp of plus and minus"),
+    "optimal_positive": FeatureMap(optimal_positive, 1, "exp with the least variance, Likhosherstov et al. 2022"),
+    "clustered": FeatureMap(
+        cluster_logits, 2, "omega are centroids of keys, found by `calibrate`: the best start for training",
+        rows=2, key_function=cluster_shares,
+    ),
+})  # fmt: skip
 
 
 def rows_per_feature(names: Sequence[str]) -> int:
-    """Rows of omega for one random feature in a layer with these maps."""
+    """Rows of omega per random feature in a layer with these maps."""
     return max([FEATURE_MAPS[name].rows for name in names] or [1])
 
 
 def feature_map_of_heads(names: str | Sequence[str], key_heads: int) -> tuple[str, ...]:
-    """One name for each key head; `ConfigError` unless all are known and make equally many components."""
+    """One name per key head.
+
+    Raises:
+        ConfigError: An unknown name, another number of names than of key heads, or maps that make different numbers
+            of components.
+    """
     maps = (names,) * key_heads if isinstance(names, str) else tuple(names)
     for name in maps:
         if name not in FEATURE_MAPS:
@@ -142,9 +138,10 @@ def feature_map_of_heads(names: str | Sequence[str], key_heads: int) -> tuple[st
         raise ConfigError(
             f"`feature_map` must be one name, or one for each of {key_heads} key heads. Got {len(maps)} names."
         )
-    if len({FEATURE_MAPS[name].components for name in maps}) > 1:
+    components = {name: FEATURE_MAPS[name].components for name in sorted(set(maps))}
+    if len(set(components.values())) > 1:
         raise ConfigError(
-            "The feature maps of one layer must make equally many components of a feature: 'trigonometric', "
-            f"'hyperbolic' and 'clustered', or 'positive' and 'optimal_positive'. Got {sorted(set(maps))}."
+            f"The feature maps of one layer must make equally many components per feature. Got {components}. Choose "
+            "maps that do."
         )
     return maps
