@@ -125,7 +125,7 @@ def holds_list(kind: Any) -> bool:
     origin, inner = _taken_apart(kind)
     if origin in (Union, UnionType):
         return any(holds_list(each) for each in inner)
-    return origin is Mapping or origin is tuple and inner[-1] is Ellipsis
+    return origin is Mapping or (origin is tuple and inner[-1] is Ellipsis)
 
 
 def plain(value: Any) -> Any:

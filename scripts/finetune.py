@@ -46,7 +46,7 @@ from hf_rfa.data import (
 )
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
-from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.model_card import write_model_card
 from hf_rfa.runtime.adapter import require_adapters
 from hf_rfa.runtime.record import is_converted
@@ -106,13 +106,13 @@ def main(arguments: list[str]) -> None:
         if state.is_main_process:
             for name, model in trained.items():
                 write_folder(model, tokenizer, folders[name] / FOLDERS["finetune"])
-            plan = Plan(
-                contexts=[options.context],
+            settings = ColumnSettings(
+                contexts=(options.context,),
                 windows=options.evaluation_windows,
-                copy_gaps=[300] if sum(map(len, held_out)) >= 2000 else [],  # short of that there is no text to copy
+                copy_gaps=(300,) if sum(map(len, held_out)) >= 2000 else (),  # shorter texts have nothing to copy
             )
             columns = untrained_columns(original(options).to(state.device), load(start).to(state.device)) | trained
-            finish(options, output, measure_columns(columns, held_out, num_bytes, plan, tokenizer.bos_token_id))
+            finish(options, output, measure_columns(columns, held_out, num_bytes, settings, tokenizer.bos_token_id))
         state.wait_for_everyone()
     state.destroy_process_group()
 

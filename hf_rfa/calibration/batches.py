@@ -14,7 +14,7 @@ from hf_rfa.runtime.arguments import accepts
 from hf_rfa.runtime.devices import execution_device
 
 #: Token ids (batch, seq) int64, or keyword arguments of the model.
-Batch = torch.Tensor | Mapping[str, Any]
+ModelInput = torch.Tensor | Mapping[str, Any]
 
 _PASS = (
     "Pass token ids (batch, seq) of integers, a list of such batches, a list of rows of ids, a dataset with a column "
@@ -23,7 +23,7 @@ _PASS = (
 _TEXTS = 'Texts have to be tokens first: pass `[tokenizer(text)["input_ids"] for text in texts]`.'
 
 
-def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Batch]:
+def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[ModelInput]:
     """The batches in `given`, one after the other: int64 token ids (batch, seq) or dictionaries of arguments.
 
     - a tensor or array (batch, seq) of integers, a dictionary of tensors (batch, ...) or of one row: one batch;
@@ -63,7 +63,7 @@ def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Bat
         raise ConfigError(f"`{name}` must hold at least one batch. Got none ({type(given).__name__}). {_PASS}")
 
 
-def call_arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def call_arguments(model: PreTrainedModel, batch: ModelInput) -> dict[str, Any]:
     """What the model is called with: the batch where the model computes, and no cache unless the batch asks for one.
 
     Whatever the model's config says: a cache that nobody reads costs memory and time.
@@ -75,7 +75,7 @@ def call_arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
-def _whole(given: Any, model: PreTrainedModel, name: str) -> Batch | None:
+def _whole(given: Any, model: PreTrainedModel, name: str) -> ModelInput | None:
     """A batch of its own; None for what may be a sequence of them."""
     if isinstance(given, Mapping):
         return _arguments(given, model, name)

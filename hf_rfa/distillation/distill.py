@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
+from hf_rfa.calibration.batches import ModelInput, batches_of, call_arguments
 from hf_rfa.calibration.divergence import ignore
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.layer_transfer import LayerTransfer
@@ -137,7 +137,7 @@ def distill(model: nn.Module, batches: Any, config: DistillConfig) -> Transfer:
 
 
 def _forward(
-    base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: Batch, step: int
+    base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: ModelInput, step: int
 ) -> None:
     """One pass of the original, in which each layer takes the gradient of its own loss."""
     for layer in layers.values():
@@ -162,7 +162,7 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _batches(batches: Iterable[Batch], first: int, steps: int) -> Iterator[Batch]:
+def _batches(batches: Iterable[ModelInput], first: int, steps: int) -> Iterator[ModelInput]:
     number = first
     for batch in islice(batches, first, steps):
         yield batch

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_rfa.config import RFAConfig
+from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
@@ -129,7 +129,7 @@ class Comparison:
     key_heads: int  # over all layers
     bytes_per_token: float
     eval_tokens: int
-    softmax_heads: list[tuple[int, int]] = field(default_factory=list)  # (layer, key head) of the last variant
+    softmax_heads: list[HeadIndex] = field(default_factory=list)  # of the last variant
     calibration: dict[str, Any] = field(
         default_factory=dict
     )  # hf_rfa.CalibrationReport.to_dict(), of both conversions
