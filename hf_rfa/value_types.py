@@ -1,4 +1,4 @@
-"""Values of an annotated type: checked, read from text, described, and made ready for JSON.
+"""Values of an annotated type: check them, read them from text, describe the type, make them ready for JSON.
 
 Known are bool, int, float, str, Path, None, `Literal`, unions of these, `tuple[X, ...]` or `Sequence[X]`, pairs
 `tuple[X, Y]` and `Mapping[X, Y]`. As text a list has commas, a pair a colon, and a mapping is a list of pairs:
@@ -129,7 +129,7 @@ def holds_list(kind: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """JSON-ready: tuples become lists, paths texts."""
+    """JSON-ready: tuples become lists, paths strings."""
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return str(value) if isinstance(value, os.PathLike) else value

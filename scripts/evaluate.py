@@ -5,7 +5,7 @@
     python scripts/evaluate.py --original MODEL --data FOLDER --contexts 512 2048 --stride 1024 --passkey 512 1024
 
 Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints,
-converted or not, under the name before the equals sign. Writes report.json, report.md and plots (perplexity by
+converted or not, named by the text before the equals sign. Writes report.json, report.md and plots (perplexity by
 position; prefill, decoding and cache against length).
 """
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
 
 
 def named_folders(given: list[str]) -> dict[str, str]:
-    """Column -> folder; without a name of its own a column has the last two of the folder's."""
+    """Column -> folder; by default a column is named by the last two parts of the folder."""
     named = {}
     for text in given:
         name, _, folder = text.rpartition("=")
@@ -136,7 +136,7 @@ def speed_rows(speeds, names) -> str:
 
 
 def plot(columns, speeds, output: Path) -> None:
-    """Lines that differ by marker and dash too, so that a print in grey can be read."""
+    """Plots whose lines differ by marker and dash, so that they can be read in grey."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What a user may give as batches of token ids, made into what a model is called with; anything else is refused."""
+"""Batches of token ids in every form that a user may pass, made into arguments of a model; the rest is refused."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,11 +33,11 @@ def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Mod
       `input_ids` is read, without what their `attention_mask` calls padding.
 
     Args:
-        model: Says how many tokens there are and which arguments it takes.
-        name: What the caller calls `given`, for messages.
+        model: Its vocabulary bounds the ids, its forward the names of arguments.
+        name: The name of `given` in messages.
 
     Raises:
-        ConfigError: Nothing there, or something else: texts, a single row, numbers that are no ids of this model.
+        ConfigError: No batch, or something else: texts, a single row, numbers that are no ids of this model.
     """
     row = isinstance(given, Mapping) and _is_row(given)
     batch = _row(given, model, name) if row else _whole(given, model, name)
@@ -64,9 +64,9 @@ def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Mod
 
 
 def call_arguments(model: PreTrainedModel, batch: ModelInput) -> dict[str, Any]:
-    """What the model is called with: the batch where the model computes, and no cache unless the batch asks for one.
+    """Arguments of the model's forward: the batch on the model's device, and no cache unless the batch asks for one.
 
-    Whatever the model's config says: a cache that nobody reads costs memory and time.
+    The model's config has no say in this: a cache that nobody reads costs memory and time.
     """
     device = execution_device(model)
     arguments: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
@@ -76,7 +76,7 @@ def call_arguments(model: PreTrainedModel, batch: ModelInput) -> dict[str, Any]:
 
 
 def _whole(given: Any, model: PreTrainedModel, name: str) -> ModelInput | None:
-    """A batch of its own; None for what may be a sequence of them."""
+    """`given` as one batch; None if it may be a sequence of batches."""
     if isinstance(given, Mapping):
         return _arguments(given, model, name)
     if not isinstance(given, (torch.Tensor, np.ndarray)):
@@ -161,7 +161,7 @@ def _ids(given: Any, model: PreTrainedModel, name: str) -> torch.Tensor:
 
 
 def _checked(ids: torch.Tensor, model: PreTrainedModel, name: str, *, vocabulary: bool = True) -> torch.Tensor:
-    """The ids, if there are any and the model has them all."""
+    """The ids; refused if there are none or the model does not have them all."""
     if not accepts(model, "input_ids"):
         raise ConfigError(
             f"{type(model).__name__} takes no token ids. Got them as `{name}`. Pass dictionaries of its arguments: "

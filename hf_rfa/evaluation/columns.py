@@ -1,6 +1,6 @@
-"""The four columns that every comparison has, each measured on the same tokens.
+"""The four columns of every comparison and any number of trained checkpoints, measured on the same tokens.
 
-original · window only · every head linear · retrieval heads exact, and any number of trained checkpoints beside them.
+The four are: original, window only, every head linear, retrieval heads exact.
 """
 
 import copy
@@ -65,7 +65,7 @@ class Column(Quality):
 
 
 def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The original and its three conversions, nothing trained; their weights are shared, so that they cost no memory.
+    """The original and its three conversions, nothing trained; they share their weights, which saves memory.
 
     Args:
         calibrated: the same model, converted and calibrated, with the exact heads that calibration chose. If it chose
@@ -83,7 +83,7 @@ def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) ->
 
 
 def _with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that holds the same parameters, not copies of them; its buffers are its own."""
+    """A copy with the same parameter objects, and with buffers of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 

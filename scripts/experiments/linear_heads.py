@@ -1,11 +1,11 @@
-"""Every head linear, a pretrained model that copies: how much of its copying comes back in a budget of CPU seconds.
+"""Every head of a pretrained model linear: how much of its copying training recovers in a budget of CPU seconds.
 
     python scripts/experiments/linear_heads.py --model MODEL --data DATA --measure measure.py --output OUTPUT
         [--num_features 64] [--layer_features 3:512] [--window 64] [--feature_map clustered] [--budget 2400]
 
 Three stages, each timed by the processor's clock: `hf_rfa.convert` calibrates (with the clustered map: k-means of the
 keys), then `recipe.py` transfers the attention, with the loss on its weights, and trains all weights and the features.
-The number of steps is what the rest of the budget pays for, by the time that the first few take. `measure.py` is
+The rest of the budget, divided by the time of the first few steps, gives the number of steps. `measure.py` is
 described in `goals.py`; none of the texts that it measures is trained on. OUTPUT gets the model and `results.json`.
 """
 
@@ -134,7 +134,7 @@ def figures(measure: Any, original: Any, model: Any, ids: torch.Tensor) -> dict[
 
 
 def cache_bytes(model: Any) -> int:
-    """Bytes of the cache, the same after any number of tokens."""
+    """Bytes of the cache, which do not depend on the number of tokens."""
     with torch.no_grad():
         return hf_rfa.cache_bytes(cache_of(model(torch.ones(1, 512, dtype=torch.int64), use_cache=True)))
 

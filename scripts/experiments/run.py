@@ -4,9 +4,9 @@
     python scripts/experiments/run.py scripts/experiments/budget.yaml --model MODEL --data DATA --output OUTPUT
 
 MODEL and DATA are a folder or an id of the hub (without them: the embedded model on the standard library). A YAML file
-lists values for each field of a run; every combination is one run and one entry of OUTPUT/results.json. What is there
-already is not run again, so that a study that was cut goes on where it was. At the end OUTPUT gets `table.md` and the
-plots of all entries.
+lists values for each field of a run; every combination is one run and one entry of OUTPUT/results.json. Finished runs
+are not repeated, so that an interrupted study continues. At the end OUTPUT gets `table.md` and the plots of all
+entries.
 
 Stages of a run, each from a fresh copy of the original:
 
@@ -48,7 +48,7 @@ from hf_rfa.runtime.arguments import cache_of
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
 STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")
 CACHE_TOKENS = 8192
-# Tokens of a text that hides a key, and where in it.
+# Length of the passkey texts, tokens, and the depths of the key.
 PASSKEY_LENGTH, PASSKEY_DEPTHS = 1024, (0.25, 0.75)
 
 
@@ -96,7 +96,7 @@ def run_all(study: Mapping[str, Any], options: Options, results: list[dict[str, 
     done = {name_of(result["run"]) for result in results}
     runs = [run for run in all_runs(study["runs"]) if name_of(run) not in done]
     for run in tqdm(runs, desc=options.study.stem, unit="run"):
-        # As it will be read again: the keys of JSON are strings.
+        # Through JSON, whose keys are strings, so that results of this run and of earlier ones are alike.
         results.append(json.loads(json.dumps(run_one(run, study, original, tokens, measure))))
         results.sort(key=lambda result: name_of(result["run"]))
         path.with_suffix(".partial").write_text(json.dumps(results, indent=1) + "\n")
@@ -121,7 +121,7 @@ def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def name_of(run: Mapping[str, Any]) -> str:
-    """One for each run."""
+    """A unique name for each run."""
     heads = "linear" if run["softmax_heads"] is None else f"exact-{run['softmax_heads']}"
     parts = [run["stage"], run["feature_map"], run["num_features"], f"window-{run['window']}", heads]
     return "_".join(str(part).replace(" ", "-") for part in parts if part)
@@ -176,7 +176,7 @@ def make(
 
 
 def bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
-    """Bytes of the cache after so many tokens; it grows by the same amount with each (or not at all)."""
+    """Bytes of the cache after this many tokens; it grows by the same amount per token, or not at all."""
     sizes = []
     for length in (512, 1024):
         with torch.no_grad():
