@@ -30,6 +30,7 @@ from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.config import seen_exactly
 from hf_rfa.data import check_tokenizer, evaluation_windows, load_documents, tokenize_documents, training_batches
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.results import VARIANTS, source_name
@@ -46,7 +47,7 @@ class Options(Settings):
     original: str = option("Folder or hub id.")
     output: Path = option("Folder of the report.")
     checkpoints: tuple[str, ...] = option("Trained models, each [NAME=]FOLDER.", ())
-    data: str = option("See hf_rfa.data.documents.load_documents.", "stdlib")
+    data: str = option(SOURCE_HELP, "stdlib")
     text_column: str = option("Column of the text.", "text")
     max_documents: int | None = option("Held-out documents that are measured; by default all.", None, least=1)
     calibration_documents: int = option("Documents of the training split to calibrate on.", 20, least=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import hf_rfa
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.options import Settings, option, part
 from hf_rfa.training import FinetuneConfig
@@ -30,7 +31,7 @@ class Options(Settings):
     model: str = option("Folder or hub id: an original, or a folder that a stage has saved.")
     output: str = option("Folder of the run.")
     original: str | None = option("Original to compare with; by default `model` with softmax.", None)
-    data: str = option("See hf_rfa.data.documents.load_documents.", "stdlib")
+    data: str = option(SOURCE_HELP, "stdlib")
     text_column: str = option("Column of the text.", "text")
     validation_documents: int | None = option("Held-out documents, at most; by default all.", None, least=1)
     streaming: bool = option("Tokenise training documents while training.", False)

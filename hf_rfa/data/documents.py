@@ -25,6 +25,12 @@ SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 HELD_OUT_SHARE = 0.1
 
+#: The help text of every option that names a source.
+SOURCE_HELP = (
+    "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, .jsonl "
+    "or .parquet, or the hub id of a dataset. A part is held out for measuring."
+)
+
 
 @dataclass(frozen=True)
 class Document:

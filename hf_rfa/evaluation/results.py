@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_rfa.config import HeadIndex, RFAConfig
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
@@ -28,11 +29,7 @@ class CompareSettings(Settings):
     """Settings of `compare`, and the options of `hf-rfa compare`."""
 
     model: str = option("Folder or hub id of a causal LM; by default the embedded 3.5M-parameter model.")
-    data: str = option(
-        "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, "
-        ".jsonl or .parquet, or the hub id of a dataset. A part is held out for measuring.",
-        "stdlib",
-    )
+    data: str = option(SOURCE_HELP, "stdlib")
     output: str = option("Folder for report.md, report.json, the plots and the converted model.", "hf-rfa-report")
     seed: int = option("Seed of omega, of calibration and of training batches.", 0, least=0)
     conversion: RFAConfig = part(  # of the last column, whose exact heads the one before does without

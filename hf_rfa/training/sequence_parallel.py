@@ -81,7 +81,7 @@ def shard_batch(batch: Tensor | Batch, rank: int, processes: int) -> Batch:
     whole = Batch.of(batch)
     if whole.position_ids is not None or whole.fresh is not None:
         raise ConfigError(
-            "Sequence parallelism takes one whole document a row: packed documents and documents that are cut with "
+            "Sequence parallelism takes one whole document per row: packed documents and documents that are cut with "
             "the state carried over begin somewhere else in each row. Pass token ids, or set `sequence_parallel=1`."
         )
     rows, length = whole.input_ids.shape
@@ -112,13 +112,13 @@ class Shard:
             )
         if not layout.is_plain or not settings.causal:
             raise UnsupportedModelError(
-                "Sequence parallelism splits one causal document a row, without padding or packing. Got a layer with "
-                "one of them. Pass whole documents, or leave the mode."
+                "Sequence parallelism splits one causal document per row, without padding or packing. Got a layer "
+                "with one of them. Pass whole documents, or leave the mode."
             )
         if kernel.gate_weight is not None:
             raise ConfigError(
                 "Sequence parallelism cannot carry a gate over processes yet. Got a layer with one. Use "
-                "RFAConfig(gate=False), or one process a document."
+                "RFAConfig(gate=False), or one process per document."
             )
         rank = dist.get_rank(self.group)
         length, window = key.shape[2], self.adapter.config.window

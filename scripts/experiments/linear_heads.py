@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_rfa
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.options import Settings, option, part
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.training import FinetuneConfig
@@ -37,7 +38,7 @@ class Options(Settings):
     """The options of the command line, or keys of a YAML file."""
 
     model: str = option("Folder or hub id of the original.")
-    data: str = option("See hf_rfa.data.documents.load_documents.")
+    data: str = option(SOURCE_HELP)
     measure: Path = option("The module of measures.")
     output: Path = option("Folder of the model and of `results.json`.")
     budget: float = option("CPU seconds of all stages, without measuring.", 2400.0, above=0)

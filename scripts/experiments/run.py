@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
 from hf_rfa.command_line import parse_arguments
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.evaluation.compare import default_model
 from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
@@ -59,7 +60,7 @@ class Options(Settings):
     study: Path = option("YAML file of the study.")
     output: Path = option("Folder of the results.")
     model: str | None = option("Folder or hub id of the original; by default the embedded model.", None)
-    data: str = option("See hf_rfa.data.documents.load_documents.", "stdlib")
+    data: str = option(SOURCE_HELP, "stdlib")
     tables_only: bool = option("Write the table and the plots of the results so far; run nothing.", False)
     threads: int = option("CPU threads; 0 leaves PyTorch's number.", 0, least=0)
 
