@@ -1,4 +1,4 @@
-"""What a causal LM makes of far context: the original against the same model cut to its window, on held-out modules.
+"""The use of far context by a causal LM: the original against the same model cut to its window, on held-out modules.
 
     python examples/measure_stdlib_llama.py                  # examples/stdlib-llama
     python examples/measure_stdlib_llama.py FOLDER [FOLDER ...]

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_rfa
+from hf_rfa.config import seen_exactly
 from hf_rfa.errors import ConfigError, RFAError
 from hf_rfa.evaluation import report
 from hf_rfa.evaluation.compare import compare, default_model
@@ -38,10 +39,10 @@ def _commands() -> None:
 def _takes(
     settings: type[Settings], *, filled: str
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
-    """A command with an option for each of the settings; it gets {option: text} of those that were given.
+    """Make a command of a function that takes {option: text}: the options given, of all those of `settings`.
 
     Args:
-        filled: The option that the command fills in itself where it was not given, as its help says.
+        filled: The option that the command itself fills in if it is not given, as its help says.
     """
 
     def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
@@ -52,7 +53,7 @@ def _takes(
         for name, each in options_of(settings).items():
             kinds[name] = Annotated[str | None, typer.Option(
                 option_flag(name), help=escape(each.help if name == filled else help_text(each)),
-                rich_help_panel=each.group or "What", metavar=describe(each.kind, short=True), show_default=False,
+                rich_help_panel=each.group or "Input and output", metavar=describe(each.kind, short=True), show_default=False,
             )]  # fmt: skip
         signature = inspect.Signature([
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
@@ -96,8 +97,9 @@ def supported_command(
 ) -> None:
     """Print which model classes convert, which are refused and why.
 
-    Each class was built as a tiny model, converted, padded, packed, trained for a step, generated from, saved, loaded
-    and reverted. What it cannot do besides is noted; "as the original" is what the original cannot do either.
+    Each class was built as a tiny model, converted, run on padded and packed batches, trained for a step, used to
+    generate, saved, loaded and reverted. The notes say what does not work; "as the original" means that the original
+    cannot do it either.
     """
     matrix = read_matrix()
     rows = find(matrix, name, outcome)
@@ -131,13 +133,15 @@ def print_comparison(comparison: Comparison) -> None:
             table.add_row(*row)
         console.print(table)
     heads = ", ".join(map(str, comparison.softmax_heads)) or "none"
+    conversion = comparison.settings.conversion
     console.print(
+        f"Window {conversion.window}: a query sees {seen_exactly(conversion.window, conversion.sink_tokens)} exactly. "
         f"Exact heads (layer, key head): {heads}, of {comparison.key_heads}. {comparison.seconds:.0f} s in all."
     )
 
 
 def main() -> None:
-    """Runs the command line; what went wrong is said in one paragraph, with exit status 1."""
+    """Runs the command line; errors are printed as one paragraph, with exit status 1."""
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     try:
         app()

@@ -1,4 +1,4 @@
-"""Settings (`hf_rfa.options`) from a YAML file and the command line, by one parser for all of them."""
+"""Settings (`hf_rfa.options`) from a YAML file and the command line, with one parser for all scripts."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: No mapping, or no YAML.
+        ConfigError: The file is not YAML, or not a mapping.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_arguments(settings: type[_Settings], arguments: Sequence[str], description: str | None = None) -> _Settings:
-    """Settings from a YAML file, if the first argument names one, overruled by the options of the command line.
+    """Settings from a YAML file, if the first argument is one; options of the command line override it.
 
     Each option can be written `--name value`, `--name=value` and with dashes for underscores; values of a list are
     separated by spaces or commas; `--flag` alone is `true`, `--no_flag` is `false`.
@@ -60,7 +60,7 @@ def _underscored(word: str) -> str:
 
 
 def _parser(settings: type[Settings], description: str | None) -> argparse.ArgumentParser:
-    """Every value is left as it was written: `Settings.from_dict` reads and checks it, whatever it comes from."""
+    """A parser that leaves values as text: `Settings.from_dict` reads and checks them, whatever their origin."""
     parser = _Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, usage="%(prog)s [FILE.yaml] [--option value ...]",
@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Joined(argparse.Action):
-    """Several words of a list are one text with commas between."""
+    """Joins several words of a list by commas."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
         setattr(namespace, self.dest, ",".join(values))

@@ -2,34 +2,57 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_rfa.errors import ConfigError
+from hf_rfa.registry import FEATURE_MAPS
+from hf_rfa.value_types import plain
 
 #: Version of the saved format. A file with a higher one is refused instead of half understood.
 FORMAT_VERSION = 2
 
-FEATURE_MAPS = ("auto", "trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
-#: What `calibrate` chooses from for each key head with `feature_map="auto"`, whose layers begin with the first.
+#: (layer, key_head), both counted from 0, layers in the order in which the model calls them.
+HeadIndex = tuple[int, int]
+SoftmaxHeads = Literal["auto"] | float | Sequence[HeadIndex] | None
+#: A string is a rule, see `RFAConfig.layers`.
+Layers = Literal["all"] | Sequence[int] | str
+LayerFeatures = Mapping[int, int] | Sequence[tuple[int, int]] | None
+#: "learned": drawn as "sphere", then trained by `distill` or found by `calibrate`, and never redrawn.
+OmegaDraw = Literal["sphere", "orthogonal", "gaussian", "learned"]
+OMEGA_DRAWS: tuple[str, ...] = get_args(OmegaDraw)
+#: With `feature_map="auto"`, `calibrate` chooses one of these per key head; before that all heads have the first.
 AUTO_MAPS = ("hyperbolic", "trigonometric")
-#: "learned" is what `distill` makes of omega: it begins as "sphere" and is never redrawn.
-OMEGA_DRAWS = ("sphere", "orthogonal", "gaussian", "learned")
 _RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
 
 
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
+def seen_exactly(window: int, sink_tokens: int) -> str:
+    """The tokens that a query of a causal layer sees exactly, in words.
+
+    Example:
+        >>> seen_exactly(64, 4)
+        '64 to 128 tokens and the first 4'
+    """
+    if not window:
+        return "no token"
+    return f"{window} to {2 * window} tokens" + (f" and the first {sink_tokens}" if sink_tokens else "")
+
+
+def _help(text: str, default: Any, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True)
 class RFAConfig:
-    """What `hf_rfa.convert` turns softmax attention into.
+    """The attention that `hf_rfa.convert` puts in the place of softmax.
 
     A query attends exactly to its near keys and through random features to all others, under one normaliser:
 
         out_i = (sum_near exp(q.k) v + gamma psi(alpha q)^T S_far) / (sum_near exp(q.k) + gamma psi(alpha q)^T z_far)
+
+    Near are the tokens of the query's chunk up to itself, those of the chunk before (together C to 2C tokens, with
+    C = `window`) and the sinks.
 
     Example:
         >>> from hf_rfa import RFAConfig
@@ -43,49 +66,46 @@ class RFAConfig:
     """
 
     feature_map: str = _help(
-        "psi: 'trigonometric' (sin and cos, unbiased, may be negative), 'positive' (exp), 'hyperbolic' (exp of plus "
-        "and minus), 'optimal_positive' (Likhosherstov et al. 2022), 'auto' (hyperbolic or "
-        "trigonometric, chosen for each key head by `calibrate`), or 'clustered' (omega are centroids of keys, which "
-        "`calibrate` finds: the best start for training).",
+        "Random features psi: 'auto' (hyperbolic or trigonometric, chosen per key head by `calibrate`), or one of",
         "hyperbolic",
+        choices=FEATURE_MAPS,
     )
     num_features: int = _help(
-        "Number of random features per key head (D_random). All maps but 'positive' and 'optimal_positive' make two "
-        "components of each.",
-        64,
+        "Random features per key head (D_random). A feature has one or two components, depending on the map.", 64
     )
-    layer_features: Any = _help(
+    layer_features: LayerFeatures = _help(
         "Other numbers of random features for some layers, as {layer: number}; for example more where heads retrieve.",
         None,
     )
-    omega: str = _help(
+    omega: OmegaDraw = _help(
         "How omega is drawn: 'sphere' (blocks of orthogonal directions of equal length: least error, a small bias), "
-        "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.). 'learned': begun as "
+        "'orthogonal' (the same with lengths as of N(0, I): unbiased) or 'gaussian' (i.i.d.). 'learned': drawn as "
         "'sphere', then trained by `distill` or found by `calibrate` (the clustered map); never redrawn.",
         "sphere",
     )
     window: int = _help(
-        "Chunk size C of the exact near part, tokens: a query sees its own chunk and the one before exactly. 0 = "
-        "pure RFA, every key goes through the features.",
+        "Chunk size C of the exact near part, tokens. A query sees its own chunk up to itself and the whole chunk "
+        "before, so C to 2C tokens exactly; layers that see both sides also see the chunk after. 0 = pure RFA: every "
+        "key goes through the features.",
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
-    softmax_heads: Literal["auto"] | float | Sequence[tuple[int, int]] | None = _help(
+    softmax_heads: SoftmaxHeads = _help(
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
         None,
     )
     loss_budget: float = _help(
-        "What softmax_heads='auto' may lose: it keeps the fewest heads (at most a quarter) with which the others add "
-        "at most this divergence from the original (KL of the next token, nats/token).",
+        "The loss that softmax_heads='auto' accepts: it keeps the fewest heads (at most a quarter) with which the "
+        "others add at most this divergence from the original (KL of the next token, nats/token).",
         0.005,
     )
-    layers: Any = _help(
+    layers: Layers = _help(
         "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
     )
-    seed: int = _help("Seed of omega. One draw is a function of (seed, layer, draw number).", 0)
+    seed: int = _help("Seed of omega. A draw is a function of (seed, layer, draw number).", 0)
     resample: Literal["never", "forward"] | int = _help(
-        "When omega is redrawn in training: 'never', 'forward' (each training forward of the model, once), or an "
+        "When omega is redrawn in training: 'never', 'forward' (once per training forward of the model), or an "
         "integer k (every k optimiser steps, by `ResampleCallback`).",
         "never",
     )
@@ -96,13 +116,13 @@ class RFAConfig:
     )
     gamma: float = _help("Weight of the far part before calibration; 0 = none (the window alone).", 1.0)
     gate: bool = _help(
-        "A forget gate of the far state for each key head (Peng et al. 2021, section 3.2), begun open; `distill` and "
+        "A forget gate of the far state per key head (Peng et al. 2021, section 3.2). It starts open; `distill` and "
         "fine-tuning train it. Causal layers only.",
         False,
     )
 
     def __post_init__(self) -> None:
-        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        _check_choice("feature_map", self.feature_map, ("auto", *FEATURE_MAPS))
         _check_choice("omega", self.omega, OMEGA_DRAWS)
         _check_int("num_features", self.num_features, 1, "a positive integer", "Set it to, for example, 64.")
         _check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
@@ -125,11 +145,11 @@ class RFAConfig:
                 "`resample` must be 'never', 'forward' or a positive integer k (every k optimiser steps). Got "
                 f"{self.resample!r}. Set RFAConfig(resample='never')."
             )
-        if self.feature_map == "clustered":  # centroids are no draw
-            if self.omega not in ("sphere", "learned"):  # the default, and what it becomes
+        if self.feature_map == "clustered":
+            if self.omega not in ("sphere", "learned"):  # "sphere" is the default and becomes "learned"
                 raise ConfigError(
-                    f"The rows of omega are centroids of keys with feature_map='clustered', and no draw. Got omega="
-                    f"{self.omega!r}. Leave `omega` out, or choose another map."
+                    "With feature_map='clustered' the rows of omega are centroids of keys and are not drawn. Got "
+                    f"omega={self.omega!r}. Leave `omega` out, or choose another map."
                 )
             object.__setattr__(self, "omega", "learned")
         if self.omega == "learned" and self.resample != "never":
@@ -147,8 +167,9 @@ class RFAConfig:
         return dict(self.layer_features or ()).get(layer, self.num_features)
 
     def omega_rows(self, layer: int) -> int:
-        """Number of rows of omega per key head of one layer: centroids take two for one random feature."""
-        return self.features_of(layer) * (2 if self.feature_map == "clustered" else 1)
+        """Number of rows of omega per key head of one layer."""
+        rows = 1 if self.feature_map == "auto" else FEATURE_MAPS[self.feature_map].rows
+        return self.features_of(layer) * rows
 
     def converts_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (in the order in which the model calls them) becomes RFA."""
@@ -156,19 +177,13 @@ class RFAConfig:
             return True
         if isinstance(self.layers, str):
             match = _RULE.fullmatch(self.layers)
-            assert match is not None  # checked when the config was made
+            assert match is not None  # checked in `__post_init__`
             return (layer + 1) % int(match.group(1)) != 0
         return layer in self.layers
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary with the format version."""
-        values = dataclasses.asdict(self)
-        if isinstance(self.softmax_heads, tuple):
-            values["softmax_heads"] = [list(pair) for pair in self.softmax_heads]
-        if isinstance(self.layers, tuple):
-            values["layers"] = list(self.layers)
-        if self.layer_features is not None:
-            values["layer_features"] = [list(pair) for pair in self.layer_features]
+        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -211,7 +226,7 @@ def _check_int(name: str, value: Any, least: int, what: str, advice: str) -> Non
         raise ConfigError(f"`{name}` must be {what}. Got {value!r}. {advice}")
 
 
-def _normalise_heads(heads: Any) -> Any:
+def _normalise_heads(heads: Any) -> Literal["auto"] | float | tuple[HeadIndex, ...] | None:
     if heads is None or heads == "auto":
         return heads
     if isinstance(heads, float):
@@ -231,7 +246,7 @@ def _normalise_heads(heads: Any) -> Any:
     )
 
 
-def _normalise_layers(layers: Any) -> Any:
+def _normalise_layers(layers: Any) -> str | tuple[int, ...]:
     if isinstance(layers, str):
         match = _RULE.fullmatch(layers)
         if layers == "all" or (match and int(match.group(1)) >= 2):
@@ -244,17 +259,17 @@ def _normalise_layers(layers: Any) -> Any:
     )
 
 
-def _normalise_features(features: Any) -> Any:
+def _normalise_features(features: Any) -> tuple[tuple[int, int], ...] | None:
     """((layer, number), ...) sorted, so that configs stay hashable; None if no layer differs."""
     if not features:
         return None
-    pairs = list(features.items()) if isinstance(features, dict) else features
+    pairs = list(features.items()) if isinstance(features, Mapping) else features
     if isinstance(pairs, (list, tuple)) and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_int(pair[0]) and pair[0] >= 0
         and _is_int(pair[1]) and pair[1] >= 1 for pair in pairs
     ):  # fmt: skip
         return tuple(sorted((pair[0], pair[1]) for pair in pairs))
     raise ConfigError(
-        f"`layer_features` must be None or {{layer: number of omega vectors}}. Got {features!r}. Set, for example, "
+        f"`layer_features` must be None or {{layer: number of random features}}. Got {features!r}. Set, for example, "
         "{3: 512}."
     )

@@ -5,7 +5,7 @@
     python -m hf_rfa.lm_eval my-model-rfa --tasks lambada_openai
     python -m hf_rfa.lm_eval my-model-rfa --tasks my_task --include_path folder-with-the-tasks-yaml --output out.json
 
-The harness finds no plugins, so the model is handed to it as an object.
+The harness has no plugins, so it gets the model as an object.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def evaluate(
     """Results of the tasks, task -> metric -> value.
 
     Args:
-        folder: what `hf_rfa.save_pretrained` wrote, with its tokenizer; a folder or a hub id.
-        include_path: folder with task definitions of your own.
-        limit: only so many examples a task.
+        folder: a folder or hub id of a model saved by `hf_rfa.save_pretrained`, with its tokenizer.
+        include_path: folder with your own task definitions.
+        limit: at most this many examples per task.
         hub: `revision`, `subfolder`, `cache_dir`, `token`, ... of the model and its tokenizer.
 
     Raises:

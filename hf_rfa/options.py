@@ -1,4 +1,4 @@
-"""Settings as dataclasses: each field is defined once, and is checked, saved, read and asked for from there.
+"""Settings as dataclasses: each option is defined once, as a field; checks, files and command lines follow from it.
 
     @dataclass(frozen=True)
     class Run(Settings):
@@ -6,10 +6,10 @@
         tuning: FinetuneConfig = part(FinetuneConfig(steps=100, schedule="wsd"), group="Fine-tuning")
 
     Run(model="m", steps=0)  # ConfigError: `steps` must be ... Got 0. ...
-    Run.from_dict({"model": "m", "steps": "5"})  # texts are read; `command_line.parse_arguments` gives them
+    Run.from_dict({"model": "m", "steps": "5"})  # reads strings, as `command_line.parse_arguments` passes them
 
-A part is a dataclass whose fields are options of the whole, in the YAML file and in `to_dict` beside the others. Its
-defaults are those of the instance given.
+A part is a dataclass whose fields become options of the whole, in YAML files and in `to_dict` too. The instance given
+holds the defaults.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self, get_type_hints
 from hf_rfa.errors import ConfigError
 from hf_rfa.value_types import convert, describe, plain
 
-#: Bounds that a field may have, the signs for them, and whether a value keeps to them.
+#: Bounds that a field may have, with their signs and checks.
 BOUNDS = {
     "least": (">=", lambda value, bound: value >= bound),
     "above": (">", lambda value, bound: value > bound),
@@ -31,10 +31,10 @@ BOUNDS = {
 
 
 def option(help: str, default: Any = MISSING, *, group: str | None = None, **bounds: float) -> Any:
-    """A field with its help text; without a default it must be given.
+    """A field with a help text; without a default it is required.
 
     Args:
-        group: Heading of the help under which it is shown.
+        group: Heading in the help.
         bounds: `least`, `above`, `most`, `below`.
     """
     unknown = set(bounds) - set(BOUNDS)
@@ -46,15 +46,15 @@ def option(help: str, default: Any = MISSING, *, group: str | None = None, **bou
 def part(
     default: Any, *, group: str, only: Iterable[str] | None = None, names: Mapping[str, str] | None = None
 ) -> Any:
-    """A field that is a dataclass itself, whose fields become options of the whole.
+    """A field that is itself a dataclass; its fields become options of the whole.
 
     Args:
-        default: An instance; its values are the options' defaults.
-        group: Heading of the help under which they are shown.
-        only: The fields that become options; by default all. The others stay as in `default`.
+        default: An instance; its values are the defaults of the options.
+        group: Heading in the help.
+        only: The fields that become options, by default all. The others keep their values in `default`.
         names: Other names of some options, {field: option}.
 
-    A name that the whole or an earlier part has already is one and the same option, which both get.
+    A name that the whole or an earlier part has already is the same option, and sets both.
     """
     known, renamed = [f.name for f in fields(default)], dict(names or {})
     chosen = known if only is None else list(only)
@@ -75,17 +75,21 @@ class Option:
     help: str
     group: str | None
     bounds: Mapping[str, float]
-    places: tuple[tuple[str | None, str], ...]  # (part or None, field) of each value that it sets
+    places: tuple[tuple[str | None, str], ...]  # (part or None, field) of each value it sets
 
     @property
     def required(self) -> bool:
         return self.default is MISSING
 
     def check(self, value: Any, *, label: str | None = None, text: bool = False) -> Any:
-        """The value as its type has it; `text`: strings are read, as from a command line or a YAML file.
+        """The value, converted to the option's type.
+
+        Args:
+            label: Name of the option in messages.
+            text: Read strings, as from a command line or a YAML file.
 
         Raises:
-            ConfigError: Of another type, or out of its bounds.
+            ConfigError: The value has another type or is out of bounds.
         """
         try:
             found = convert(self.kind, value, text=text)
@@ -106,7 +110,7 @@ class Option:
 
 
 def options_of(settings: type) -> dict[str, Option]:
-    """Every option by its name: the fields in their order, those of parts where the part stands."""
+    """Every option by its name, in the order of the fields; those of a part at the place of the part."""
     found: dict[str, Option] = {}
     kinds = get_type_hints(settings)
     for own in fields(settings):
@@ -129,11 +133,14 @@ def options_of(settings: type) -> dict[str, Option]:
 def _option(
     own: dataclasses.Field[Any], name: str, kind: Any, default: Any, group: str | None, place: tuple[str | None, str]
 ) -> Option:
-    return Option(name, kind, default, own.metadata["help"], group, own.metadata.get("bounds", {}), (place,))
+    text, choices = own.metadata["help"], own.metadata.get("choices", {})
+    if choices:
+        text += " " + ", ".join(f"'{choice}' ({each.summary})" for choice, each in choices.items()) + "."
+    return Option(name, kind, default, text, group, own.metadata.get("bounds", {}), (place,))
 
 
 class Settings:
-    """Base of frozen dataclasses made of `option` and `part`: checked where they are made, JSON-ready."""
+    """Base of frozen dataclasses made of `option` and `part`: checked on construction, JSON-ready."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -162,15 +169,15 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "The settings", dashes: bool = False) -> Self:
-        """The settings with these options; strings are read, so that what a YAML file or a command line says is taken.
+        """Settings from options; strings are read, as they come from a YAML file or a command line.
 
         Args:
-            values: {option: value}; the others have their defaults.
-            source: Where the values come from, for the messages.
-            dashes: Name the options in messages as on the command line, `--max-steps`.
+            values: {option: value}; other options have their defaults.
+            source: Origin of the values, for messages.
+            dashes: Write options in messages as on the command line, `--max-steps`.
 
         Raises:
-            ConfigError: An unknown name (with the names near to it), one that is missing, or a value that is wrong.
+            ConfigError: An unknown name (the message has similar ones), a missing name, or a wrong value.
         """
         known = options_of(cls)
         unknown = [name for name in values if name not in known]
@@ -212,15 +219,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def near_names(unknown: Sequence[Any], known: Sequence[str]) -> str:
-    """What unknown names may be meant as, and all that there are."""
+    """A hint of similar names for unknown ones, and the list of all."""
     near = {name: difflib.get_close_matches(str(name), known, n=3) for name in unknown}
     hints = [f"{name!r} may be meant as {_listed(close)}" for name, close in near.items() if close]
     return (f"{'; '.join(hints)}. " if hints else "") + f"Known ones: {sorted(known)}."
 
 
 def help_text(each: Option) -> str:
-    """The help of one option with its default, as every command line shows it."""
-    if each.default is None:  # the text says what is done then
+    """The help of one option with its default, as all command lines show it."""
+    if each.default is None:  # the text says what None means
         return each.help
     return f"{each.help} ({'must be given' if each.required else f'default: {shown(each.default)}'})"
 

@@ -1,8 +1,10 @@
-"""`CalibrationReport`: what every key head became and what it costs, as a table, a dictionary and a heat map."""
+"""`CalibrationReport`: the far kernel and the cost of every key head, as a table, a dictionary and a heat map."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_rfa.config import HeadIndex, seen_exactly
 
 #: Units of the costs, by what the model gives out.
 NATS, RELATIVE = "nats/token", "relative squared error"
@@ -10,15 +12,15 @@ NATS, RELATIVE = "nats/token", "relative squared error"
 
 @dataclass(frozen=True)
 class HeadCalibration:
-    """What one key head became.
+    """The result for one key head.
 
     Attributes:
-        layer, key_head: Which one.
-        feature_map, alpha, gamma: Its far kernel, whether it is used or not; gamma = 0 is the window alone.
-        loss: Its error behind the output projection, as a share of the squared norm of its layer's output.
+        layer, key_head: Its place.
+        feature_map, alpha, gamma: Its far kernel, used or not; gamma = 0 is the window alone.
+        loss: Its error after the output projection, as a share of the squared norm of its layer's output.
         window_loss: The same with the window alone; NaN for `window = 0`.
-        cost: What it adds, if linear, to the divergence from the original: the layer's (see `unit` of the report),
-            shared out by `loss`.
+        cost: The divergence from the original that it adds if linear: its share, by `loss`, of the divergence of its
+            layer (see `unit` of the report).
         softmax: Whether it stays exact.
     """
 
@@ -38,14 +40,15 @@ class CalibrationReport:
     """The result of `calibrate`; `str()` is a table, costliest heads first.
 
     Attributes:
-        heads: One entry for each key head of the converted layers.
+        heads: One entry per key head of the converted layers.
         tokens: Number of tokens of the calibration text.
         unit: Of `cost`, `divergence` and `window_divergence`: the KL divergence from the original's next-token
             distribution in nats/token; for models without such, the squared error of the output relative to its norm.
         divergence: Of the calibrated model from the original, on the calibration text.
         window_divergence: Of the same model with its far parts left out.
-        silenced: Layers whose far parts were switched off because the model would have been worse than with its
-            window alone.
+        silenced: Layers whose far parts were switched off because with them the model was worse than with its window
+            alone.
+        window, sink_tokens: Those of the config; None in reports of versions that did not record them.
     """
 
     heads: list[HeadCalibration]
@@ -54,6 +57,8 @@ class CalibrationReport:
     divergence: float
     window_divergence: float
     silenced: list[int]
+    window: int | None = None
+    sink_tokens: int | None = None
 
     @property
     def ranking(self) -> list[tuple[int, int, float]]:
@@ -61,8 +66,8 @@ class CalibrationReport:
         return [(h.layer, h.key_head, h.cost) for h in sorted(self.heads, key=lambda h: -h.cost)]
 
     @property
-    def softmax_heads(self) -> list[tuple[int, int]]:
-        """The (layer, key_head) pairs that stay exact softmax."""
+    def softmax_heads(self) -> list[HeadIndex]:
+        """The key heads that stay exact softmax."""
         return sorted((h.layer, h.key_head) for h in self.heads if h.softmax)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +80,7 @@ class CalibrationReport:
         return cls(**{**values, "heads": [HeadCalibration(**head) for head in values["heads"]]})
 
     def plot(self, path: str | Path) -> None:
-        """Write a heat map, layers by key heads, of each head's cost; the exact ones are framed."""
+        """Write a heat map of the heads' costs, layers by key heads; exact heads are framed."""
         import matplotlib.pyplot as plt  # slow to import, and only needed here
         import numpy as np
 
@@ -92,10 +97,7 @@ class CalibrationReport:
                 axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
         axes.set_xticks(range(width))
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        axes.set(
-            xlabel="key head",
-            ylabel="layer",
-        )
+        axes.set(xlabel="key head", ylabel="layer")
         axes.set_title("cost of a linear head\n(framed: kept as softmax)", fontsize=9)
         figure.colorbar(image, label=self.unit)
         figure.savefig(path)
@@ -107,6 +109,9 @@ class CalibrationReport:
             f"with the window alone {self.window_divergence:.5f}",
             "loss: share of the layer's squared output; cost: share of the divergence if the head is linear",
         ]
+        if self.window is not None and self.sink_tokens is not None:
+            seen = seen_exactly(self.window, self.sink_tokens)
+            lines.insert(1, f"window {self.window}: a query of a causal layer sees {seen} exactly")
         if self.silenced:
             lines += [f"far parts switched off in layers {self.silenced}: they did more harm than good"]
         lines += ["", "layer  key head  map            alpha   gamma      loss  window only      cost  kept as"]

@@ -1,7 +1,7 @@
-"""Which model classes convert: the recorded matrix of architectures, and what it says of a name.
+"""Which model classes convert: the recorded matrix of architectures, and a search in it.
 
-`tests/conversion/test_matrix.py` builds a tiny model of every class, converts it and tries what a converted model must
-still do; `supported.json` is what it found.
+`tests/conversion/test_matrix.py` builds a tiny model of every class, converts it and tests what a converted model must
+be able to do; `supported.json` holds the outcomes.
 """
 
 import json
@@ -10,9 +10,9 @@ from importlib import resources
 
 from hf_rfa.errors import ConfigError
 
-#: Where the matrix lies within the package.
+#: File of the matrix, within the package.
 MATRIX_FILE = "supported.json"
-#: What a class may come to: it converts, `convert` refuses it, or no tiny model of it could be built and tried.
+#: Outcomes: a class converts, `convert` refuses it, or no tiny model of it could be built.
 CONVERTS, REFUSED, NOT_TRIED = "converts", "refused", "not tried"
 OUTCOMES = (CONVERTS, REFUSED, NOT_TRIED)
 
@@ -24,8 +24,8 @@ class Architecture:
     Attributes:
         table: The table of Transformers' auto classes that names it, or "encoder".
         outcome: One of `OUTCOMES`.
-        reason: What `convert` said, or why no tiny model could be built; empty for classes that convert.
-        stages: How each stage ended, by name, where that is not simply "ok" (see `tests/matrix_checks.py`).
+        reason: The message of `convert`, or why no tiny model could be built; empty for classes that convert.
+        stages: Result of each stage that is not "ok", by name (see `tests/matrix_checks.py`).
     """
 
     model_type: str
@@ -38,18 +38,18 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The recorded matrix: the version of Transformers that it was made with, and its rows."""
+    """The recorded matrix: its rows, and the version of Transformers that it was made with."""
 
     transformers: str
     architectures: tuple[Architecture, ...]
 
     def count(self, outcome: str) -> int:
-        """How many rows came to `outcome`."""
+        """Number of rows with this outcome."""
         return sum(row.outcome == outcome for row in self.architectures)
 
 
 def read_matrix(text: str | None = None) -> Matrix:
-    """The matrix written in `text`; None: the one that the package carries.
+    """The matrix in a JSON text; by default the one of the package.
 
     Example:
         >>> import hf_rfa.supported
@@ -64,13 +64,13 @@ def read_matrix(text: str | None = None) -> Matrix:
 
 
 def write_matrix(matrix: Matrix) -> str:
-    """The matrix as JSON, a row a line, so that a change of one class is a change of one line."""
+    """The matrix as JSON, one row per line, so that a change of one class changes one line."""
     rows = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in matrix.architectures)
     return f'{{"transformers": {json.dumps(matrix.transformers)}, "architectures": [\n{rows}\n]}}\n'
 
 
 def find(matrix: Matrix, name: str = "", outcome: str | None = None) -> list[Architecture]:
-    """The rows whose class or model type contains `name` (whatever its case), of one outcome or of all.
+    """The rows whose class or model type contains `name`, in any case, with one outcome or with any.
 
     Raises:
         ConfigError: `outcome` is none of `OUTCOMES`.

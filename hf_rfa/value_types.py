@@ -1,13 +1,14 @@
-"""Values of an annotated type: checked, read from text, described, and made ready for JSON.
+"""Values of an annotated type: check them, read them from text, describe the type, make them ready for JSON.
 
-Known are bool, int, float, str, Path, None, `Literal`, unions of these, `tuple[X, ...]` or `Sequence[X]`, and pairs
-`tuple[X, Y]`. A list is written with commas, a pair with a colon: `3:1,2:0` is ((3, 1), (2, 0)).
+Known are bool, int, float, str, Path, None, `Literal`, unions of these, `tuple[X, ...]` or `Sequence[X]`, pairs
+`tuple[X, Y]` and `Mapping[X, Y]`. As text a list has commas, a pair a colon, and a mapping is a list of pairs:
+`3:1,2:0` is ((3, 1), (2, 0)) or {3: 1, 2: 0}.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -16,17 +17,17 @@ _MANY = {bool: "truth values", int: "whole numbers", float: "numbers", str: "tex
 
 
 def convert(kind: Any, value: Any, *, text: bool) -> Any:
-    """`value` as `kind` has it: lists become tuples, whole numbers floats.
+    """`value` as a value of the type `kind`: lists become tuples, whole numbers floats where a float is wanted.
 
     Args:
-        text: Strings are read, as from a command line; otherwise they are strings.
+        text: Read strings, as from a command line; otherwise a string is a string.
 
     Raises:
-        ValueError: It is none of the kind.
+        ValueError: The value is not of that type.
     """
     origin, inner = _taken_apart(kind)
     if origin in (Union, UnionType):
-        if text and value == "" and str not in inner:  # of no member: an empty list is asked for in words
+        if text and value == "" and str not in inner:  # an empty list has to be asked for in words
             raise ValueError(value)
         return _first(sorted(inner, key=_order), value, text)
     if origin is Literal:
@@ -36,6 +37,9 @@ def convert(kind: Any, value: Any, *, text: bool) -> Any:
         raise ValueError(value)
     if origin is tuple:
         return _sequence(inner, value, text)
+    if origin is Mapping:
+        pairs = tuple(value.items()) if isinstance(value, Mapping) else value if text else None
+        return dict(_sequence((GenericAlias(tuple, inner), Ellipsis), pairs, text))
     if text and isinstance(value, str):
         return _read(kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -53,8 +57,8 @@ def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _order(kind: Any) -> int:
-    """In a union a text is what the narrowest of its members makes of it; any text is a str."""
-    order = [NoneType, bool, int, float, tuple, Path, str]
+    """The narrowest member of a union reads a text; a str takes any."""
+    order = [NoneType, bool, int, float, tuple, Mapping, Path, str]
     origin, _ = _taken_apart(kind)
     return -1 if origin is Literal else order.index(origin or kind)
 
@@ -93,13 +97,16 @@ def _read(kind: Any, text: str) -> Any:
 
 
 def describe(kind: Any, bounds: str = "", *, short: bool = False) -> str:
-    """The kind in words, or in a few letters for the command line."""
+    """The type in words, or abbreviated for the command line."""
     origin, inner = _taken_apart(kind)
     if origin in (Union, UnionType):
         members = [describe(each, bounds, short=short) for each in inner if not (each is Path and str in inner)]
+        members = list(dict.fromkeys(members))  # as text, a mapping and a list of pairs are the same
         return "|".join(members) if short else " or ".join(members)
     if origin is Literal:
         return "|".join(map(str, inner)) if short else f"one of {list(inner)}" if inner[1:] else repr(inner[0])
+    if origin is Mapping:
+        return describe(GenericAlias(tuple, (GenericAlias(tuple, inner), Ellipsis)), bounds, short=short)
     if origin is tuple:
         each = ":".join(describe(member, short=True) for member in inner if member is not Ellipsis)
         if inner[-1] is not Ellipsis:
@@ -114,13 +121,15 @@ def describe(kind: Any, bounds: str = "", *, short: bool = False) -> str:
 
 
 def holds_list(kind: Any) -> bool:
-    """Whether a value is a list of any length."""
+    """Whether a value is or may be a list of any length."""
     origin, inner = _taken_apart(kind)
-    return origin is tuple and inner[-1] is Ellipsis
+    if origin in (Union, UnionType):
+        return any(holds_list(each) for each in inner)
+    return origin is Mapping or (origin is tuple and inner[-1] is Ellipsis)
 
 
 def plain(value: Any) -> Any:
-    """JSON-ready: tuples become lists, paths texts."""
+    """JSON-ready: tuples become lists, paths strings."""
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return str(value) if isinstance(value, os.PathLike) else value

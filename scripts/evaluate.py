@@ -5,17 +5,19 @@
     python scripts/evaluate.py --original MODEL --data FOLDER --contexts 512 2048 --stride 1024 --passkey 512 1024
 
 Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints,
-converted or not, under the name before the equals sign. Writes report.json, report.md and plots (perplexity by
+converted or not, named by the text before the equals sign. Writes report.json, report.md and plots (perplexity by
 position; prefill, decoding and cache against length).
 """
 
-import argparse
 import copy
 import dataclasses
 import itertools
 import json
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -25,44 +27,52 @@ from transformers import AutoTokenizer
 
 import hf_rfa
 from hf_rfa.checkpoint import load_any
+from hf_rfa.command_line import parse_arguments
+from hf_rfa.config import seen_exactly
 from hf_rfa.data import check_tokenizer, evaluation_windows, load_documents, tokenize_documents, training_batches
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
-from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.results import VARIANTS, source_name
 from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.options import Settings, option, part
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", required=True, help="folder or hub id")
-    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="[NAME=]FOLDER", help="trained models")
-    parser.add_argument("--data", default="stdlib", help="see hf_rfa.data.documents.load_documents")
-    parser.add_argument("--text_column", default="text")
-    parser.add_argument("--max_documents", type=int, help="held-out documents that are measured; by default all")
-    parser.add_argument("--calibration_documents", type=int, default=20, help="of the training split")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--windows", type=int, default=8, help="windows of the longest context")
-    parser.add_argument("--stride", type=int, default=0, help="of the sliding window; 0 leaves whole documents out")
-    parser.add_argument("--document_tokens", type=int, default=8192, help="whole documents are cut to so many")
-    parser.add_argument("--copy_gaps", type=int, nargs="*", default=[300])
-    parser.add_argument("--passkey", type=int, nargs="*", default=[], help="lengths of the passkey task")
-    parser.add_argument("--speed", type=int, nargs="*", default=[1024, 4096], help="prompt lengths that are timed")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="'cpu' on a machine that others use too")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--num_features", type=int, default=64)
-    parser.add_argument("--feature_map", default="hyperbolic", help="of the untrained columns, as window and features")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+@dataclass(frozen=True)
+class Options(Settings):
+    """The options of the command line, or keys of a YAML file."""
 
+    original: str = option("Folder or hub id.")
+    output: Path = option("Folder of the report.")
+    checkpoints: tuple[str, ...] = option("Trained models, each [NAME=]FOLDER.", ())
+    data: str = option(SOURCE_HELP, "stdlib")
+    text_column: str = option("Column of the text.", "text")
+    max_documents: int | None = option("Held-out documents that are measured; by default all.", None, least=1)
+    calibration_documents: int = option("Documents of the training split to calibrate on.", 20, least=1)
+
+    measurement: ColumnSettings = part(
+        ColumnSettings(contexts=(512, 1024, 2048)), names={"passkey_lengths": "passkey"}, group="Measurement"
+    )
+    speed: tuple[int, ...] = option("Prompt lengths that are timed, tokens; none leaves it out.", (1024, 4096))
+    clock: Literal["wall", "cpu"] = option("'cpu' on a machine that others use too.", "wall")
+
+    conversion: hf_rfa.RFAConfig = part(
+        hf_rfa.RFAConfig(softmax_heads="auto"),
+        only=("feature_map", "num_features", "window", "sink_tokens", "seed"),
+        group="Conversion of the untrained columns",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    given = parse_arguments(Options, arguments, __doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original = load_any(given.original, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(given.original)
     check_tokenizer(tokenizer, original)
     checkpoints = named_folders(given.checkpoints)
-    longest = max(given.contexts)
+    config, longest = given.conversion, max(given.measurement.contexts)
     (train, _), (documents, num_bytes) = (
         tokenize_documents(
             tokenizer, load_documents(given.data, split, text_column=given.text_column, max_documents=count)
@@ -75,29 +85,23 @@ def main() -> None:
     except OSError as error:
         raise ConfigError(f"Cannot write to {str(given.output)!r}: {error}. Choose another --output.") from error
 
-    config = hf_rfa.RFAConfig(
-        feature_map=given.feature_map, num_features=given.num_features, window=given.window, softmax_heads="auto",
-        seed=given.seed,
-    )  # fmt: skip
-    calibration = itertools.islice(training_batches(train, max(longest, 8 * given.window), 2, given.seed), 2)
+    calibration = itertools.islice(training_batches(train, max(longest, 8 * config.window), 2, config.seed), 2)
     calibrated = hf_rfa.convert(copy.deepcopy(original), config, calibrate=list(calibration))
     models = untrained_columns(original, calibrated)
     for name, folder in checkpoints.items():
         models[name] = load_any(folder, dtype=torch.float32).to(device)
         check_tokenizer(tokenizer, models[name])
-    plan = Plan(
-        contexts=given.contexts, windows=given.windows, stride=given.stride, document_tokens=given.document_tokens,
-        copy_gaps=given.copy_gaps, passkey_lengths=given.passkey,
-    )  # fmt: skip
-    columns = measure_columns(models, documents, num_bytes, plan, tokenizer.bos_token_id)
+    columns = measure_columns(models, documents, num_bytes, given.measurement, tokenizer.bos_token_id)
     text = torch.cat(documents)
     clock = CLOCKS[given.clock]
     speeds = {n: measure_speed(models, text.repeat(-(-n // len(text))), n, clock=clock) for n in given.speed}
 
-    table = markdown_table(columns) + "\n" + speed_rows(speeds, list(models))
+    seen = seen_exactly(config.window, config.sink_tokens)
+    caption = f"Window {config.window}: a query of an untrained conversion sees {seen} exactly."
+    table = f"{markdown_table(columns)}\n{speed_rows(speeds, list(models))}\n{caption}\n"
     (given.output / "report.md").write_text(table, encoding="utf-8")
     report = {
-        "settings": {name: str(value) for name, value in vars(given).items()}
+        "settings": given.to_dict()
         | {name: source_name(getattr(given, name)) for name in ("original", "data", "output")}
         | {"checkpoints": list(checkpoints)},
         "columns": [column.to_dict() for column in columns],
@@ -109,7 +113,7 @@ def main() -> None:
 
 
 def named_folders(given: list[str]) -> dict[str, str]:
-    """Column -> folder; without a name of its own a column has the last two of the folder's."""
+    """Column -> folder; by default a column is named by the last two parts of the folder."""
     named = {}
     for text in given:
         name, _, folder = text.rpartition("=")
@@ -133,7 +137,7 @@ def speed_rows(speeds, names) -> str:
 
 
 def plot(columns, speeds, output: Path) -> None:
-    """Lines that differ by marker and dash too, so that a print in grey can be read."""
+    """Plots whose lines differ by marker and dash, so that they can be read in grey."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -188,4 +192,4 @@ def token_axis(axes: Axes, counts: list[int], label: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,15 +6,15 @@
     torchrun --nproc_per_node 2 scripts/finetune.py scripts/configs/books.yaml
     accelerate launch --config_file scripts/accelerate/fsdp2.yaml scripts/finetune.py scripts/configs/books.yaml
 
-Options come from the YAML file, and from the command line where both say something. The stages run in their order:
+Options come from the YAML file and the command line, which wins. The stages run in this order:
 
     calibrate   every head's far kernel is fitted, and the heads that stay softmax are chosen   -> OUTPUT/calibrated
     distill     attention transfer: each layer learns its original's output                     -> OUTPUT/distilled
     finetune    next-token loss (and KL to the original, `--kl_weight`)                          -> OUTPUT/final
 
-Each folder loads with `hf_rfa.from_pretrained` and can be the `--model` of a run of the later stages alone. A run
-that was killed goes on with `--resume true`: stages that are done are loaded, the one that was under way goes on from
-its last checkpoint, with the same losses and the same draws of omega as if nothing had happened.
+Each folder loads with `hf_rfa.from_pretrained` and can be the `--model` of a run of the later stages alone. Resume a
+run that was killed by `--resume true`: finished stages are loaded, and the unfinished one continues from its last
+checkpoint, with the same losses and draws of omega as an uninterrupted run.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from hf_rfa.data import (
 )
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
-from hf_rfa.evaluation.columns import Plan, markdown_table, measure_columns, untrained_columns
+from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.model_card import write_model_card
 from hf_rfa.runtime.adapter import require_adapters
 from hf_rfa.runtime.record import is_converted
@@ -54,13 +54,13 @@ from hf_rfa.training import finetune
 from hf_rfa.training.checkpoint import check_output
 from hf_rfa.training.sharded import full_state_dict, is_sharded
 
-#: Processes wait for the one that distils and measures, much longer than for each other in training.
+#: How long processes wait for the one that distils and measures, much longer than for each other in training.
 PATIENCE = timedelta(hours=12)
 
-#: What each stage leaves in the folder of the run.
+#: Folder of each stage, in the folder of the run.
 FOLDERS = {"calibrate": "calibrated", "distill": "distilled", "finetune": "final"}
 
-#: Columns of what was trained.
+#: Columns of trained models.
 FINE_TUNED, BASELINE = "fine-tuned", "original, same tuning"
 
 
@@ -106,19 +106,19 @@ def main(arguments: list[str]) -> None:
         if state.is_main_process:
             for name, model in trained.items():
                 write_folder(model, tokenizer, folders[name] / FOLDERS["finetune"])
-            plan = Plan(
-                contexts=[options.context],
+            settings = ColumnSettings(
+                contexts=(options.context,),
                 windows=options.evaluation_windows,
-                copy_gaps=[300] if sum(map(len, held_out)) >= 2000 else [],  # short of that there is no text to copy
+                copy_gaps=(300,) if sum(map(len, held_out)) >= 2000 else (),  # shorter texts have nothing to copy
             )
             columns = untrained_columns(original(options).to(state.device), load(start).to(state.device)) | trained
-            finish(options, output, measure_columns(columns, held_out, num_bytes, plan, tokenizer.bos_token_id))
+            finish(options, output, measure_columns(columns, held_out, num_bytes, settings, tokenizer.bos_token_id))
         state.wait_for_everyone()
     state.destroy_process_group()
 
 
 def convert_and_distill(model, options: Options, tokens, tokenizer, state: PartialState) -> Path | None:
-    """The stages before fine-tuning, those that were asked for; returns the folder of the last one."""
+    """Runs the stages before fine-tuning that are wanted; returns the folder of the last one."""
     start = None
     for stage in ("calibrate", "distill"):
         folder = Path(options.output) / FOLDERS[stage]
@@ -140,13 +140,13 @@ def convert_and_distill(model, options: Options, tokens, tokenizer, state: Parti
 
 
 def last_stage(options: Options, output: Path) -> Path | None:
-    """Where a resumed run has saved the last stage before fine-tuning that it has done."""
+    """Folder of the last stage before fine-tuning that a resumed run has finished."""
     folders = [output / FOLDERS[stage] for stage in ("calibrate", "distill") if stage in options.stages]
     return next((folder for folder in reversed(folders) if options.finetuning.resume and folder.exists()), None)
 
 
 def check_start(options: Options) -> None:
-    """The first stage must fit what `model` is."""
+    """Check that the first stage fits the model: an original starts with `calibrate`, a conversion does not."""
     if holds_conversion(options.model) == ("calibrate" in options.stages):
         state = "is converted already" if "calibrate" in options.stages else "is not converted yet"
         raise ConfigError(
@@ -185,14 +185,14 @@ def make_batches(options: Options, tokens):
 
 
 def inputs_of(batch) -> dict[str, torch.Tensor]:
-    """What the model is called with, for the stages that have no targets."""
+    """Arguments of the model, for the stages that have no targets."""
     batch = Batch.of(batch)
     given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 def distill(model, options: Options, tokens) -> None:
-    if options.documents == "carried":  # there is no state to carry yet: each piece stands alone
+    if options.documents == "carried":  # without a state to carry: each piece stands alone
         options = dataclasses.replace(options, documents="packed")
     hf_rfa.distill(model, map(inputs_of, make_batches(options, tokens)), options.distillation)
 
@@ -264,7 +264,7 @@ def save(model, tokenizer, folder: Path, state: PartialState) -> None:
 
 
 def write_folder(model, tokenizer, folder: Path) -> None:
-    """Whole or not at all: a run that is killed here does not resume from half a model."""
+    """Written completely or not at all: a run killed here does not resume from half a model."""
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)  # of a converted model: with its conversion
     tokenizer.save_pretrained(partial)

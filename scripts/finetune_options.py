@@ -1,4 +1,4 @@
-"""What scripts/finetune.py is asked for: a YAML file and the command line, checked before any work."""
+"""Options of scripts/finetune.py, from a YAML file and the command line, checked before any work."""
 
 import json
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import hf_rfa
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.options import Settings, option, part
 from hf_rfa.training import FinetuneConfig
 
 SETTINGS_FILE = "settings.json"
-#: What a resumed run may have changed: how far it goes, and what it shows and saves.
+#: Options that may change when a run is resumed: its length, what it shows and what it saves.
 MAY_CHANGE = frozenset(
     "output stages steps distill_steps save_every evaluate_every evaluation_windows resume trackers progress "
     "push_to_hub original".split()
@@ -21,31 +22,40 @@ Stage = Literal["calibrate", "distill", "finetune"]
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """What a run does: fields, and those of the parts, are options of the command line and keys of the YAML file.
+    """Options of a run: its fields and those of its parts are options of the command line and keys of the YAML file.
 
-    Make it by `from_dict`: all parts then get what they share (`seed`, `output`, `resume`, `save_every`, `progress`).
+    Make it by `from_dict`: all parts then get the options they share (`seed`, `output`, `resume`, `save_every`,
+    `progress`).
     """
 
     model: str = option("Folder or hub id: an original, or a folder that a stage has saved.")
     output: str = option("Folder of the run.")
-    original: str | None = option("To compare with; by default `model`, with softmax.", None)
-    data: str = option("See hf_rfa.data.documents.load_documents.", "stdlib")
+    original: str | None = option("Original to compare with; by default `model` with softmax.", None)
+    data: str = option(SOURCE_HELP, "stdlib")
     text_column: str = option("Column of the text.", "text")
-    validation_documents: int | None = option("Only so many; by default all.", None, least=1)
-    streaming: bool = option("Tokenise training documents on the way.", False)
-    stages: tuple[Stage, ...] = option("In their order: calibrate, distill, finetune.", ("calibrate", "finetune"))
+    validation_documents: int | None = option("Held-out documents, at most; by default all.", None, least=1)
+    streaming: bool = option("Tokenise training documents while training.", False)
+    stages: tuple[Stage, ...] = option("Stages to run, of calibrate, distill and finetune.", ("calibrate", "finetune"))
 
     train: Literal["all", "lora", "adapter"] = option("Which weights are fine-tuned.", "all")
     lora_rank: int = option("Rank of the LoRA matrices.", 16, least=1)
-    documents: Literal["random", "packed", "carried"] = option("'random' crosses their borders.", "packed")
-    repeat_probability: float = option("Planted repeats, for 'random' documents.", 0.0, least=0, most=1)
-    loop_probability: float = option("Texts in a loop, for 'random' documents.", 0.0, least=0, most=1)
+    documents: Literal["random", "packed", "carried"] = option(
+        "How documents become batches: 'random' positions across their borders, 'packed' with a reset at each border, "
+        "or 'carried' with the state from piece to piece.",
+        "packed",
+    )
+    repeat_probability: float = option(
+        "Share of sequences with planted repeats, for 'random' documents.", 0.0, least=0, most=1
+    )
+    loop_probability: float = option(
+        "Share of sequences that are a loop, for 'random' documents.", 0.0, least=0, most=1
+    )
     context: int = option("Tokens per sequence.", 2048, least=2)
     batch_size: int = option("Sequences per batch.", 1, least=1)
-    activation_checkpointing: bool = option("Layers run again in the backward pass.", False)
-    baseline: bool = option("One more column: the original after the same tuning.", False)
-    evaluation_windows: int = option("Windows of `context` tokens for validation.", 8, least=1)
-    seed: int = option("Of the batches, of LoRA, of omega and of attention transfer.", 0, least=0)
+    activation_checkpointing: bool = option("Recompute layers in the backward pass.", False)
+    baseline: bool = option("Add a column: the original after the same fine-tuning.", False)
+    evaluation_windows: int = option("Held-out windows of `context` tokens to measure on.", 8, least=1)
+    seed: int = option("Seed of the batches, of LoRA, of omega and of attention transfer.", 0, least=0)
     push_to_hub: str | None = option("Upload OUTPUT/final under this id.", None)
 
     conversion: hf_rfa.RFAConfig = part(
@@ -89,7 +99,7 @@ class Options(Settings):
 
 
 def settle(options: Options, output: Path) -> None:
-    """Writes what decides the run to `output/settings.json`; what is there already must be the same run, resumed.
+    """Writes the settings to `output/settings.json`; settings that are there already must be those of the same run.
 
     Raises:
         ConfigError: another run lies in the folder, or this one and `resume` was not set.
@@ -101,7 +111,7 @@ def settle(options: Options, output: Path) -> None:
             raise ConfigError(
                 f"{str(output)!r} holds a run already. Go on with it by resume=true, or choose another `output`."
             )
-        # An option that the run's version did not have yet was at its default; texts of that version are read.
+        # An option that the version of that run did not have was at its default; strings of that version are read.
         saved = json.loads(path.read_text(encoding="utf-8"))
         before = Options.from_dict({"model": "", "output": ""} | saved, source=str(path)).to_dict()
         other = {name: before[name] for name in settings if name not in MAY_CHANGE}

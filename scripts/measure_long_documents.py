@@ -1,5 +1,5 @@
-"""What training on one long document takes: memory per process when processes share it, memory over its length when
-it is cut and the state is carried.
+"""Memory of training on one long document: per process when processes share it, over its length when it is cut and
+the state is carried.
 
     python scripts/measure_long_documents.py ranks                     # 1, 2 and 4 processes, forward and backward
     python scripts/measure_long_documents.py ranks --tokens 16384 --softmax_heads 1
@@ -7,10 +7,10 @@ it is cut and the state is carried.
     python scripts/measure_long_documents.py carried --tokens 200000 --softmax_heads 1
 
 Prints a Markdown table. A Llama of 2 layers, width 64, 4 query heads, 2 key heads and a vocabulary of 256 is trained
-in float32 on random tokens, one thread a process: what is measured does not depend on what the tokens say. Figures of
+in float32 on random tokens, one thread per process: memory does not depend on the text. Figures of
 `ranks` are the growth of the resident set at its peak above what the process held before, the largest of all
 processes; those of `carried` are the whole resident set. Linux only: they are read from /proc/self/status. `carried`
-starts itself again with glibc told to return freed memory, as `ranks` tells its processes.
+starts itself again, as `ranks` starts its processes, with glibc set to return freed memory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 WIDTH, LAYERS, HEADS, KEY_HEADS, VOCABULARY = 64, 2, 4, 2, 256
 PROCESSES = (1, 2, 4)
 CONTEXT = 4096  # tokens of a piece of a cut document
-#: glibc keeps freed pieces of growing sizes for itself; so told it hands them back, and what is measured is in use.
+#: Makes glibc return freed memory to the system, so that only memory in use is measured.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
@@ -46,14 +46,14 @@ def main() -> None:
             os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
         measure_carried(given.tokens, given.softmax_heads, given.plot)
     elif given.worker:
-        # In one piece: the processes share the pipe.
+        # One write: the processes share the pipe.
         sys.stdout.write(f"{measure_share(given.tokens[0], given.softmax_heads[0])}\n")
     else:
         measure_ranks(given.tokens, given.softmax_heads)
 
 
 def tiny_model(softmax_heads: int):
-    """Converted, in training mode; the exact heads are spread over the layers."""
+    """The converted model in training mode; the exact heads are spread over the layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -122,9 +122,9 @@ def measure_share(tokens: int, softmax_heads: int) -> float:
         loss(share.input_ids, share.targets, position_ids=share.position_ids, use_cache=False).backward()
 
     with sequence_parallel(model, dist.group.WORLD):
-        run(1024)  # libraries and kernels are loaded on first use
+        run(1024)  # loads libraries and kernels
         dist.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
         run(tokens)
         grown = resident("VmHWM") - before

@@ -76,7 +76,7 @@ def flops(name: str, shapes: tuple[torch.Size, ...]) -> float:
 
 
 def profile(which: str, length: int, repeats: int) -> dict[tuple[str, tuple[torch.Size, ...]], list[float]]:
-    """What one call consists of, as `Stopwatch.found`, the mean of several."""
+    """The operations of one call, as in `Stopwatch.found`, averaged over several calls."""
     setting = Setting()
     backward = which != "forward"
     tensors, options = setting.tensors(length, backward=backward), setting.rfa_options()

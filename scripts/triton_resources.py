@@ -1,4 +1,4 @@
-"""What the Triton kernels ask of a GPU: compiled ahead of time, without one.
+"""Resources that the Triton kernels need on a GPU, from compiling them ahead of time, without one.
 
     python scripts/triton_resources.py
     python scripts/triton_resources.py --capability 80 --head_dim 64 --dtype float16 --window 0
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 class Recorder:
-    """Stands in for a kernel and notes what it would have been launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel: Any, noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
         self.kernel, self.noted = kernel, noted

@@ -7,9 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from hf_rfa import rfa_attention, rfa_attention_reference
+from hf_rfa.features import maps
 from hf_rfa.features.omega import draw_omega
 
-FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
+FEATURE_MAPS = tuple(maps.FEATURE_MAPS)
 Tensors = dict[str, torch.Tensor]
 
 

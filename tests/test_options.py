@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -18,6 +18,25 @@ from hf_rfa.training import FinetuneConfig
 from hf_rfa.value_types import convert, describe
 
 CONFIGS = [FinetuneConfig, hf_rfa.DistillConfig, CompareSettings]
+
+
+@dataclass(frozen=True)
+class Conversion(Settings):
+    rfa: hf_rfa.RFAConfig = part(hf_rfa.RFAConfig(), group="Conversion")
+
+
+def test_every_field_of_the_conversion_can_be_an_option():
+    words = "--layers 0 3 --layer_features 3:512 0:32 --softmax_heads 0:1 --omega gaussian --resample 5"
+    given = parse_arguments(Conversion, words.split()).rfa
+    assert given == hf_rfa.RFAConfig(
+        layers=[0, 3], layer_features={0: 32, 3: 512}, softmax_heads=[(0, 1)], omega="gaussian", resample=5
+    )
+    assert parse_arguments(Conversion, ["--layers", "every 4th stays softmax"]).rfa.layers == "every 4th stays softmax"
+    assert Conversion.from_dict({"layer_features": {3: 512}}).rfa.layer_features == ((3, 512),)
+    kinds = get_type_hints(hf_rfa.RFAConfig).values()
+    assert Any not in kinds
+    with pytest.raises(ConfigError, match=r"`omega` must be one of \['sphere', .*Got 'trained'"):
+        Conversion.from_dict({"omega": "trained"})
 
 
 @dataclass(frozen=True)
@@ -182,6 +201,12 @@ def test_a_config_is_frozen_and_takes_a_path(config, tmp_path):
         (Literal["auto"] | float | Sequence[tuple[int, int]] | None, "auto", "auto"),
         (Literal["auto"] | float | Sequence[tuple[int, int]] | None, "3:1, 0:0", ((3, 1), (0, 0))),
         (Literal["never"] | int, "2", 2),
+        (Mapping[int, int] | Sequence[tuple[int, int]] | None, "3:512,1:64", ((3, 512), (1, 64))),
+        (Mapping[int, int] | Sequence[tuple[int, int]] | None, {"3": "512"}, {3: 512}),
+        (Mapping[int, int], "3:512", {3: 512}),
+        (Literal["all"] | Sequence[int] | str, "all", "all"),
+        (Literal["all"] | Sequence[int] | str, "0,3", (0, 3)),
+        (Literal["all"] | Sequence[int] | str, "every 4th stays softmax", "every 4th stays softmax"),
         (tuple[str, ...], "", ()),
         (bool, "Yes", True),
         (Literal[1, 2], "2", 2),

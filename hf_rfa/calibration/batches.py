@@ -1,4 +1,4 @@
-"""What a user may give as batches of token ids, made into what a model is called with; anything else is refused."""
+"""Batches of token ids in every form that a user may pass, made into arguments of a model; the rest is refused."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from hf_rfa.runtime.arguments import accepts
 from hf_rfa.runtime.devices import execution_device
 
 #: Token ids (batch, seq) int64, or keyword arguments of the model.
-Batch = torch.Tensor | Mapping[str, Any]
+ModelInput = torch.Tensor | Mapping[str, Any]
 
 _PASS = (
     "Pass token ids (batch, seq) of integers, a list of such batches, a list of rows of ids, a dataset with a column "
@@ -23,7 +23,7 @@ _PASS = (
 _TEXTS = 'Texts have to be tokens first: pass `[tokenizer(text)["input_ids"] for text in texts]`.'
 
 
-def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Batch]:
+def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[ModelInput]:
     """The batches in `given`, one after the other: int64 token ids (batch, seq) or dictionaries of arguments.
 
     - a tensor or array (batch, seq) of integers, a dictionary of tensors (batch, ...) or of one row: one batch;
@@ -33,11 +33,11 @@ def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Bat
       `input_ids` is read, without what their `attention_mask` calls padding.
 
     Args:
-        model: Says how many tokens there are and which arguments it takes.
-        name: What the caller calls `given`, for messages.
+        model: Its vocabulary bounds the ids, its forward the names of arguments.
+        name: The name of `given` in messages.
 
     Raises:
-        ConfigError: Nothing there, or something else: texts, a single row, numbers that are no ids of this model.
+        ConfigError: No batch, or something else: texts, a single row, numbers that are no ids of this model.
     """
     row = isinstance(given, Mapping) and _is_row(given)
     batch = _row(given, model, name) if row else _whole(given, model, name)
@@ -63,10 +63,10 @@ def batches_of(given: Any, model: PreTrainedModel, *, name: str) -> Iterator[Bat
         raise ConfigError(f"`{name}` must hold at least one batch. Got none ({type(given).__name__}). {_PASS}")
 
 
-def call_arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What the model is called with: the batch where the model computes, and no cache unless the batch asks for one.
+def call_arguments(model: PreTrainedModel, batch: ModelInput) -> dict[str, Any]:
+    """Arguments of the model's forward: the batch on the model's device, and no cache unless the batch asks for one.
 
-    Whatever the model's config says: a cache that nobody reads costs memory and time.
+    The model's config has no say in this: a cache that nobody reads costs memory and time.
     """
     device = execution_device(model)
     arguments: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
@@ -75,8 +75,8 @@ def call_arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
-def _whole(given: Any, model: PreTrainedModel, name: str) -> Batch | None:
-    """A batch of its own; None for what may be a sequence of them."""
+def _whole(given: Any, model: PreTrainedModel, name: str) -> ModelInput | None:
+    """`given` as one batch; None if it may be a sequence of batches."""
     if isinstance(given, Mapping):
         return _arguments(given, model, name)
     if not isinstance(given, (torch.Tensor, np.ndarray)):
@@ -161,7 +161,7 @@ def _ids(given: Any, model: PreTrainedModel, name: str) -> torch.Tensor:
 
 
 def _checked(ids: torch.Tensor, model: PreTrainedModel, name: str, *, vocabulary: bool = True) -> torch.Tensor:
-    """The ids, if there are any and the model has them all."""
+    """The ids; refused if there are none or the model does not have them all."""
     if not accepts(model, "input_ids"):
         raise ConfigError(
             f"{type(model).__name__} takes no token ids. Got them as `{name}`. Pass dictionaries of its arguments: "

@@ -1,14 +1,14 @@
 """`calibrate`: fit the far kernel of every key head to the original's own q, k, v, and rank the heads.
 
-Closed forms and a grid, no gradients. Two passes over a few texts, in which every layer answers with exact softmax,
-so that each sees what it sees in the original model: the first takes the moments of the queries and keys that the far
-part is about (`geometry`), the second tries each candidate (`fitting`). The error of a key head is measured behind
-the output projection, relative to what the whole layer gives:
+Closed forms and a grid, no gradients. There are two passes over a few texts. In both, every layer answers with exact
+softmax, so that its inputs are those of the original model: the first pass takes the moments of the far queries and
+keys (`geometry`), the second tries the candidates (`fitting`). The error of a key head is measured after the output
+projection, relative to the output of the whole layer:
 
     loss(layer, head) = sum_tokens |W_head (out_rfa - out_softmax)|^2 / sum_tokens |W out_softmax|^2
 
-Then one forward for each layer says what these errors cost in the model's output (`divergence`), the costliest heads
-may stay exact, and the far parts of layers that do more harm than good are switched off.
+Then one forward per layer measures how far these errors move the model's output (`divergence`), the costliest heads
+may stay exact, and far parts that do more harm than good are switched off, layer by layer.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
+from hf_rfa.calibration.batches import ModelInput, batches_of, call_arguments
 from hf_rfa.calibration.candidates import CandidateSource
 from hf_rfa.calibration.divergence import Divergence, ignore, measure
 from hf_rfa.calibration.fitting import LayerFit
-from hf_rfa.config import RFAConfig
+from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.report import CalibrationReport, HeadCalibration
 from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
@@ -35,10 +35,8 @@ from hf_rfa.runtime.softmax_heads import set_softmax_heads
 AUTO_SHARE = 0.25
 #: Tokens on which the costs are measured, in the fewest rows that hold them.
 COST_TOKENS = 4096
-#: A kept head that had more than this share of its layer's loss makes the layer be measured again.
+#: Measure a layer again when the head just kept carried more than this share of its loss.
 LARGE_SHARE = 0.2
-
-Pair = tuple[int, int]
 
 
 def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> CalibrationReport:
@@ -48,20 +46,20 @@ def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> 
 
     Args:
         model: A converted model; its adapters are changed.
-        batches: A few thousand tokens of the kind of text that the model is for: token ids (batch, seq), an iterable
-            of such or of single rows, a dataset with a column `input_ids`, or dictionaries of the model's arguments
-            (see `hf_rfa.calibration.batches.batches_of`). As long as the contexts to come, and longer than two
-            windows, or nothing is far.
-        plant_repeats: Repeat an early span of each row of plain token ids at its end, so that heads that look up
-            single tokens show themselves.
+        batches: A few thousand tokens of the text that the model is meant for: token ids (batch, seq), an iterable
+            of such batches or of single rows, a dataset with a column `input_ids`, or dictionaries of the model's
+            arguments (see `hf_rfa.calibration.batches.batches_of`). Rows should be as long as the later contexts, and
+            must be longer than two windows: shorter ones have no far keys.
+        plant_repeats: Repeat an early span of each row of plain token ids at its end, which shows the heads that look
+            up single tokens.
 
     Returns:
-        What each head became and what it costs; `softmax_heads="auto"` or a fraction of the config is resolved. It
-        is kept, too: `hf_rfa.calibration_report(model)`.
+        The far kernel and the cost of each head; `softmax_heads="auto"` or a fraction of the config is resolved. The
+        model keeps it: `hf_rfa.calibration_report(model)`.
 
     Raises:
-        ConfigError: No batch, something that is none (texts, a single row, ids that the model does not have), or no
-            token that is far from another.
+        ConfigError: No batch, something else than batches (texts, a single row, ids that the model does not have), or
+            no token that is far from another.
         UnsupportedModelError: The model is not converted.
 
     Example:
@@ -81,7 +79,7 @@ def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> 
         return _calibrate(model, list(batches_of(batches, base_model(model), name="batches")), plant_repeats)
 
 
-def _calibrate(model: nn.Module, batches: list[Batch], plant_repeats: bool) -> CalibrationReport:
+def _calibrate(model: nn.Module, batches: list[ModelInput], plant_repeats: bool) -> CalibrationReport:
     config, base = conversion_config(model), base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     converted = [adapter for adapter in adapters if adapter.converted]
@@ -109,7 +107,8 @@ def _calibrate(model: nn.Module, batches: list[Batch], plant_repeats: bool) -> C
         for head, row in enumerate(_silent(rows) if layer in silenced else rows)
     ]
     tokens = int(next(iter(fits.values())).totals[1])
-    report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced)
+    seen = {"window": config.window, "sink_tokens": config.sink_tokens}
+    report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced, **seen)
     store_report(base, report)
     return report
 
@@ -117,7 +116,7 @@ def _calibrate(model: nn.Module, batches: list[Batch], plant_repeats: bool) -> C
 def _observe(
     base: nn.Module,
     adapters: list[RFAAdapter],
-    batches: list[Batch],
+    batches: list[ModelInput],
     plant_repeats: bool,
     observers: Mapping[int, Any],
 ) -> None:
@@ -131,7 +130,7 @@ def _observe(
             base(**inputs)
 
 
-def _inputs(base: Any, batch: Batch, plant_repeats: bool) -> tuple[dict[str, Any], int]:
+def _inputs(base: Any, batch: ModelInput, plant_repeats: bool) -> tuple[dict[str, Any], int]:
     """Keyword arguments of the model, and how many tokens at the end of each row repeat earlier ones."""
     span = batch.shape[1] // 8 if plant_repeats and isinstance(batch, torch.Tensor) else 0
     return call_arguments(base, _plant(batch, span) if span and isinstance(batch, torch.Tensor) else batch), span
@@ -143,8 +142,8 @@ def _plant(ids: torch.Tensor, span: int) -> torch.Tensor:
     return torch.cat([ids[:, :-span], ids[:, start : start + span]], dim=1)
 
 
-def _first_rows(batches: list[Batch], tokens: int) -> Iterator[Batch]:
-    """The first batches, the last of them cut to the rows that are still needed."""
+def _first_rows(batches: list[ModelInput], tokens: int) -> Iterator[ModelInput]:
+    """The first batches that hold so many tokens; the last one has only the rows that are needed."""
     for batch in batches:
         given = {"": batch} if isinstance(batch, torch.Tensor) else dict(batch)
         tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
@@ -160,13 +159,13 @@ def _first_rows(batches: list[Batch], tokens: int) -> Iterator[Batch]:
 def _rank(
     base: nn.Module, texts: list[dict[str, Any]], adapters: list[RFAAdapter], config: RFAConfig,
     results: dict[int, list[dict[str, Any]]],
-) -> tuple[set[Pair], dict[Pair, float]]:  # fmt: skip
-    """The heads to keep, one after the other, and what each costs: kept ones when they were chosen, the others last.
+) -> tuple[set[HeadIndex], dict[HeadIndex, float]]:  # fmt: skip
+    """The heads to keep, and the cost of every head: of a kept one when it was chosen, of the others at the end.
 
-    A layer's divergence is shared out among its linear heads by their losses. Where a head that is kept had much of
-    it, the layer is measured again without that head: large divergences do not add up.
+    A layer's divergence is split among its linear heads by their losses. If the head just kept had a large share, the
+    layer is measured again without it: large divergences do not add up.
     """
-    costs: dict[Pair, float] = {}
+    costs: dict[HeadIndex, float] = {}
     linear = {(layer, head): row["loss"] for layer, rows in results.items() for head, row in enumerate(rows)}
 
     def update(layers: Iterable[int]) -> None:
@@ -177,7 +176,7 @@ def _rank(
             costs.update({pair: divergence.mean * (loss / total if total else 0.0) for pair, loss in mine.items()})
 
     update(results)
-    setting, kept = config.softmax_heads, set[Pair]()
+    setting, kept = config.softmax_heads, set[HeadIndex]()
     if setting is None:
         return kept, costs
     if not isinstance(setting, (str, int, float)):
@@ -206,7 +205,7 @@ def _hold_to_window(
 ) -> tuple[list[int], Divergence, Divergence]:
     """Switch off far parts until the model is no worse than with its window alone, the most harmful layer first.
 
-    Returns the layers, and the divergences of the model as it then is and of the window alone.
+    Returns the layers, and the divergences of the resulting model and of the window alone.
     """
     layers = tuple(adapter.layer for adapter in converted)
     gammas = {adapter.layer: adapter.gamma.clone() for adapter in converted}

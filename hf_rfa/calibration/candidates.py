@@ -1,4 +1,4 @@
-"""What a key head's far kernel is chosen from: maps with the geometries, alphas and omegas that each may have."""
+"""The candidates for a key head's far kernel: feature maps with the geometries, alphas and omegas of each."""
 
 import itertools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A far kernel for every key head of a layer, but for gamma; omega (key_heads, rows, D)."""
+    """A far kernel for every key head of a layer, without gamma; omega (key_heads, rows, D)."""
 
     feature_map: str
     geometry: Geometry
@@ -26,7 +26,7 @@ class Candidate:
 
 
 class CandidateSource:
-    """Observer of the first pass over a layer: what its maps need to know of the queries and keys."""
+    """Observer of the first pass over a layer: takes the statistics of queries and keys that its maps need."""
 
     def __init__(self, adapter: RFAAdapter) -> None:
         self.adapter = adapter
@@ -44,7 +44,7 @@ class CandidateSource:
         self.statistics.merge(reduce)
 
     def candidates(self) -> list[Candidate]:
-        """All of them, those with alpha = 0 once: there all maps are the same."""
+        """All candidates; alpha = 0 appears once, because all maps are the same there."""
         geometries = self.statistics.geometries()
         if isinstance(self.statistics, KeyClusters):  # tempered already
             return [Candidate("clustered", geometry, 1.0, self.statistics.omega) for geometry in geometries]

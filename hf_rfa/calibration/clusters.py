@@ -1,4 +1,4 @@
-"""Clusters of a layer's keys, the start of the clustered map: omega is their centroids, and no draw."""
+"""Clusters of a layer's keys, the start of the clustered map: omega is their centroids and is not drawn."""
 
 from collections.abc import Callable
 
@@ -11,24 +11,24 @@ from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import RFAAdapter
 
 #: How sharply a key belongs to its nearest centroid: shares are softmax(-SHARPNESS / 2 |k' - w|^2). With 4 the error
-#: before training is a tenth larger, with 16 no smaller, and then hardly a key has a second cluster to train.
+#: before training is a tenth larger. With 16 it is no smaller, and hardly a key has a second cluster to train.
 SHARPNESS = 8.0
-#: The kernel's exponent is multiplied by one of these. Below 1: a centroid says more than is known of a key. Above:
-#: the means of clusters lie closer together than their keys.
+#: The kernel's exponent is multiplied by one of these: below 1 because a centroid is not exactly its keys, above 1
+#: because the means of clusters lie closer together than their keys.
 TEMPERS = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3)
-#: A key weighs in its cluster as much as this power of the attention that it takes from afar: with 0 the keys that
-#: nobody attends to have clusters of their own, with 1 those of the calibration text that many do.
+#: The weight of a key in its cluster is this power of the attention it gets as a far key. With 0, keys that nobody
+#: attends to get clusters of their own; with 1, only the most attended keys of the calibration text do.
 MASS_POWER, LEAST_MASS = 0.25, 1e-8
-#: Keys of a head that are clustered, in each process, and rounds of k-means.
+#: Keys per head and process that are clustered, and rounds of k-means.
 MAX_KEYS, ROUNDS = 16384, 15
 
 
 class KeyClusters:
-    """Observer that keeps a layer's keys and what they take from afar; `merge` clusters them by k-means.
+    """Observer that keeps a layer's keys and the attention they get as far keys; `merge` clusters them by k-means.
 
-    Keys are alike if all queries see them alike: distances are those of R (k - c), where R R is the covariance of the
-    far queries, which makes a third less error than |k - c|. With the mean far query b, the mean key c that they
-    attend to, centroids w_f and sharpness s the clustered kernel then is
+    Two keys are close if queries give them nearly the same weight: distances are those of R (k - c), where R R is the
+    covariance of the far queries. This has a third less error than |k - c|. With the mean far query b, the mean key c
+    that far queries attend to, centroids w_f and sharpness s, the clustered kernel is
 
         exp(scaling q.c) exp(scaling b.(k - c)) sum_f exp(scaling R^-1 (q - b).w_f) share_f(k),
         share_f(k) = softmax_f(-s scaling |R (k - c) - w_f|^2 / 2)
@@ -40,10 +40,10 @@ class KeyClusters:
         self.moments = Moments()
         self.keys: list[torch.Tensor] = []
         self.masses: list[torch.Tensor] = []
-        self.scaling = 1.0  # that of the layer, once it was seen
+        self.scaling = 1.0  # the layer's, set by its first call
         self.query_center = self.center = torch.empty(0)  # (Hk, D), b and c
         self.metric = self.inverse_metric = torch.empty(0)  # (Hk, D, D), R
-        self.omega = torch.empty(0)  # (Hk, rows, D), the centroids as the clustered map wants them
+        self.omega = torch.empty(0)  # (Hk, rows, D), the centroids in the scale of the clustered map
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -74,7 +74,7 @@ class KeyClusters:
         self.omega = centroids * (SHARPNESS * self.scaling) ** 0.5
 
     def geometries(self) -> list[Geometry]:
-        """One for each temper: keys to the scale of omega, queries so that the product is tempered q.w."""
+        """One geometry per temper: it scales keys as omega, and queries so that the product is the tempered q.w."""
         none = torch.zeros(len(self.center), device=self.center.device)
         root = SHARPNESS**0.5
         centers = (self.query_center, self.center)
@@ -90,8 +90,8 @@ def k_means(
 ) -> torch.Tensor:  # fmt: skip
     """Centroids (heads, clusters, D) of keys (heads, n, D) with weights (heads, n), by `ROUNDS` rounds of k-means.
 
-    The first centroids are keys picked by weight. With several processes they are the mean of what each picks; a
-    cluster that lost all of its keys keeps its centroid.
+    The first centroids are keys picked by weight; with several processes, the mean of the picks of each. A cluster
+    that loses all of its keys keeps its centroid.
     """
     heads, _, dim = keys.shape
     # On the CPU, where the generator is.

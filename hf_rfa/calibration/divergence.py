@@ -1,7 +1,7 @@
-"""How far a converted model is from its original, layer by layer, on a few texts: what `calibrate` ranks heads by.
+"""The divergence of a converted model from its original, layer by layer, on a few texts; `calibrate` ranks by it.
 
-KL divergences of small errors add up over layers and heads, so that one forward with a single layer converted tells
-what that layer costs in the whole.
+KL divergences of small errors add up over layers and heads, so that one forward with a single layer converted gives
+the cost of that layer in the converted model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,9 +54,9 @@ def measure(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], adapters: Sequence[RFAAdapter],
     settings: Mapping[Any, Sequence[int]], reduce: Any,
 ) -> dict[Any, Divergence]:  # fmt: skip
-    """The divergence of each setting: a name and the layers whose far parts and kept heads act, all others exact.
+    """The divergence of each setting, {name: layers that run as converted}; all other layers are exact.
 
-    The original is the same model with every layer exact. One forward for each setting and batch.
+    The original is the same model with every layer exact. It takes one forward per setting and batch.
     """
     found: dict[Any, Divergence] = {}
     for batch in batches:
@@ -74,14 +74,14 @@ def measure(
 
 @contextmanager
 def only(adapters: Sequence[RFAAdapter], layers: Sequence[int]) -> Iterator[None]:
-    """Every layer exact but these."""
+    """Within the block every layer but these is exact."""
     exact = {a: ignore for a in adapters if not (a.converted and a.layer in layers)}
     with intercept(Interception(observers=exact)):
         yield
 
 
 def ignore(*args: Any) -> None:
-    """Observer of layers that only have to be exact."""
+    """Observer that does nothing: its layer is exact."""
 
 
 def _unit(model: nn.Module, output: Any) -> str:

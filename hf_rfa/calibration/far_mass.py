@@ -1,4 +1,4 @@
-"""How much exact softmax attends to far keys: what the far part has to stand in for, token by token."""
+"""How much exact softmax attends to far keys, token by token: the mass that the far part has to estimate."""
 
 import torch
 
@@ -12,7 +12,7 @@ def far_masses(
     query: torch.Tensor, key: torch.Tensor, *, layout: TokenLayout, window: int, sink_tokens: int, scaling: float,
     causal: bool, sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Softmax weight of all far keys for each query, and of each key as a far key over all queries.
+    """Softmax weight of all far keys per query, and of each key as a far key over all queries.
 
         given_i = sum_{j in far(i)} p_ij,        taken_j = sum_{i: j in far(i)} p_ij,        p = softmax(scaling q.k)
 
@@ -44,7 +44,7 @@ def far_masses(
             total = scores.logsumexp(-1, keepdim=True)
             if sink_logits is not None:
                 total = torch.logaddexp(total, sink_logits.float().view(heads, groups, 1, 1))
-            # Padding sees nothing: its -inf - -inf is masked, not counted.
+            # Padding sees nothing: its -inf - -inf is masked.
             weights = (scores - total).exp().masked_fill(~(far & token_mask[row, rows, None]), 0.0)
             given[row][:, :, rows] = weights.sum(-1)
             taken[row] += weights.sum((1, 2))
@@ -54,7 +54,7 @@ def far_masses(
 def places(
     layout: TokenLayout, batch: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whether each slot holds a token, its document, and its number within it: (B, N) each."""
+    """Per slot: whether it holds a token, its document, and its number in the document; (B, N) each."""
     ones = torch.ones(batch, length, dtype=torch.bool, device=device)
     token_mask = ones if layout.token_mask is None else layout.token_mask.to(device)
     ordinal = layout.ordinal

@@ -23,14 +23,14 @@ GAMMAS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20
 class LayerFit:
     """Observer that accumulates, for one layer, the error of every candidate on every key head, in float64.
 
-    The kernel is fitted on the text as it came; the planted repeats at its end only count for what a head loses:
-    fitted on them too, heads that look things up would take a far average that harms them everywhere else.
+    The kernel is fitted on the text without the planted repeats at its end, which only count in the loss of a head:
+    fitted on them too, heads that look things up would get a far average that harms them everywhere else.
     """
 
     def __init__(self, adapter: RFAAdapter, source: CandidateSource) -> None:
         self.adapter, self.runs = adapter, source.candidates()
         self.pure = adapter.config.window == 0
-        # gamma cancels without a window, and a far part there must be.
+        # Without a window gamma cancels, and there has to be a far part.
         self.gammas = (1.0,) if self.pure else GAMMAS
         none = [] if self.pure else [(self.runs[0], 0.0)]
         self.candidates = none + [(run, gamma) for run in self.runs for gamma in self.gammas]
@@ -38,7 +38,7 @@ class LayerFit:
         self.errors = torch.zeros_like(self.plain_errors)
         self.totals = torch.zeros(3, dtype=torch.float64)  # squared output, tokens, far tokens
         self.planted = 0  # set by the caller: tokens at the end of each row that repeat earlier ones
-        self.scaling = 1.0  # that of the layer, once it was seen
+        self.scaling = 1.0  # the layer's, set by its first call
 
     def __call__(
         self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -70,7 +70,7 @@ class LayerFit:
         self.totals = reduce(self.totals)
 
     def choose(self) -> list[dict[str, Any]]:
-        """Set the adapter to each key head's best candidate; returns it with its loss and the window's alone."""
+        """Set the adapter to the best candidate of each key head; returns these with their losses and the window's."""
         losses = self.errors / self.totals[0]
         best = self.plain_errors.argmin(0)
         rows, chosen = [], [self.candidates[index] for index in best.tolist()]
@@ -108,7 +108,7 @@ class LayerFit:
         return OperatorCall.of(query, key, value, kernel, settings, layout)
 
     def _proposal(self, run: Candidate) -> torch.Tensor:
-        """A (key_heads,) of the optimal positive features for queries and keys times alpha."""
+        """A (key_heads,) of the optimal positive features, for queries and keys times alpha."""
         geometry = run.geometry
         spread = geometry.query_radius.square() + geometry.key_radius.square()  # E|q+k|^2 where they are uncorrelated
         return optimal_proposal(spread * self.scaling * run.alpha**2, run.omega.shape[-1]).float()

@@ -1,11 +1,11 @@
-"""The exact changes of variable of a far kernel, in closed form: which centres to take off, how to balance q and k.
+"""The exact changes of variable of a far kernel, in closed form: the centres, and the balance between q and k.
 
-Two geometries are offered to each key head:
+Each key head can have one of two geometries:
 
 - plain: centres at the mean query and the mean key;
-- attended: centres at the means over the far pairs (i, j), each weighed by the softmax weight p_ij that it has, and
-  balanced by their covariances. What the kernel says exactly then is true where attention lies, and only what differs
-  from it is estimated and tempered. On a head that attends far away it has a quarter less error than the plain one.
+- attended: centres at the means over the far pairs (i, j), weighted by their softmax weights p_ij, and balanced by the
+  covariances of these pairs. The exact part of the kernel is then right where the attention is, and only the
+  deviations from it are estimated and tempered. On a head that attends far away this has a quarter less error.
 """
 
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ from hf_rfa.calibration.far_mass import far_masses
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
 
-#: A share of the mean variance that is added to each: texts of a few thousand tokens do not fix all directions.
+#: This share of the mean variance is added to every variance: a few thousand tokens do not determine all directions.
 RIDGE = 0.01
-#: Far pairs must weigh as much as so many tokens to have a geometry of their own.
+#: A head has an attended geometry only if its far pairs weigh at least as much as this many tokens.
 LEAST_WEIGHT = 1.0
 
 
@@ -29,8 +29,8 @@ LEAST_WEIGHT = 1.0
 class Geometry:
     """A change of variable for all key heads, float32: see `FarKernel`.
 
-    The radii are the root mean squares of |A (q - b)| and |A^-T (k - c)|: half of all tokens lie further out, and
-    pulling them in cost nothing on any head here, while outliers of other texts no longer do harm.
+    The radii are the root mean squares of |A (q - b)| and |A^-T (k - c)|. About half of all tokens lie further out;
+    pulling them in cost nothing on any head measured, and outliers of other texts no longer do harm.
     """
 
     query_center: torch.Tensor
@@ -52,8 +52,8 @@ class Moments:
         self, adapter: Any, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """Returns what the keys before the planted repeats take as far keys (B, Hk, N), see `far_masses`."""
-        # The repeats at the end would count as a retrieval that the text does not hold.
+        """Returns the attention (B, Hk, N) of keys before the planted repeats as far keys, see `far_masses`."""
+        # The repeats at the end would count as retrieval, which the text itself does not have.
         kept = query.shape[2] - self.planted
         query, key = query[:, :, :kept].unflatten(1, (key.shape[1], -1)), key[:, :, :kept].unsqueeze(2)
         config = adapter.config
@@ -91,7 +91,7 @@ class Moments:
     def attended(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean query (Hk, D), mean key, and the covariance of the queries (Hk, D, D) over the far pairs.
 
-        Of all queries and keys in heads without far pairs.
+        In heads without far pairs: over all queries and keys.
         """
         theirs, own = (
             (self._stats(kind, "query")[1], self._stats(kind, "key")[1], self._stats(kind, "query")[2])

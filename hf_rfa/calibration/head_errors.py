@@ -1,8 +1,7 @@
-"""What a far kernel costs: the squared error of each key head behind the output projection, for all gammas at once.
+"""The error of a far kernel: the squared error of each key head after the output projection, for all gammas at once.
 
-With the near part alone giving a = n / d, the far sums (f, z) and s = gamma / (d + gamma z), the output is
-a + s (f - z a): the squared error is a quadratic form in s, so that every gamma comes for free once an alpha has been
-run.
+Let a = n / d be the output of the near part alone, (f, z) the far sums and s = gamma / (d + gamma z). The output is
+a + s (f - z a), so the squared error is a quadratic form in s: one run of the operator gives it for every gamma.
 """
 
 import math
@@ -14,10 +13,10 @@ from torch import nn
 
 from hf_rfa.ops.combine import Part, smallest_denominator
 
-#: A layer whose answer to a sum is further than this share from the sum of its answers is not linear; rounding its
-#: inputs to 4 bits makes a tenth.
+#: A layer counts as linear if f(x + y) differs from f(x) + f(y) by at most this share; rounding the inputs to 4 bits
+#: makes a difference of a tenth.
 NONLINEAR = 0.25
-#: Weights below this share of the bias are scaled by no more than its inverse, the largest power of two in float16.
+#: Small weights are scaled up by at most the inverse of this share of the bias, the largest power of two in float16.
 LEAST_WEIGHT = 2.0**-15
 
 
@@ -40,7 +39,7 @@ def squared_errors(
     if sink_logits is not None:
         log_mass = torch.logaddexp(log_mass, sink_logits.unsqueeze(-1).to(log_mass))
     alone = near.numerator * (near.log_scale - log_mass).exp().unsqueeze(-1)
-    # In units of exp(far.log_scale): the near mass, and how far the far sums lie from what the near part says.
+    # In units of exp(far.log_scale): the near mass, and the difference between the far sums and the near output.
     ratio = (log_mass - far.log_scale).exp().double()
     push = far.numerator - far.denominator.unsqueeze(-1) * alone
     error = alone - target
@@ -59,13 +58,13 @@ def squared_errors(
 
 
 def output_projection(module: nn.Module, size: int, like: torch.Tensor) -> torch.Tensor | None:
-    """W (hidden, size), float32, of the layer that follows the attention in the same module; None if it is not known.
+    """W (hidden, size), float32, of the layer that follows the attention in the same module; None if none is found.
 
-    The layer is known by a usual name and by taking `size` numbers, and W by what the layer does to a basis: its
-    weight may be integers with scales, packed, float8, transposed, offloaded, or have a LoRA beside it.
+    The layer is found by the usual names and its input size, and W by running the layer on a basis: the weight itself
+    may be integers with scales, packed, float8, transposed, offloaded, or have a LoRA beside it.
 
     Args:
-        like: An output of the attention: what the layer computes on, and in which dtype if its weight does not say.
+        like: An output of the attention: the device to compute on, and the dtype if the weight does not say.
     """
     for name in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj"):
         linear = getattr(module, name, None)
@@ -77,7 +76,7 @@ def output_projection(module: nn.Module, size: int, like: torch.Tensor) -> torch
 
 
 def _takes(linear: nn.Module, size: int) -> bool:
-    """Whether a layer says that it takes vectors of `size` numbers."""
+    """Whether a layer takes vectors of `size` numbers, by its attributes."""
     width = getattr(linear, "in_features", getattr(linear, "nx", None))  # nx: GPT-2's Conv1D
     if width is None:
         weight = getattr(linear, "weight", None)
@@ -91,7 +90,7 @@ def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torc
 
     The scale s, a power of two, is 1 unless b is larger than W: in 16 bit the sum would then hold little of W.
     """
-    # `forward` and not a call: hooks on the layer are meant for what the model computes.
+    # `forward` and not a call: hooks on the layer are meant for the model's own calls.
     probe = torch.arange(size, dtype=torch.float32, device=device).cos().to(dtype)
     rows = torch.cat([torch.eye(size, dtype=dtype, device=device), probe[None], torch.zeros_like(probe)[None]])
 
@@ -100,7 +99,7 @@ def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torc
         return (out[:-1] - out[-1]) / scale, out[-1]
 
     scale, wanted = 0.0, 1.0
-    while scale < wanted:  # what is seen of small weights at first is rounding
+    while scale < wanted:  # at scale 1 small weights are lost in rounding
         scale = wanted
         columns, bias = run(scale)
         largest, offset = columns[:-1].abs().max().item(), bias.abs().max().item()
@@ -112,7 +111,7 @@ def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torc
 
 
 def grams_of_heads(projection: torch.Tensor | None, heads: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """W_head^T W_head (heads, width, width); the identity where the projection is not known."""
+    """W_head^T W_head (heads, width, width); the identity if there is no projection."""
     if projection is None:
         return torch.eye(width, device=like.device).expand(heads, width, width)
     columns = projection.to(like.device).unflatten(1, (heads, width)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Both parts of the operator before they are put together, for fitting what joins them (`calibrate`)."""
+"""The near and the far part of the operator before they are joined, for `calibrate` to fit how they are joined."""
 
 import torch
 
@@ -22,7 +22,7 @@ def attention_parts(call: OperatorCall) -> tuple[Part | None, Part]:
         def tokens(tensors: list[torch.Tensor]) -> torch.Tensor:
             return from_chunks(torch.cat(tensors, dim=2), run.plan, groups, length)
 
-        # -inf times the zero of padding is no number.
+        # -inf times the zero of padding would be NaN.
         log_scale = [p.log_scale.clamp_min(torch.finfo(p.log_scale.dtype).min).unsqueeze(-1) for p in parts]
         return Part(
             tokens([p.numerator for p in parts]),

@@ -16,7 +16,11 @@ LENGTH = 1024
 
 
 def check_can_write(model: PreTrainedModel, window: int) -> int:
-    """The length of the texts that the model can write; `ConfigError` if none that goes beyond the window."""
+    """The length of the texts that the model can write.
+
+    Raises:
+        ConfigError: The model does not write text, or none longer than two windows.
+    """
     name = type(model).__name__
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ConfigError(
@@ -37,7 +41,7 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
     """Token ids (ROWS, at most LENGTH) sampled from the model's own distribution, from its first token on.
 
     Args:
-        model: It must answer as the original: not converted, or with every head exact.
+        model: Must behave as the original: not converted, or with every head exact.
         window: Of the conversion; the text must be longer than two windows, or nothing in it is far.
         seed: The same text for the same seed; the global random state is left as it was.
 
@@ -46,8 +50,8 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
     """
     length = check_can_write(model, window)
     first, ends = _first_token(model), getattr(model.generation_config, "eos_token_id", None)
-    # All that has a say in what is written. What the checkpoint says of its answers to users (stop strings, penalties,
-    # watermarks, beams, assistants, ...) would stop the text, or make it another one than the model's own.
+    # Every setting that changes the text. A checkpoint's own generation settings (stop strings, penalties, watermarks,
+    # beams, assistants, ...) would stop the text or sample it from another distribution than the model's.
     settings = GenerationConfig(
         do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, min_new_tokens=length - 1,
         max_new_tokens=length - 1, bos_token_id=first, pad_token_id=first, eos_token_id=ends,
@@ -55,7 +59,7 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
     device = execution_device(model)
     prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=device)
     with quiet_eval(model), _seeded(device, seed), _own_defaults(model):
-        # Of the class: a function that a checkpoint's own code put on the instance writes as it likes.
+        # Of the class: a checkpoint's own code may have put another `generate` on the instance.
         model_class: Any = type(model)
         text = model_class.generate(model, prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     if not isinstance(text, torch.Tensor) or text.shape != (ROWS, length):
@@ -93,7 +97,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _first_token(model: PreTrainedModel) -> int:
-    """What a text begins with: where no token does, the one that ends one, because the next text follows it."""
+    """The token that texts begin with; if there is none, the one that ends them, because the next text follows it."""
     config = model.config.get_text_config()
     return next(
         (

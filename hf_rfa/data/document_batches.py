@@ -1,7 +1,8 @@
 """Batches of long documents: packed with a reset at each border, or cut with the state carried over.
 
-Neither leaks: a packed token sees only its own document (`position_ids` start again, which is what Transformers and
-hf_rfa separate by), a row of a cut document starts with an empty state, and no target lies in another document.
+Nothing leaks between documents: a packed token sees only its own document (`position_ids` start again, by which
+Transformers and hf_rfa tell documents apart), a row starts each document with an empty state, and no target lies in
+another document.
 """
 
 import itertools
@@ -19,14 +20,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids with what each position has to predict.
+    """Token ids and the target of each position.
 
     Attributes:
         input_ids: (batch, seq) int64.
         targets: (batch, seq) int64, the token after each one, `IGNORED` where there is none.
-        position_ids: (batch, seq) int64, place of each token in its document; None for 0, 1, 2, ...
-        fresh: (batch,) bool, rows that begin a document; the others continue the row of the batch before (of the
-            same lane). None where nothing is carried.
+        position_ids: (batch, seq) int64, position of each token in its document; None for 0, 1, 2, ...
+        fresh: (batch,) bool, rows that begin a document; the others continue the same row of the batch before (in the
+            same lane). None if nothing is carried.
     """
 
     input_ids: Tensor
@@ -45,7 +46,7 @@ class Batch:
 def packed_batches(token_lists: Iterable[Tensor], context: int, batch_size: int, seed: int = 0) -> Iterator[Batch]:
     """Endless batches (batch_size, context) in which documents follow each other and do not see each other.
 
-    A document that reaches the end of a row goes on in the next one without its past. A list is shuffled anew on
+    A document that reaches the end of a row continues in the next one without its past. A list is shuffled again for
     each pass (`seed`); any other iterable is read in its own order, again and again.
 
     Raises:
@@ -83,13 +84,13 @@ def carried_batches(
 ) -> Iterator[Batch]:
     """Endless batches for truncated backpropagation: each row walks through one document after the other.
 
-    A document of N tokens gives ceil(N / context) pieces in consecutive batches of its row; the state after a piece
-    is where the next one starts (`hf_rfa.training.carry`), so that memory does not depend on N. The last piece is
-    filled up with tokens that predict nothing and that nobody sees.
+    A document of N tokens becomes ceil(N / context) pieces in consecutive batches of its row. Each piece starts from
+    the state after the one before (`hf_rfa.training.carry`), so that memory does not depend on N. The last piece is
+    padded with tokens that predict nothing and that no token sees.
 
     Args:
-        lanes: Batches of one optimiser step (`FinetuneConfig.batches_per_step`). Batch i continues batch i - lanes, so
-            that the same documents meet whatever number of processes shares the lanes.
+        lanes: Batches per optimiser step (`FinetuneConfig.batches_per_step`). Batch i continues batch i - lanes, so
+            that the batches of a step do not depend on the number of processes that share the lanes.
 
     Example:
         >>> first, second = itertools.islice(carried_batches([torch.arange(6)], context=4, batch_size=1), 2)
@@ -121,7 +122,7 @@ def _carry(documents: Iterator[Tensor], context: int, batch_size: int, lanes: in
 
 
 def _endless(token_lists: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
-    """Documents of two tokens or more, for ever."""
+    """Documents of two tokens or more, endlessly."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order: Iterable[Tensor] = token_lists

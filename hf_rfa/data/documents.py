@@ -25,6 +25,12 @@ SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 HELD_OUT_SHARE = 0.1
 
+#: The help text of every option that names a source.
+SOURCE_HELP = (
+    "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, .jsonl "
+    "or .parquet, or the hub id of a dataset. A part is held out for measuring."
+)
+
 
 @dataclass(frozen=True)
 class Document:
@@ -44,23 +50,23 @@ def load_documents(
 ) -> list[Document]:
     """Documents of one split of a source. The same call gives the same documents in the same order.
 
-    What `source` may be:
+    Sources:
 
     - `"stdlib"`: the standard library of the running Python, with fixed held-out modules (`stdlib_corpus`).
-    - a `.txt`, `.md` or `.py` file (one document), a `.jsonl` or `.parquet` file (one document a row), or a folder
-      of such files, searched recursively and taken in sorted order. Files `validation.*` or below `validation/`
-      directly in the folder are the validation split. Without them the last 10 % of the documents (at least one)
-      are held out, and of a single document its last 10 %.
-    - anything else: a dataset of the Hugging Face Hub, `"owner/name"` or `"owner/name:config"`. Where it has no
+    - a `.txt`, `.md` or `.py` file (one document), a `.jsonl` or `.parquet` file (one document per row), or a folder
+      of such files, searched recursively and taken in sorted order. Files `validation.*` or in a folder
+      `validation/`, directly in the folder, are the validation split. Without them the last 10 % of the documents (at
+      least one) are held out; of a single document, its last 10 %.
+    - anything else: a dataset of the Hugging Face Hub, `"owner/name"` or `"owner/name:config"`. If it has no
       split named "validation", every tenth row of "train" is held out.
 
-    Documents of nothing but white space are left out.
+    Documents that are only white space are left out.
 
     Args:
         source: see above.
         split: "train" or "validation".
         text_column: column of the text in `.jsonl`, `.parquet` and hub datasets.
-        max_documents: take only the first so many documents of the split.
+        max_documents: take at most this many documents of the split, the first ones.
         streaming: read a hub dataset as it arrives instead of downloading all of it first.
 
     Raises:
@@ -181,7 +187,7 @@ def _rows_to_documents(rows: Iterable[dict], name: str, text_column: str) -> Ite
 
 
 def _hold_out(documents: list[Document], split: str) -> list[Document]:
-    """Last tenth of the documents for validation, or of the text where there is a single one."""
+    """Last tenth of the documents for validation; of a single document, the last tenth of its text."""
     if len(documents) == 1:
         text = documents[0].text
         cut = len(text) - max(1, round(HELD_OUT_SHARE * len(text)))
@@ -195,7 +201,7 @@ def _hub_documents(source: str, split: str, text_column: str, streaming: bool) -
     name, _, config = source.partition(":")
     try:
         splits = _datasets().load_dataset(name, config or None, streaming=streaming)
-    except OSError as error:  # what `datasets` raises for no network, offline mode and an unknown dataset
+    except OSError as error:  # `datasets` raises it without a network, offline and for an unknown dataset
         raise ConnectionError(
             f"Could not load the dataset {name!r} from the Hugging Face Hub: {error}. Check its name and the network, "
             "or pass a local folder, a .jsonl or .parquet file, or 'stdlib', which need neither."
@@ -218,8 +224,8 @@ def tokenize_documents(tokenizer, documents: Iterable[Document]) -> tuple[list[t
     """Token ids of each document, and its size for bits per byte.
 
     Args:
-        tokenizer: a tokenizer of Transformers. Where it has a bos token, every document starts with it; no other
-            special token is added.
+        tokenizer: a tokenizer of Transformers. If it has a bos token, every document starts with it; no other special
+            token is added.
 
     Returns:
         token_lists: one LongTensor (num_tokens,) per document.
@@ -234,15 +240,15 @@ def tokenize_documents(tokenizer, documents: Iterable[Document]) -> tuple[list[t
 
 
 def token_ids(tokenizer, document: Document) -> torch.Tensor:
-    """LongTensor (num_tokens,) of one document, after the bos token where the tokenizer has one."""
+    """LongTensor (num_tokens,) of one document, after the bos token if the tokenizer has one."""
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # `verbose=False`: a document longer than the model's context is the point here, not a mistake.
+    # `verbose=False`: documents longer than the model's context are wanted here.
     ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(prefix + ids, dtype=torch.long)
 
 
 class TokenStream:
-    """Token ids of each document of a source, tokenised on the way; every iteration starts from the first again.
+    """Token ids of each document of a source, tokenised while reading; every iteration starts from the first again.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -261,7 +267,11 @@ class TokenStream:
 
 
 def check_tokenizer(tokenizer, model) -> None:
-    """Raises `ConfigError` where the tokenizer makes ids that the model has no embedding for."""
+    """Check that the model has an embedding for every id of the tokenizer.
+
+    Raises:
+        ConfigError: It does not.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ConfigError(

@@ -15,7 +15,7 @@ import torch
 from hf_rfa.errors import ConfigError
 
 REPEAT_SPAN = (32, 256)  # tokens, shortest and longest planted repeat
-REPEAT_MIN_GAP = 64  # tokens between a span's end and its repeat: beyond the usual exact window
+REPEAT_MIN_GAP = 64  # tokens between a span's end and its repeat
 _MIN_REPEAT_CONTEXT = 2 * REPEAT_SPAN[0] + REPEAT_MIN_GAP
 LOOP_SHORTEST, LOOP_LONGEST = 128, 4 / 5  # tokens; share of the context
 _MIN_LOOP_CONTEXT = math.ceil(LOOP_SHORTEST / LOOP_LONGEST)
@@ -24,9 +24,9 @@ _MIN_LOOP_CONTEXT = math.ceil(LOOP_SHORTEST / LOOP_LONGEST)
 def evaluation_windows(
     token_lists: Sequence[torch.Tensor], context: int, max_windows: int | None = None
 ) -> torch.Tensor:
-    """Consecutive windows of `context` tokens, each inside one document, so that all of its context is related.
+    """Consecutive windows of `context` tokens, each inside one document.
 
-    With `max_windows` the windows are taken evenly spaced from all documents.
+    With `max_windows` they are spaced evenly over all documents.
 
     Returns:
         LongTensor (num_windows, context).
@@ -50,16 +50,16 @@ def training_batches(
     token_lists: Sequence[torch.Tensor], context: int, batch_size: int, seed: int, repeat_probability: float = 0.0,
     loop_probability: float = 0.0,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Endless batches from random positions of the documents, one after the other; the same seed, the same batches.
+    """Endless batches from random positions in the concatenated documents, determined by `seed`.
 
     With probability `repeat_probability` a sequence gets one to four planted repeats: an earlier span of
     `REPEAT_SPAN` tokens (at most a quarter of the context) is pasted over the text at a random later place, at least
     `REPEAT_MIN_GAP` tokens after its end. Only a model that retrieves from beyond the window predicts these.
 
     With probability `loop_probability` it is a loop instead: its first tokens, `LOOP_SHORTEST` or more and at most
-    `LOOP_LONGEST` of the context, come again and again until it is full. Half of all tokens then are a matter of
-    retrieval, twice as many as with planted repeats, and in longer spans: heads that have lost it learn it again in a
-    fraction of the steps. Mix them with text as it is, or the model learns to repeat itself.
+    `LOOP_LONGEST` of the context, repeat until it is full. Half of all tokens can then be retrieved, twice as many as
+    with planted repeats, and in longer spans: heads that no longer retrieve learn it again in a fraction of the steps.
+    Mix loops with plain text, or the model learns to repeat itself.
 
     Yields:
         LongTensor (batch_size, context).
@@ -89,7 +89,7 @@ def training_batches(
             f"The documents hold {total} tokens together, fewer than one sequence of {context}. Use a context of at "
             f"most {total}, or more text."
         )
-    # Checks run at the call, not at the first `next`, which is why the generator is a function of its own.
+    # The generator is a separate function, so that the checks run at the call and not at the first `next`.
     return _draw_batches(torch.cat(list(token_lists)), context, batch_size, seed, repeat_probability, loop_probability)
 
 
@@ -105,7 +105,7 @@ def _draw_batches(
         starts = torch.randint(len(ids) - context + 1, (batch_size,), generator=generator).tolist()
         batch = torch.stack([ids[start : start + context] for start in starts])
         planted = torch.rand(batch_size, generator=generator) < repeat_probability
-        if loop_probability:  # without it the draws are those of before there were loops
+        if loop_probability:  # without it the draws are those of versions without loops
             looped = torch.rand(batch_size, generator=generator) < loop_probability
             for sequence in (batch[i] for i in looped.nonzero()[:, 0].tolist()):
                 period = randint(LOOP_SHORTEST, int(LOOP_LONGEST * context))

@@ -1,8 +1,7 @@
 """The Python standard library as a corpus: long, real documents that every Python installation carries.
 
-Source files bring identifiers back hundreds of lines after their definition, so that far context matters in them
-more than it does in ordinary prose, and no download is needed. `load_documents("stdlib", ...)` in `hf_rfa.data` is
-the way in.
+Source files use identifiers hundreds of lines after their definition, so that far context matters more than in
+ordinary prose, and no download is needed. Read it by `hf_rfa.data.load_documents("stdlib", ...)`.
 """
 
 import ast

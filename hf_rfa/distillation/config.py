@@ -25,33 +25,35 @@ class DistillConfig(Settings):
 
     steps: int = option("Adam steps of attention transfer in total, those before a resume included.", least=1)
     omega: Literal["learned", "random"] = option(
-        "'learned' trains the projections too: they are no longer random, the config says so, and they are never "
-        "redrawn. 'random' redraws omega in each step and trains only the geometry, so that the number of features "
-        "can be chosen, or omega redrawn, afterwards.",
+        "'learned' trains the projections too; they are then no longer random and are never redrawn. 'random' redraws "
+        "omega in each step and trains only the geometry, so that afterwards omega can be redrawn, or another number "
+        "of features chosen.",
         "learned",
     )
     learning_rate: float = option(
-        "Of attention transfer, its highest value; it falls to 0 along a cosine.", 1e-2, above=0, below=float("inf")
+        "Highest learning rate of attention transfer; it falls to 0 along a cosine.", 1e-2, above=0, below=float("inf")
     )
     weight_loss: float = option(
-        "Weight of the cross-entropy on sampled attention weights, which names the keys that a head looks up. Heads "
-        "with the trigonometric map are left out of it: their estimates may be negative.",
+        "Weight of the cross-entropy on sampled attention weights, which says which keys a head looks up. Heads with "
+        "the trigonometric map are left out: their estimates may be negative.",
         0.0, least=0, below=float("inf"),
     )  # fmt: skip
-    sampled_queries: int = option("Queries of each sequence whose attention weights are sampled.", 64, least=1)
+    sampled_queries: int = option("Queries per sequence whose attention weights are sampled.", 64, least=1)
     window_dropout: float = option(
-        "Share of the steps in which the far part has to answer for the near keys too.", 0.0, least=0, most=1
+        "Share of the steps in which there is no near part and the far part covers all keys.", 0.0, least=0, most=1
     )
     cluster_scale: float = option(
-        "Clustered heads begin with all distances between keys times it, and the logits of queries as they are. "
-        "Calibration gives clusters borders so sharp that hardly a key has a second cluster whose gradient could move "
-        "it: with 0.5, heads that look things up learn more in as many steps.",
+        "Multiplies all distances between keys in clustered heads at the start; the logits of queries stay. After "
+        "calibration the borders of clusters are so sharp that hardly a key has a gradient towards a second cluster: "
+        "with 0.5, heads that look things up learn more in as many steps.",
         1.0, above=0, below=float("inf"),
     )  # fmt: skip
-    max_grad_norm: float = option("The gradient of each layer is clipped to it.", 1.0, above=0, below=float("inf"))
+    max_grad_norm: float = option(
+        "The norm of each layer's gradient is clipped to it.", 1.0, above=0, below=float("inf")
+    )
     seed: int = option("Seed of the sampled queries and of the window dropout.", 0, least=0)
     output: str | Path | None = option("Folder of the checkpoint `distill.pt`; 'none' saves nothing.", None)
-    save_every: int = option("Steps between checkpoints; there is one after the last step too.", 100, least=1)
+    save_every: int = option("Steps between checkpoints, and one after the last step.", 100, least=1)
     resume: bool = option("Go on from the checkpoint in `output`; from the start if there is none yet.", False)
     progress: bool = option("Show a bar with the mean loss of the layers.", True)
 

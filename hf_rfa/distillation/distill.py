@@ -1,7 +1,7 @@
-"""`distill`: attention transfer. The far kernels learn, layer by layer, to give what softmax gives on the same inputs.
+"""`distill`: attention transfer. Each layer's far kernels learn to reproduce its softmax output on the same inputs.
 
-The model's own weights stay frozen and each layer hands on its softmax output, so that every layer sees what it sees
-in the original and no gradient crosses a layer. Source: Zhang et al. 2024 (LoLCATs), attention transfer.
+The model's own weights stay frozen and each layer passes on its softmax output, so that every layer has the inputs of
+the original and no gradient crosses a layer. Source: Zhang et al. 2024 (LoLCATs), attention transfer.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_rfa.calibration.batches import Batch, batches_of, call_arguments
+from hf_rfa.calibration.batches import ModelInput, batches_of, call_arguments
 from hf_rfa.calibration.divergence import ignore
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.layer_transfer import LayerTransfer
@@ -32,7 +32,7 @@ WARMUP_SHARE = 0.05
 
 @dataclass
 class Transfer:
-    """What `distill` did: per step, the loss of each layer."""
+    """The result of `distill`: the loss of each layer in each step."""
 
     steps: int = 0
     losses: list[dict[int, float]] = field(default_factory=list)  # {layer: loss}, one per step
@@ -46,24 +46,24 @@ class Transfer:
 def distill(model: nn.Module, batches: Any, config: DistillConfig) -> Transfer:
     """Train the far kernels of a converted model towards its own softmax layers; only the adapters are changed.
 
-    The loss of a layer is the squared error of its output behind the output projection W, relative to the output,
+    The loss of a layer is the squared error of its output after the output projection W, relative to the output,
 
         loss = sum |W (rfa - softmax)|^2 / sum |W softmax|^2 + weight_loss * CE(softmax weights, estimated weights)
 
-    and centres, changes of variable, alpha and gamma are trained by Adam, with them omega if it is to be learned.
-    Memory is linear in the number of tokens: the teacher is exact attention, never an N x N tensor.
+    and Adam trains centres, changes of variable, alpha, gamma and, if it is to be learned, omega. Memory is linear in
+    the number of tokens: the teacher is exact attention without an N x N tensor.
 
     Args:
-        model: A converted model, best after `calibrate`. Trigonometric and positive maps alike.
-        batches: An iterable, one item a step, of token ids (batch, seq), single rows of them, or dictionaries of the
+        model: A converted model, best after `calibrate`, with any feature map.
+        batches: An iterable, one item per step, of token ids (batch, seq), single rows of them, or dictionaries of the
             model's arguments (see `hf_rfa.calibration.batches.batches_of`); the same sequence on every resume.
-        config: Steps, rate, losses, checkpoints: see `hf_rfa.DistillConfig`.
+        config: See `hf_rfa.DistillConfig`.
 
     Returns:
         The loss of each layer in each step.
 
     Raises:
-        ConfigError: A config that does not fit the model, nothing to train, something that is no batch, or batches
+        ConfigError: A config that does not fit the model, nothing to train, an item that is not a batch, or batches
             that end before `config.steps`.
         CheckpointError: The checkpoint cannot be read or belongs to another run.
         FloatingPointError: A loss is NaN or infinite; the message names layer and step. The kernels are those of the
@@ -137,9 +137,9 @@ def distill(model: nn.Module, batches: Any, config: DistillConfig) -> Transfer:
 
 
 def _forward(
-    base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: Batch, step: int
+    base: Any, adapters: list[RFAAdapter], layers: Mapping[int, LayerTransfer], batch: ModelInput, step: int
 ) -> None:
-    """One pass of the original, in which each layer takes the gradient of its own loss."""
+    """One pass of the original, in which each layer computes the gradient of its own loss."""
     for layer in layers.values():
         layer.begin(step)
     observers = {adapter: layers.get(adapter.layer, ignore) for adapter in adapters}
@@ -162,7 +162,7 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _batches(batches: Iterable[Batch], first: int, steps: int) -> Iterator[Batch]:
+def _batches(batches: Iterable[ModelInput], first: int, steps: int) -> Iterator[ModelInput]:
     number = first
     for batch in islice(batches, first, steps):
         yield batch
@@ -172,7 +172,7 @@ def _batches(batches: Iterable[Batch], first: int, steps: int) -> Iterator[Batch
 
 
 def _mark_learned(model: nn.Module, adapters: list[RFAAdapter]) -> None:
-    """From now on omega is part of what was trained: the config says so, and it is never redrawn."""
+    """Record that omega was trained and is never redrawn."""
     config = replace(conversion_config(model), omega="learned", resample="never")
     store_config(model, config)
     for adapter in adapters:
@@ -191,7 +191,7 @@ def _save(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[i
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, partial)
-        os.replace(partial, path)  # a run that is killed while it saves keeps the checkpoint before
+        os.replace(partial, path)  # a run killed while saving keeps the checkpoint before
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"Could not save step {done.steps} to {str(path)!r}: {error}") from error
 
@@ -205,7 +205,7 @@ def _load(path: Path, layers: Mapping[int, LayerTransfer], optimizers: Mapping[i
         for number, layer in layers.items():
             layer.load(state["tensors"][number])
             optimizers[number].load_state_dict(state["optimizers"][number])
-    except Exception as error:  # torch raises whatever its readers raise
+    except Exception as error:  # torch lets through any error of its readers
         raise CheckpointError(
             f"Cannot resume from {str(path)!r}: {error} Delete it, or start without `resume`."
         ) from error

@@ -1,4 +1,4 @@
-"""The trainable far kernel of one layer, and its loss against the softmax layer that it stands in for."""
+"""The trainable far kernel of one layer, and its loss against the layer's own softmax."""
 
 import numpy as np
 import torch
@@ -7,28 +7,29 @@ from torch import nn
 from hf_rfa.calibration.head_errors import output_projection
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import GATE, GEOMETRY, RFAAdapter
 
-#: Heads that calibration left without a far part, or without a difference between far keys, begin with so much of it.
+#: Least alpha and gamma to start from: calibration may have left a head without a far part (gamma = 0), or with the
+#: same weight for all far keys (alpha = 0).
 LEAST_ALPHA, LEAST_GAMMA = 0.1, 0.01
 
 
 class LayerTransfer:
-    """Observer of one layer (see `runtime.calls.Interception`) that takes the gradient of its loss in each forward.
+    """Observer of one layer (see `runtime.calls.Interception`) that computes the gradient of its loss per forward.
 
     Attributes:
-        tensors: What is trained, by name; alpha and gamma as logarithms.
-        loss: Of the last forward.
+        tensors: The trained tensors by name; alpha and gamma as logarithms.
+        loss: The loss of the last forward.
     """
 
     def __init__(self, adapter: RFAAdapter, config: DistillConfig) -> None:
         self.adapter, self.settings, self.learn_omega = adapter, config, config.omega == "learned"
-        self.named = [*GEOMETRY, *(GATE if adapter.config.gate else ())]  # trained as they are
+        self.named = [*GEOMETRY, *(GATE if adapter.config.gate else ())]  # trained without a change of scale
         start = {name: getattr(adapter, name) for name in self.named}
         start["log_alpha"] = adapter.alpha.clamp_min(LEAST_ALPHA).log()
         start["log_gamma"] = adapter.gamma.clamp_min(LEAST_GAMMA).log()
@@ -46,7 +47,7 @@ class LayerTransfer:
         return [head for head, name in enumerate(names) if name != "trigonometric" and head not in exact]
 
     def begin(self, step: int) -> None:
-        """Called before the forward of step number `step`, on which all random choices depend."""
+        """Called before the forward of step `step`; all random choices depend on it."""
         self.step = step
 
     def __call__(
@@ -79,17 +80,21 @@ class LayerTransfer:
         self.loss = loss.item()
 
     def write_back(self) -> None:
-        """Put what was trained into the adapter."""
+        """Write the trained tensors into the adapter."""
         adapter, kernel = self.adapter, self._kernel(original_draw=True)
         names = [*self.named, "alpha", "gamma", *(["omega"] if self.learn_omega else [])]
         adapter.set_kernel(adapter.feature_maps, **{name: getattr(kernel, name).detach() for name in names})
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What is trained, as plain tensors."""
+        """The trained tensors, detached."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state`; `ValueError` if it belongs to another kind of layer or run."""
+        """Continue from `state`.
+
+        Raises:
+            ValueError: It belongs to another kind of layer or run.
+        """
         got = {name: tuple(tensor.shape) for name, tensor in state.items()}
         want = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         if got != want:
@@ -99,7 +104,7 @@ class LayerTransfer:
                 tensor.copy_(state[name])
 
     def _kernel(self, original_draw: bool = False) -> FarKernel:
-        """The far kernel that is trained, differentiable."""
+        """The trained far kernel, differentiable."""
         adapter, tensors = self.adapter, self.tensors
         omega = tensors.get("omega", adapter.omega)
         if not self.learn_omega and not original_draw:
@@ -112,7 +117,7 @@ class LayerTransfer:
 
 
 def _scaled_clusters(adapter: RFAAdapter, cluster_scale: float) -> dict[str, torch.Tensor]:
-    """Distances of keys to centroids times `cluster_scale` in clustered heads; logits of queries as they were."""
+    """In clustered heads, scale the distances of keys to centroids by `cluster_scale` and keep the queries' logits."""
     clustered = torch.tensor([name == "clustered" for name in adapter.feature_maps], device=adapter.omega.device)
     scale = torch.where(clustered, cluster_scale, 1.0).view(-1, 1, 1)
     return {

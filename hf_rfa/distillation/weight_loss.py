@@ -1,9 +1,9 @@
-"""A loss on sampled attention weights: it names the keys that a query attends to, which an output error does not."""
+"""A loss on sampled attention weights: unlike the output error, it says which keys a query attends to."""
 
 import torch
 
 from hf_rfa.calibration.far_mass import places
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.layout import TokenLayout
 
 
@@ -16,12 +16,13 @@ def sampled_weight_loss(
         - p_near log w_near - sum_{j far} p_j log w_j,        p = softmax(scaling q.k),
         w_j = gamma kernel(q, k_j) / Z,  w_near = sum_near exp(scaling q.k) / Z,  Z such that all add up to 1
 
-    Near keys count as one: what is among them is exact. Memory and time are linear in N for a fixed number of rows.
+    All near keys count as one, since the weights among them are exact. Memory and time are linear in N for a fixed
+    number of rows.
 
     Args:
-        query: (B, Hk, G, N, D); key: (B, Hk, N, D), float32. Heads whose features may be negative have no place here.
+        query: (B, Hk, G, N, D); key: (B, Hk, N, D), float32. Features must not be negative.
         kernel: The far kernel of the Hk key heads, differentiable.
-        rows: (S,) int64, the sampled places in the sequence; those that hold padding are left out.
+        rows: (S,) int64, the sampled positions; those that hold padding are left out.
         layout, window, sink_tokens, scaling, causal: Those of `rfa_attention`.
 
     Source: Zhang et al. 2024 (Hedgehog, section 4), there over all pairs.
@@ -40,7 +41,7 @@ def sampled_weight_loss(
     visible, far, near = (mask[:, None, None] for mask in (visible, far, visible & ~far))
     chosen = query[:, :, :, rows]
     scores = torch.einsum("bhgnd,bhmd->bhgnm", chosen, key) * scaling
-    # A head whose far part is switched off is matched as if it were on: no weight at all is infinitely far from any.
+    # A far part that is switched off is matched as if it were on: weights of 0 have an infinite cross-entropy.
     log_gamma = torch.where(kernel.alive(), kernel.log_gamma(), 0.0)
     far_scores = _log_kernel(kernel, chosen, key, scaling) + log_gamma.view(-1, 1, 1, 1)
     lowest = torch.finfo(scores.dtype).min

@@ -1,6 +1,6 @@
-"""The four columns that every comparison has, each measured on the same tokens.
+"""The four columns of every comparison and any number of trained checkpoints, measured on the same tokens.
 
-original · window only · every head linear · retrieval heads exact, and any number of trained checkpoints beside them.
+The four are: original, window only, every head linear, retrieval heads exact.
 """
 
 import copy
@@ -15,32 +15,38 @@ from transformers import PreTrainedModel
 
 import hf_rfa
 from hf_rfa.data.sequences import evaluation_windows
+from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.evaluation.measuring import Measurer, with_far_recovery
 from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY, Quality
 from hf_rfa.evaluation.retrieval_tasks import PasskeyScore, passkey_retrieval
+from hf_rfa.options import Settings, option
 from hf_rfa.runtime.record import conversion_config, is_converted
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured, all lengths in tokens; the held-out documents are the same for every column.
+class ColumnSettings(Settings):
+    """Settings of the measurement of one column, the same for all columns."""
 
-    Attributes:
-        contexts: windows of each length, for perplexity, bits per byte and (the longest) KL and positions.
-        windows: at most so many windows of the longest context.
-        stride: of the sliding window of the longest context; 0 leaves whole documents out.
-        document_tokens: whole documents are cut to so many.
-        copy_gaps: distances of the copied span.
-        passkey_lengths: lengths of the passkey task; none leaves it out.
-    """
+    contexts: tuple[int, ...] = option(
+        "Context lengths, tokens, for perplexity and bits per byte; KL and positions use the longest.", (512, 2048)
+    )
+    windows: int = option("Held-out windows of the longest context, at most.", 8, least=1)
+    stride: int = option(
+        "Stride, tokens, of the sliding window of the longest context over whole documents; 0 leaves them out.",
+        0, least=0,
+    )  # fmt: skip
+    document_tokens: int = option("Whole documents are cut to this many tokens.", 8192, least=2)
+    copy_gaps: tuple[int, ...] = option("Tokens between the two appearances of a span that is to be copied.", (300,))
+    passkey_lengths: tuple[int, ...] = option("Lengths of the passkey task, tokens; none leaves it out.", ())
 
-    contexts: Sequence[int] = (512, 2048)
-    windows: int = 8
-    stride: int = 0
-    document_tokens: int = 8192
-    copy_gaps: Sequence[int] = (300,)
-    passkey_lengths: Sequence[int] = ()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contexts or min(self.contexts) < 2:
+            raise ConfigError(
+                f"`contexts` must be lengths of at least 2 tokens. Got {list(self.contexts)}. Set, for example, "
+                "512,2048."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +65,11 @@ class Column(Quality):
 
 
 def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The original and its three conversions, nothing trained; their weights are shared, so that they cost no memory.
+    """The original and its three conversions, nothing trained; they share their weights, which saves memory.
 
     Args:
-        calibrated: the same model, converted and calibrated, with the exact heads that calibration chose. Without
-            exact heads it is the column of linear heads, and there is no fourth one.
+        calibrated: the same model, converted and calibrated, with the exact heads that calibration chose. If it chose
+            none, there is no fourth column.
     """
     config = conversion_config(calibrated)
     near = dataclasses.replace(config, gamma=0.0, softmax_heads=None)
@@ -77,7 +83,7 @@ def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) ->
 
 
 def _with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that holds the same parameters, not copies of them; its buffers are its own."""
+    """A copy with the same parameter objects, and with buffers of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -85,7 +91,7 @@ def measure_columns(
     models: Mapping[str, PreTrainedModel],
     documents: Sequence[Tensor],
     num_bytes: Sequence[int],
-    plan: Plan,
+    settings: ColumnSettings,
     first_token: int | None = None,
 ) -> list[Column]:
     """Every model on the same held-out documents; the KL divergence and the agreement are with the first model.
@@ -99,29 +105,29 @@ def measure_columns(
         ConfigError: no document reaches the longest context.
         FloatingPointError: logits that are not finite.
     """
-    longest, together = max(plan.contexts), torch.cat(list(documents))
+    longest, together = max(settings.contexts), torch.cat(list(documents))
     measure = Measurer(
-        next(iter(models.values())), evaluated=evaluation_windows(documents, longest, plan.windows).flatten(),
-        held_out=together, bytes_per_token=sum(num_bytes) / len(together), contexts=plan.contexts,
-        copy_gaps=plan.copy_gaps, first_token=first_token,
+        next(iter(models.values())), evaluated=evaluation_windows(documents, longest, settings.windows).flatten(),
+        held_out=together, bytes_per_token=sum(num_bytes) / len(together), contexts=settings.contexts,
+        copy_gaps=settings.copy_gaps, first_token=first_token,
     )  # fmt: skip
     columns = {}
     for name, model in models.items():
         more: dict[str, Any] = {}
-        if plan.stride:
-            whole = [ids[: plan.document_tokens] for ids in documents]
-            losses = [sliding_window_nll(model, ids, longest, plan.stride) for ids in whole]
-            more |= {"sliding_perplexity": document_perplexity(losses), "stride": plan.stride}
+        if settings.stride:
+            whole = [ids[: settings.document_tokens] for ids in documents]
+            losses = [sliding_window_nll(model, ids, longest, settings.stride) for ids in whole]
+            more |= {"sliding_perplexity": document_perplexity(losses), "stride": settings.stride}
             if is_converted(model):
                 more["streaming_perplexity"] = document_perplexity([streaming_nll(model, ids) for ids in whole])
-        if plan.passkey_lengths:
-            more["passkey"] = passkey_retrieval(model, together, plan.passkey_lengths, first_token=first_token)
+        if settings.passkey_lengths:
+            more["passkey"] = passkey_retrieval(model, together, settings.passkey_lengths, first_token=first_token)
         columns[name] = Column(name=name, **vars(measure(model)), **more)
     return list(with_far_recovery(columns, longest).values())
 
 
 def markdown_table(columns: Sequence[Column]) -> str:
-    """One column a model, one row a figure."""
+    """One column per model, one row per figure."""
     first = columns[0]
     rows: list[tuple[str, list[str]]] = []
 

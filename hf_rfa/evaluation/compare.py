@@ -1,4 +1,4 @@
-"""The main job: an original, its window-only model and its conversions, measured side by side on the same tokens.
+"""`compare`: an original, its window-only model and its conversions, measured side by side on the same tokens.
 
 from hf_rfa.evaluation.compare import compare, default_model
 from hf_rfa.evaluation.results import CompareSettings
@@ -37,8 +37,8 @@ from hf_rfa.evaluation.speed import measure_speed
 from hf_rfa.training.config import FinetuneConfig
 from hf_rfa.training.loop import finetune
 
-# Steps of the progress bar, about a second each on two cores: what one measurement of quality, one calibration and
-# one turn of the speed measurement count beside one step of fine-tuning.
+# Units of the progress bar, about a second each on two cores, per measurement of quality, per calibration and per turn
+# of the speed measurement; a step of fine-tuning is one unit.
 _QUALITY_UNITS, _CALIBRATION_UNITS, _SPEED_UNITS = 8, 12, 1
 _BAR = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
 
@@ -68,16 +68,16 @@ def compare(
     """Converts, calibrates, measures, fine-tunes and measures again.
 
     Four models are compared: the original; `window only`, which sees the exact window and the sinks and nothing else;
-    `every head linear`; and `retrieval heads exact`, which keeps the key heads that calibration ranks worst as
-    softmax. Fine-tuning is the same for all four: same batches, same steps. The KL divergence and the greedy
-    agreement of every model, before and after, are with the untouched original.
+    `every head linear`; and `retrieval heads exact`, which keeps the costliest key heads as softmax. All four are
+    fine-tuned alike: same batches, same steps. The KL divergence and the greedy agreement of every model, before and
+    after fine-tuning, are with the untrained original.
 
     Returns:
-        The figures, the model of the last column as it is at the end, and the tokenizer. All four models are in
-        memory at the same time.
+        The figures, the model of the last column in its final state, and the tokenizer. All four models are in memory
+        at the same time.
 
     Raises:
-        ConfigError, ValueError, OSError: settings, data or a model that cannot be used; the message says why.
+        ConfigError, ValueError, OSError: settings, data or a model that cannot be used.
         UnsupportedModelError: the model cannot be converted.
         FloatingPointError: logits or a loss that are not finite.
     """
@@ -106,7 +106,7 @@ def compare(
 
         bar.set_description("calibrating")
         report = hf_rfa.calibrate(models[EXACT], tokens.calibration_batches())
-        # The two differ in nothing but the exact heads.
+        # The two differ only in the exact heads.
         models[LINEAR].load_state_dict(models[EXACT].state_dict())
         hf_rfa.set_softmax_heads(models[LINEAR], [])
         comparison.calibration = report.to_dict()
@@ -157,7 +157,7 @@ def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def _speed_contexts(settings: CompareSettings, model: PreTrainedModel) -> list[int]:
-    """Rotary positions go on for ever, so that time can be measured past what was learnt; a table of them ends."""
+    """Rotary models can be timed beyond their trained length; position tables cannot."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or getattr(config, "rope_parameters", None) is not None:
@@ -177,7 +177,7 @@ def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[s
 
 
 class _BarHook:
-    """Moves the bar on with each optimiser step."""
+    """Advances the bar with each optimiser step."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
@@ -197,16 +197,16 @@ def _finetune(model: PreTrainedModel, settings: CompareSettings, tokens: Tokens,
 
 
 def _idle_cores() -> int:
-    """PyTorch's number of threads less the cores that are busy already, at least 1.
+    """PyTorch's number of threads minus the cores that are busy already, at least 1.
 
-    Threads that wait for each other on a busy machine make small models many times slower than a single thread.
+    On a busy machine, threads that wait for each other make small models many times slower than a single thread.
     """
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return max(1, torch.get_num_threads() - round(busy))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices; elsewhere autocast to it is slower than float32."""
+    """Whether the hardware multiplies bfloat16 matrices; otherwise autocast to bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     features = _cpu_features()
@@ -214,7 +214,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_features() -> Mapping[str, Any]:
-    """What PyTorch knows about the processor; nothing where it is too old to tell."""
+    """The processor's capabilities as PyTorch reports them; empty if PyTorch is too old."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 

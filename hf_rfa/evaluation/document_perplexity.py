@@ -17,8 +17,8 @@ from hf_rfa.runtime.quiet import evaluation_mode
 def sliding_window_nll(model: PreTrainedModel, document: Tensor, context: int, stride: int) -> Tensor:
     """Loss (N - 1,) in nats of each token of a document (N,) but the first, float32 on the CPU.
 
-    Windows of `context` tokens begin every `stride` tokens; in each only the tokens that no window before has scored
-    count. So a token has at least `context - stride` tokens of context, once the document is that long.
+    Windows of `context` tokens begin every `stride` tokens, and each scores only the tokens that no earlier window has
+    scored. So every token has at least `context - stride` tokens of context, as far as the document has them.
 
     Raises:
         ConfigError: a document below two tokens, or not 1 <= stride < context.
@@ -45,8 +45,8 @@ def sliding_window_nll(model: PreTrainedModel, document: Tensor, context: int, s
 def streaming_nll(model: PreTrainedModel, document: Tensor, chunk: int = 512) -> Tensor:
     """Loss (N - 1,) in nats of each token given all tokens before it, the state carried from chunk to chunk.
 
-    A converted model with linear heads alone needs the same memory at any N. Heads that stay softmax keep the keys
-    and values of the whole document.
+    With linear heads alone, memory does not depend on N. Heads that stay softmax keep the keys and values of the whole
+    document.
 
     Raises:
         UnsupportedModelError: the model is not converted.
@@ -69,5 +69,5 @@ def streaming_nll(model: PreTrainedModel, document: Tensor, chunk: int = 512) ->
 
 
 def document_perplexity(losses: Sequence[Tensor]) -> float:
-    """exp of the mean over all tokens of all documents: long documents count for more."""
+    """exp of the mean over all tokens of all documents: documents count by their lengths."""
     return math.exp(torch.cat(list(losses)).double().mean())

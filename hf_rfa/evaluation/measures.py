@@ -1,9 +1,9 @@
-"""How faithful a converted model is: perplexity, KL divergence from the original, copying, greedy agreement.
+"""Faithfulness of a converted model: perplexity, KL divergence from the original, copying, greedy agreement.
 
 Every function takes a causal LM of Transformers and token ids (N,), int64. Perplexities are exp(nats/token). Windows
 are consecutive and separate: tokens [0, context), [context, 2 context), ...; the first token of a window has no
-context, so a window gives context - 1 predictions. Models are put into evaluation mode and back, one window at a time
-runs through them, and logits that are not finite raise `FloatingPointError` instead of ending in an average.
+context, so a window gives context - 1 predictions. Models run in evaluation mode, one window at a time, and get their
+mode back. Logits that are not finite raise `FloatingPointError`.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.arguments import cache_argument, cache_of
 from hf_rfa.runtime.quiet import evaluation_mode
 
-# Float32 copies of the logits are made for so many positions at a time: 256 of a vocabulary of 128k are 128 MiB.
+# Positions whose logits are copied to float32 at a time: 256 with a vocabulary of 128k are 128 MiB.
 POSITIONS_AT_ONCE = 256
 
-# By so many tokens a copied span is recognised; they are not scored.
+# The first tokens of a copied span, by which a model recognises it; they are not scored.
 COPY_LEAD = 8
 
 
@@ -37,7 +37,7 @@ class PositionBin:
 
 
 def split_windows(ids: Tensor, context: int, max_windows: int | None = None) -> Tensor:
-    """Consecutive windows (num_windows, context) of `ids` (N,); what is left over at the end is dropped.
+    """Consecutive windows (num_windows, context) of `ids` (N,); a shorter rest is dropped.
 
     Raises:
         ConfigError: `ids` is not (N,) int64, `context` or `max_windows` is too small, or no window is full.
@@ -130,8 +130,8 @@ def kl_divergence(
 ) -> float:
     """Mean of `KL(original || converted) = sum_v p_v (log p_v - log q_v)` over all positions, nats/token.
 
-    p and q are the next-token distributions of the two models on the same windows. Perplexity can fall below the
-    original's without being faithful; this cannot: 0 only where the two agree.
+    p and q are the next-token distributions of the two models on the same windows. Unlike perplexity, which can
+    fall below the original's for an unfaithful model, it is 0 only if the two agree.
     """
     total, count = 0.0, 0
     with evaluation_mode(original, converted):
@@ -156,10 +156,10 @@ def copy_perplexity(
     """Perplexity of a span at its second appearance, `gap` other tokens after the first.
 
     A sample is `[first_token] span other span`. The first `COPY_LEAD` tokens of the second appearance are not scored.
-    A model that has learnt to copy comes near 1; one that cannot see the first appearance predicts ordinary text.
+    A model that copies comes near 1; one that cannot see the first appearance has the perplexity of ordinary text.
 
     Args:
-        gap: number of tokens between the two appearances; larger than the exact window, it asks for far recall.
+        gap: number of tokens between the two appearances; larger than two exact windows, it measures far recall.
         span: length of the span, tokens.
         samples: number of samples, spread evenly over `ids`.
         first_token: the token that texts start with (`tokenizer.bos_token_id`), if any.
@@ -206,7 +206,7 @@ def greedy_continuations(
     sequences = torch.stack([ids[i * stride : i * stride + prompt] for i in range(samples)]).to(model.device)
     unseen, cache = sequences, None
     with evaluation_mode(model):
-        # Not `generate`: it would stop at an end-of-text token, or rank another one first.
+        # Not `generate`, which may stop early or change the ranking of tokens.
         for _ in range(new):
             output = model(input_ids=unseen, **{cache_argument(model): cache}, use_cache=True)
             unseen, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
@@ -219,7 +219,7 @@ def greedy_agreement(converted: PreTrainedModel, continuations: Tensor, prompt: 
 
     Args:
         continuations: (samples, prompt + new), from `greedy_continuations(original, ...)`.
-        prompt: number of tokens of each row that were given.
+        prompt: number of given tokens in each row.
     """
     same = []
     with evaluation_mode(converted):
@@ -230,28 +230,29 @@ def greedy_agreement(converted: PreTrainedModel, continuations: Tensor, prompt: 
 
 
 def far_recovery(nll_original: float, nll_window: float, nll_converted: float) -> float | None:
-    """Part of what the window alone loses that the conversion wins back, from mean losses in nats/token.
+    """Share of the window's loss that the far part recovers, from mean losses in nats/token.
 
         (nll_window - nll_converted) / (nll_window - nll_original)
 
-    1: as good as the original. 0: the far part is worth nothing. Below 0: it does harm. None where the window loses
-    nothing (less than 0.001 nats), so that there is nothing to win back.
+    1: as good as the original. 0: the far part recovers nothing. Below 0: it does harm. None if the window loses
+    less than 0.001 nats: then there is nothing to recover.
     """
     lost = nll_window - nll_original
     return None if lost < 1e-3 else (nll_window - nll_converted) / lost
 
 
 def window_logits(model: PreTrainedModel, window: Tensor, where: str, **inputs: Any) -> Tensor:
-    """Logits (n, vocabulary) of one sequence (n,), in the model's dtype; raises where one is not finite.
+    """Logits (n, vocabulary) of one sequence (n,), in the model's dtype.
 
     Args:
-        inputs: further arguments of the model; by default it keeps no cache.
+        where: name of the sequence in messages.
+        inputs: further arguments of the model; by default `use_cache=False`.
 
     Raises:
-        FloatingPointError: says `where` and the first position with a NaN or infinite logit.
+        FloatingPointError: a logit is NaN or infinite; the message has `where` and the first such position.
     """
     logits = model(input_ids=window[None].to(model.device), **{"use_cache": False, **inputs}).logits[0]
-    # A single -inf may be meant, for a token that never comes.
+    # A single -inf is allowed: a model may rule a token out.
     broken = ~logits.amax(-1).isfinite() | logits.isnan().any(-1)
     if broken.any():
         position = int(broken.nonzero()[0])

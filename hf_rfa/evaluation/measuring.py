@@ -1,4 +1,4 @@
-"""The measurement of one model after the other on the same tokens, and the tokens that the main job uses."""
+"""The measurement of one model after the other on the same tokens, and the tokens that `compare` uses."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ GREEDY_PROMPT, GREEDY_NEW, GREEDY_SAMPLES = 512, 100, 4  # tokens, tokens, promp
 
 
 class Tokens:
-    """The tokens that a comparison is made with; held-out ones are never trained or calibrated on."""
+    """The tokens of a comparison; nothing is trained or calibrated on the held-out ones."""
 
     def __init__(self, settings: CompareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self._settings = settings
@@ -35,7 +35,7 @@ class Tokens:
         self.evaluated = evaluation_windows(held_out, self.longest, settings.eval_windows).flatten()
 
     def prompt(self, length: int) -> Tensor:
-        """So many held-out tokens, over again if there are too few: what they say makes no difference to the speed."""
+        """`length` held-out tokens, repeated if there are too few: the speed does not depend on the text."""
         return self.held_out.repeat(-(-length // len(self.held_out)))[:length]
 
     def calibration_batches(self) -> list[Tensor]:
@@ -70,7 +70,7 @@ class Measurer:
         self._continuations = measures.greedy_continuations(original, held_out, self._prompt, new, GREEDY_SAMPLES)
 
     def __call__(self, model: PreTrainedModel) -> Quality:
-        """Everything but the far recovery, which needs other models' figures."""
+        """All figures except the far recovery, which needs those of other models."""
         losses = {n: measures.token_nll(model, self._evaluated, n) for n in self._contexts}
         mean = {n: loss.double().mean().item() for n, loss in losses.items()}
         kl, agreement = 0.0, 1.0  # of the original with itself, by definition
@@ -92,9 +92,9 @@ class Measurer:
 
 
 def with_far_recovery(qualities: Mapping[str, AnyQuality], context: int) -> dict[str, AnyQuality]:
-    """The same with `far_recovery` filled in, which needs the figures of the original (the first) and of the window.
+    """The same with `far_recovery` filled in, from the figures of the original (the first) and of `WINDOW_ONLY`.
 
-    Without a model of the name `WINDOW_ONLY` nobody has one.
+    Without a model of that name it stays None.
     """
     nll = {name: math.log(quality.perplexity[context]) for name, quality in qualities.items()}
     if WINDOW_ONLY not in nll:

@@ -1,4 +1,4 @@
-"""README.md of a converted folder: what it is, how it was made, how to load it, and the comparison table."""
+"""README.md of a converted folder: its origin, how to load it, the comparison table and the settings."""
 
 import json
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ def write_model_card(
     Args:
         base_model: id or folder of the original. Of folders, here and in `settings`, only the last name is shown.
         table: Markdown, from `hf_rfa.evaluation.columns.markdown_table`.
-        settings: JSON-ready, everything that decided the run.
-        data: where the documents came from.
+        settings: all settings of the run, JSON-ready.
+        data: source of the documents.
     """
     name = source_name(base_model)
     shown = {key: source_name(value) if isinstance(value, str) else value for key, value in settings.items()}

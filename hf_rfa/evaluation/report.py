@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no display is needed, nor asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from hf_rfa.config import seen_exactly
 from hf_rfa.evaluation.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality, source_name
 
 MIB = 2**20
@@ -20,10 +21,10 @@ MIB = 2**20
 _STYLES = dict(zip(VARIANTS, ("k-o", "C3:s", "C0--^", "C2-.D"), strict=True))
 
 _DEFINITIONS = """\
-All columns are measured on the same {tokens} held-out tokens. **window only** sees the exact window ({window} to \
-{window2} tokens) and the first {sinks} tokens, and nothing else; **every head linear** adds the far keys through \
-{features} random features ({feature_map}) a head; **retrieval heads exact** does so for all key heads but {heads} of \
-{key_heads}, which stay softmax: {head_list} as (layer, key head).
+All columns are measured on the same {tokens} held-out tokens. **window only** sees {seen} exactly (window {window}), \
+and nothing else; **every head linear** adds the far keys through {features} random features ({feature_map}) per key \
+head; **retrieval heads exact** does so for all key heads but {heads} of {key_heads}, which stay softmax: {head_list} \
+as (layer, key head).
 
 - perplexity: exp(nats/token) over separate windows of that many tokens; bits per byte: the same, per byte of text.
 - KL to original: KL(original || model) of the next-token distributions, nats/token, at context {context}.
@@ -34,7 +35,7 @@ All columns are measured on the same {tokens} held-out tokens. **window only** s
 
 
 def quality_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
-    """Header and rows of the table of figures, as text; one column a model."""
+    """Header and rows of the table of figures, as text; one column per model."""
     columns = list(qualities.values())
     rows = [["", *qualities]]
     for n in columns[0].perplexity:
@@ -74,7 +75,7 @@ def position_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
 
 
 def calibration_table(comparison: Comparison) -> list[list[str]]:
-    """Header and rows of what calibration found, one row a key head."""
+    """Header and rows of the result of calibration, one row per key head."""
     heads = comparison.calibration["heads"]
     return [[key.replace("_", " ") for key in heads[0]]] + [
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()] for head in heads
@@ -82,7 +83,7 @@ def calibration_table(comparison: Comparison) -> list[list[str]]:
 
 
 def finetuned_title(comparison: Comparison) -> str:
-    """What was done to all columns of the second table."""
+    """The title of the second table, which says how all its columns were trained."""
     training = comparison.training[EXACT]
     return f"After {training.steps} steps of fine-tuning ({training.tokens:,} tokens, the same for every column)"
 
@@ -101,7 +102,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("report.md", "report.json", "perplexity.png", "cost.png")]
     paths[0].write_text(markdown(comparison), encoding="utf-8")
-    # JSON has no NaN: one that slipped through shall fail here rather than in every reader.
+    # JSON has no NaN: fail here rather than in every reader.
     paths[1].write_text(json.dumps(as_dict(comparison), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plot_perplexity(comparison, paths[2])
     plot_cost(comparison, paths[3])
@@ -128,8 +129,7 @@ def markdown(comparison: Comparison) -> str:
         _DEFINITIONS.format(
             tokens=f"{comparison.eval_tokens:,}",
             window=conversion.window,
-            window2=2 * conversion.window,
-            sinks=conversion.sink_tokens,
+            seen=seen_exactly(conversion.window, conversion.sink_tokens),
             features=conversion.num_features,
             feature_map=conversion.feature_map,
             heads=len(heads),

@@ -1,10 +1,11 @@
-"""What the main job is asked for and what it found: plain data, written to report.json as it is."""
+"""Settings and results of `compare`: plain data, which report.json holds."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_rfa.config import RFAConfig
+from hf_rfa.config import HeadIndex, RFAConfig
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
@@ -25,14 +26,10 @@ _MEASUREMENT, _TUNING, _RUN = "Measurement", "Calibration and fine-tuning", "Run
 
 @dataclass(frozen=True)
 class CompareSettings(Settings):
-    """What `compare` does, and the options of `hf-rfa compare`."""
+    """Settings of `compare`, and the options of `hf-rfa compare`."""
 
     model: str = option("Folder or hub id of a causal LM; by default the embedded 3.5M-parameter model.")
-    data: str = option(
-        "Long documents: 'stdlib' (the Python standard library, no download), a folder or file of .txt, .md, .py, "
-        ".jsonl or .parquet, or the hub id of a dataset. A part is held out for measuring.",
-        "stdlib",
-    )
+    data: str = option(SOURCE_HELP, "stdlib")
     output: str = option("Folder for report.md, report.json, the plots and the converted model.", "hf-rfa-report")
     seed: int = option("Seed of omega, of calibration and of training batches.", 0, least=0)
     conversion: RFAConfig = part(  # of the last column, whose exact heads the one before does without
@@ -50,25 +47,29 @@ class CompareSettings(Settings):
         "Tokens between the two appearances of a span that is to be copied.", (300, 1500), group=_MEASUREMENT
     )
     speed_contexts: tuple[int, ...] = option(
-        "Prompts whose time and cache are measured, tokens; may exceed what the model has learnt.",
+        "Prompts whose time and cache are measured, tokens; may exceed the model's trained length.",
         (1024, 4096, 16384), group=_MEASUREMENT,
     )  # fmt: skip
-    speed_repeats: int = option(
-        "Timed runs of each model and prompt; medians are given.", 3, group=_MEASUREMENT, least=1
-    )
+    speed_repeats: int = option("Timed runs per model and prompt; the median counts.", 3, group=_MEASUREMENT, least=1)
     new_tokens: int = option("Tokens decoded to measure the speed.", 32, group=_MEASUREMENT, least=1)
-    calibration_batches: int = option("Batches that calibration looks at.", 2, group=_TUNING, least=1)
-    steps: int = option("Fine-tuning steps, the same for all columns; 0 leaves it out.", 40, group=_TUNING, least=0)
-    batch_size: int = option("Sequences of the longest context in a batch.", 2, group=_TUNING, least=1)
+    calibration_batches: int = option("Batches to calibrate on.", 2, group=_TUNING, least=1)
+    steps: int = option(
+        "Fine-tuning steps, the same for all columns; 0 for no fine-tuning.", 40, group=_TUNING, least=0
+    )
+    batch_size: int = option("Sequences per batch, of the longest context.", 2, group=_TUNING, least=1)
     learning_rate: float = option(
         "Highest learning rate of AdamW (linear warm-up, cosine decay).", 1e-4, group=_TUNING, above=0,
         below=float("inf"),
     )  # fmt: skip
     repeat_probability: float = option(
-        "Share of training sequences with spans repeated from far back.", 0.5, group=_TUNING, least=0, most=1
+        "Share of the training sequences that repeat earlier spans from beyond the window.",
+        0.5,
+        group=_TUNING,
+        least=0,
+        most=1,
     )
     mixed_precision: Literal["auto", "no", "bf16"] = option(
-        "Of fine-tuning; 'auto' is bf16 where the hardware multiplies it.", "auto", group=_TUNING
+        "Precision of fine-tuning; 'auto' is bf16 if the hardware multiplies bf16 matrices.", "auto", group=_TUNING
     )
     threads: int | None = option(
         "CPU threads; by default the cores that are idle at the start.", None, group=_RUN, least=1
@@ -98,20 +99,20 @@ class CompareSettings(Settings):
 
 @dataclass(frozen=True)
 class Quality:
-    """How good one model is, all on the same tokens (definitions: `hf_rfa.evaluation`)."""
+    """Quality of one model, on the same tokens as all others (definitions: `hf_rfa.evaluation.measures`)."""
 
     perplexity: dict[int, float]  # context -> exp(nats/token)
     bits_per_byte: dict[int, float]  # context -> bits
     by_position: list[PositionBin]  # at the longest context
     kl_to_original: float  # nats/token at the longest context
-    far_recovery: float | None  # at the longest context; None where the window loses nothing
+    far_recovery: float | None  # at the longest context; None if the window loses nothing
     copy_perplexity: dict[int, float]  # gap -> perplexity of a span's second appearance
     greedy_agreement: float  # share of tokens
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the fine-tuning of one variant took."""
+    """Cost and losses of the fine-tuning of one variant."""
 
     steps: int
     tokens: int
@@ -121,7 +122,7 @@ class Training:
 
 @dataclass
 class Comparison:
-    """Everything that the main job measured. Keys are the names in `VARIANTS`."""
+    """Everything that `compare` measured. Keys are the names in `VARIANTS`."""
 
     settings: CompareSettings
     environment: dict[str, Any]  # versions, device, threads
@@ -129,7 +130,7 @@ class Comparison:
     key_heads: int  # over all layers
     bytes_per_token: float
     eval_tokens: int
-    softmax_heads: list[tuple[int, int]] = field(default_factory=list)  # (layer, key head) of the last variant
+    softmax_heads: list[HeadIndex] = field(default_factory=list)  # of the last variant
     calibration: dict[str, Any] = field(
         default_factory=dict
     )  # hf_rfa.CalibrationReport.to_dict(), of both conversions
@@ -142,5 +143,5 @@ class Comparison:
 
 
 def source_name(source: str | Path) -> str:
-    """A local folder by its own name: a report that is passed on shall not carry a user's paths."""
+    """A local folder by its own name, so that reports hold no paths of a user's machine; a hub id as it is."""
     return Path(source).name if Path(source).exists() else str(source)

@@ -1,9 +1,9 @@
-"""Passkey retrieval: tokens that occur once, somewhere in a long text, are asked for at its end.
+"""Passkey retrieval: the model is asked, at the end of a long text, for tokens that occur once in it.
 
     filler ... [marker key] ... filler [marker] -> key
 
-The needle is planted at a depth, 0 (the beginning) to 1 (just before the end). It is made of the tokens of any
-tokenizer, so that models too small to follow an instruction can be asked: a model that copies from far answers.
+The needle is planted at a depth, 0 (the beginning) to 1 (just before the end). It consists of plain tokens and needs
+no instruction, so that small models can be tested too: a model that copies from far away answers.
 Source: Mohtashami and Jaggi 2023 (passkey), Kamradt 2023 (needle in a haystack, by depth and length).
 """
 
@@ -18,7 +18,7 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import next_token_nll, window_logits
 from hf_rfa.runtime.quiet import evaluation_mode
 
-#: Tokens of the marker that is repeated to ask for the key, and of the key.
+#: Number of tokens of the marker, which is repeated to ask for the key, and of the key.
 MARKER, KEY = 16, 8
 
 

@@ -1,4 +1,4 @@
-"""What a model costs: prefill time, decoding speed, bytes of the cache, peak memory of a GPU."""
+"""Costs of a model: prefill time, decoding speed, bytes of the cache, peak memory of a GPU."""
 
 import inspect
 import statistics
@@ -24,12 +24,12 @@ class Speed:
     prefill_seconds: float
     decode_tokens_per_second: float
     cache_bytes: int  # after the prefill
-    peak_bytes: int | None  # allocated at most on the GPU, weights included; None on a CPU
+    peak_bytes: int | None  # peak allocation on the GPU, weights included; None on a CPU
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Cache, Tensor]:
     """Runs the prompt `ids` (n,) and returns the filled cache and the greedy next token (1, 1)."""
-    # Logits of all positions would take more memory than the attention; nearly every causal LM can leave them out.
+    # Logits of all positions would take more memory than the attention; nearly every causal LM can skip them.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     output = model(input_ids=ids[None].to(model.device), use_cache=True, **last_only)
     return cache_of(output), output.logits[:, -1:].argmax(-1)
@@ -53,8 +53,8 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Cost of each model at a prompt of `context` tokens.
 
-    The models take turns (a b c a b c ...) and medians are given, so that a machine that slows down or is shared for
-    a moment favours none of them. One turn before the first, untimed, warms each model up on a short prompt.
+    The models take turns (a b c a b c ...) and medians are returned, so that a moment in which the machine is slow
+    favours none of them. An untimed run on a short prompt warms each model up.
 
     Args:
         models: name -> model; all on the same device.
@@ -62,7 +62,7 @@ def measure_speed(
         new_tokens: tokens that are decoded after the prompt, greedily.
         repeats: timed turns of each model.
         after_run: called after each turn of each model, for a progress bar.
-        clock: seconds; `time.process_time` counts those of this process alone, where others use the cores too.
+        clock: returns seconds; `time.process_time` counts this process alone, if others use the cores too.
     """
     if len(ids) < context:
         raise ConfigError(f"A prompt of {context} tokens needs as many. Got {len(ids)}. Pass more text.")
@@ -104,7 +104,7 @@ def measure_speed(
 
 
 def _now(model: PreTrainedModel, clock: Callable[[], float]) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """Seconds on the clock, once the device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return clock()

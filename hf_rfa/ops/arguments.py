@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import feature_map_of_heads, optimal_proposal
 from hf_rfa.ops.call import check_tokens
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics

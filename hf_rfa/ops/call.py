@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FarKernel, feature_map_of_heads
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import feature_map_of_heads
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import BACKENDS, AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout

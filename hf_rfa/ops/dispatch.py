@@ -16,9 +16,10 @@ import os
 import torch
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import PURE_CHUNK
+from hf_rfa.ops.triton.fold import FORMS
 
 #: Whether 'auto' picks the kernels where they can run. They are held to the reference by Triton's interpreter and
 #: compile for GPUs, but no GPU has run them yet.
@@ -67,6 +68,9 @@ def why_not_triton(
         return f"the tensors are {dtype}, and the kernels take float32, bfloat16 and float16"
     if far.gate_weight is not None:
         return "the layer has a forget gate"
+    unknown = sorted(set(far.feature_maps) - set(FORMS))
+    if unknown:
+        return f"the kernels do not have the map {unknown[0]!r}"
     if len(set(far.feature_maps)) > 1 and "clustered" in far.feature_maps:
         return "the clustered map stands beside another one in a layer"
     if max(dim, value_dim) > LARGEST_DIM:

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from hf_rfa.features.maps import FarKernel, Features, pull_in, squared_bound
+from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
+from hf_rfa.features.maps import Features
 
 
 class PreparedQueries:

@@ -10,7 +10,8 @@ from torch import nn
 
 from hf_rfa.config import AUTO_MAPS, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.features.maps import FEATURE_MAPS, FarKernel, optimal_proposal
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import FEATURE_MAPS, optimal_proposal
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.arguments import far_kernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.combine import FarStatistics

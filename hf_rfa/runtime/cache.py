@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.decode import Decoder

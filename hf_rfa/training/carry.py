@@ -1,10 +1,10 @@
-"""The state that a cut document hands to its next piece: truncated backpropagation through the RFA state.
+"""The state that one piece of a document passes to the next: truncated backpropagation through the RFA state.
 
-Each piece starts from the state after the one before, cut from autograd: its loss reaches back to the piece's own
-first token, and what earlier pieces said arrives through [S | z], the near keys and the sinks. A linear head's state
-has one size, so a document of any length trains in constant memory. **Heads that stay softmax** keep the keys and
-values of the whole document so far, as in decoding: correct, but `2 * head_dim * heads * bytes` more a token. With
-`RFAConfig(softmax_heads=None)` memory is constant.
+Each piece starts from the state at the end of the piece before, detached: gradients reach back to the piece's own
+first token, and earlier pieces have their effect through [S | z], the near keys and the sinks. The state of a linear
+head has a constant size, so a document of any length trains in constant memory. **Heads that stay softmax** keep the
+keys and values of the whole document so far, as in decoding: correct, but `2 * head_dim * heads * bytes` more per
+token. With `RFAConfig(softmax_heads=None)` memory is constant.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ class Carry:
         self.cache: DynamicCache | None = None
 
     def start(self, batch: Batch) -> DynamicCache:
-        """The cache that the batch's forward continues, its states cut from autograd and empty in fresh rows."""
+        """The cache that the batch's forward continues: states are detached, and empty in fresh rows."""
         assert batch.fresh is not None
         if self.cache is None or bool(batch.fresh.all()):
             self.cache = DynamicCache()
         for layer in self.cache.layers:
             if isinstance(layer, RFACacheLayer) and layer.state is not None:
-                layer.hand_on()  # an optimiser step in between may have moved what the features have learned
+                layer.hand_on()  # an optimiser step in between may have changed learned features
                 layer.state = without_rows(layer.state.detach(), batch.fresh)
         return self.cache
 
@@ -63,12 +63,12 @@ class Carry:
 
 
 def check_carry(model: PreTrainedModel) -> None:
-    """Raises where a model cannot hand on a state.
+    """Check that a model can pass on a state.
 
     Raises:
         UnsupportedModelError: the model is not converted, so that its cache would hold every token.
-        ConfigError: activation checkpointing, under which Transformers drops the cache; or omega is redrawn while
-            documents are under way.
+        ConfigError: activation checkpointing, under which Transformers drops the cache; or omega may be redrawn in
+            the middle of a document.
     """
     config = require_adapters(model)[0].config
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -84,7 +84,7 @@ def check_carry(model: PreTrainedModel) -> None:
 
 
 def without_rows(state: RFAState, rows: Tensor) -> RFAState:
-    """The state with `rows` (batch,) bool set to the one before the first token; old slots that no row needs go."""
+    """The state with `rows` (batch,) bool reset to the empty state; old slots that no row needs are dropped."""
 
     def cleared(tensor: Tensor, empty: float) -> Tensor:
         mask = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))

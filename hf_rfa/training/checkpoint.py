@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written in one go, found again, and refused with a sentence where they do not fit."""
+"""Checkpoints of a training run: written atomically, found again, and refused with a reason if they do not fit."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from hf_rfa.training.carry import Carry
 
 
 def check_output(output: Path, model: torch.nn.Module) -> None:
-    """Before any work is done: the folder can be written to, and has room for two checkpoints.
+    """Check, before any work is done, that the folder can be written to and has room for two checkpoints.
 
-    A checkpoint holds the weights and AdamW's two moments of what is trained; the next one is complete before the
-    last one goes.
+    A checkpoint holds the weights and, for the trained ones, AdamW's two moments; the next one is complete before the
+    last one is deleted.
 
     Raises:
         CheckpointError: no permission, no folder, or not enough room.
@@ -42,7 +42,7 @@ def check_output(output: Path, model: torch.nn.Module) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, carries: dict[int, Carry]) -> Path:
-    """Writes `output/checkpoint-<step>` in one go, then removes those before it; every process calls this.
+    """Writes `output/checkpoint-<step>` atomically, then removes earlier ones; every process calls this.
 
     Raises:
         CheckpointError: the disk is full or the folder gone; the checkpoint before stays.
@@ -62,7 +62,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, carries: 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)  # a run that is killed while it saves keeps the checkpoint before
+        partial.rename(final)  # a run killed while saving keeps the checkpoint before
         for other in output.glob("checkpoint-*"):
             if other != final:
                 shutil.rmtree(other)
@@ -71,7 +71,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, carries: 
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The last whole checkpoint of a run, if there is one."""
+    """The last complete checkpoint of a run, if there is one."""
     found = {int(path.name.split("-")[1]): path for path in output.glob("checkpoint-*") if path.suffix != ".partial"}
     return found[max(found)] if found else None
 
@@ -90,7 +90,7 @@ def load_checkpoint(accelerator: Accelerator, output: Path, carries: dict[int, C
         for lane, carry in carries.items():
             saved: list[dict[str, Any]] = torch.load(path / f"carry-{lane}.pt", weights_only=True)
             carry.load_state_dict(saved, accelerator.device)
-    except Exception as error:  # Accelerate raises whatever its readers raise
+    except Exception as error:  # Accelerate lets through any error of its readers
         raise CheckpointError(
             f"Cannot resume from {path.name} in {str(output)!r}: {error} Delete it, or start without `resume`."
         ) from error

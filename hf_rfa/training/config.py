@@ -28,10 +28,10 @@ class FinetuneConfig(Settings):
     """
 
     steps: int = option("Optimiser steps of fine-tuning in total, those before a resume included.", least=1)
-    learning_rate: float = option("Its highest value, after the warm-up.", 1e-4, above=0, below=float("inf"))
+    learning_rate: float = option("Highest learning rate, after the warm-up.", 1e-4, above=0, below=float("inf"))
     feature_learning_rate: float | None = option(
-        "The same for learned random features (see `hf_rfa.distill`), which want a higher one and never decay; by "
-        "default `learning_rate`.",
+        "Highest learning rate of learned random features (see `hf_rfa.distill`), which need a larger one and have no "
+        "weight decay; by default `learning_rate`.",
         None, above=0, below=float("inf"),
     )  # fmt: skip
     weight_decay: float = option("Weight decay of AdamW.", 0.0, least=0, below=float("inf"))
@@ -41,27 +41,27 @@ class FinetuneConfig(Settings):
         f"{WSD_DECAY_SHARE:g} of the steps).",
         "cosine",
     )
-    max_grad_norm: float = option("The norm of the gradient is clipped to it.", 1.0, above=0)
+    max_grad_norm: float = option("The norm of the gradient is clipped to this.", 1.0, above=0)
     mixed_precision: Literal["no", "bf16"] = option(
         "'bf16' runs the forward pass under autocast; weights and optimiser stay as they are.", "no"
     )
     batches_per_step: int | None = option(
-        "Batches of one step, over all processes; by default one per process. More is gradient accumulation.",
+        "Batches per optimiser step, over all processes; by default one per process. More is gradient accumulation.",
         None, least=1,
     )  # fmt: skip
     sequence_parallel: int = option(
-        "So many neighbouring processes share each document (`hf_rfa.training.sequence_parallel`).", 1, least=1
+        "Number of neighbouring processes that share each document (`hf_rfa.training.sequence_parallel`).", 1, least=1
     )
     fused_loss: bool = option("Never hold the logits of all positions (see `hf_rfa.training.loss`).", False)
     kl_weight: float = option(
-        "Adds so many times KL(original || model), nats/token, to the loss.", 0.0, least=0, below=float("inf")
+        "Weight of KL(original || model), nats/token, in the loss.", 0.0, least=0, below=float("inf")
     )
-    evaluate_every: int = option("Steps between evaluations; there is one after the last step too.", 100, least=1)
+    evaluate_every: int = option("Steps between evaluations, and one after the last step.", 100, least=1)
     output: str | Path | None = option(
         "Folder of the run, for the checkpoint `checkpoint-<step>` and the trackers; 'none' saves nothing.", None
     )
     save_every: int = option(
-        "Steps between checkpoints; there is one after the last step too, and the one before it is then deleted.",
+        "Steps between checkpoints, and one after the last step; each replaces the one before.",
         100, least=1,
     )  # fmt: skip
     resume: bool = option("Go on from the checkpoint in `output`; from the start if there is none yet.", False)

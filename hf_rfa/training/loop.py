@@ -1,4 +1,4 @@
-"""The fine-tuning loop on Accelerate, for the main job and for scripts; it can be cut short and resumed.
+"""The fine-tuning loop on Accelerate; it can be interrupted and resumed.
 
 from hf_rfa.training import FinetuneConfig, finetune
 config = FinetuneConfig(steps=100, output="run")
@@ -33,7 +33,7 @@ from hf_rfa.training.step import Progress, Share, Step
 
 
 class StepHook(Protocol):
-    """Something to be told after each optimiser step, for example `hf_rfa.ResampleCallback`."""
+    """An object that is called after each optimiser step, for example `hf_rfa.ResampleCallback`."""
 
     def step(self, model: PreTrainedModel) -> object: ...
 
@@ -52,20 +52,20 @@ def finetune(
     """Minimises the next-token loss with AdamW, in place.
 
     Works on one process and under `torchrun` / `accelerate launch`. A step averages over the targets of
-    `config.batches_per_step` batches, which the processes share: of n processes, process r takes the batches r, r + n,
-    ... of the same sequence. So the losses do not depend on n, and a run resumes on another number of processes.
+    `config.batches_per_step` batches, split over the processes: of n processes, process r takes the batches r, r + n,
+    ... of the same sequence. So the losses do not depend on n, and a run can resume on another number of processes.
 
     Args:
         model: a causal LM, converted or not. Parameters with `requires_grad=False` stay as they are. Under FSDP2 its
             weights are spread over the processes afterwards: see `hf_rfa.training.sharded.full_state_dict`.
         batches: token ids (batch, seq) int64, or `Batch`es; the same sequence in every process and on every resume.
-        config: steps, rates, loss, checkpoints: see `FinetuneConfig`.
-        teacher: the original model, on the same device, for `config.kl_weight`; the losses then are the sum of both.
-        evaluate: called on the model after every `config.evaluate_every` steps and the last; its figures are tracked.
+        config: see `FinetuneConfig`.
+        teacher: the original model, on the same device, for `config.kl_weight`; losses are then the sum of both terms.
+        evaluate: called on the model every `config.evaluate_every` steps and after the last; its figures are tracked.
         hooks: `hook.step(model)` is called after each optimiser step; a hook with `state_dict` and `load_state_dict`
             is saved and restored with the run.
-        trackers: trackers of your own, beside those that `config.trackers` names.
-        description: what the bar says.
+        trackers: trackers of your own, in addition to those of `config.trackers`.
+        description: title of the progress bar.
 
     Returns:
         Steps, tokens, seconds and the loss of each step.
@@ -178,7 +178,7 @@ def finetune(
 
 
 def _own_batches(batches: Iterable[Tensor | Batch], share: Share, done: Progress, steps: int) -> Iterator[list[Batch]]:
-    """The batches of this process, one list a step, from where the run stands."""
+    """The batches of this process, one list per step, from the current step on."""
     if done.batches % share.batches_per_step:
         raise CheckpointError(
             f"The checkpoint was made after {done.batches} batches, which are no whole steps of "
@@ -196,7 +196,7 @@ def _own_batches(batches: Iterable[Tensor | Batch], share: Share, done: Progress
 
 
 def _parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """The trainable parameters: those of the model itself, and those of the adapters, which are not decayed."""
+    """The trainable parameters: those of the model itself, and those of the adapters, which have no weight decay."""
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     features = [trained.pop(id(p)) for _, _, a in named_adapters(model) for p in a.parameters() if id(p) in trained]
     groups = [
@@ -207,7 +207,7 @@ def _parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig) -> Any:
-    """The learning rate of each step, `warmup_steps` of linear warm-up first."""
+    """The schedule of the learning rate, `warmup_steps` of linear warm-up first."""
     wsd = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * config.steps))} if config.schedule == "wsd" else None
     return get_scheduler(
         "warmup_stable_decay" if config.schedule == "wsd" else config.schedule,

@@ -1,4 +1,4 @@
-"""The training loss as one module, so that DDP, FSDP and autocast wrap all of it: next token, KL to the original."""
+"""The training loss (next token, and KL to the original) as one module, which DDP, FSDP and autocast wrap whole."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from hf_rfa.data.document_batches import IGNORED
 from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.quiet import evaluation_mode
 
-#: Positions whose float32 logits are made at a time.
+#: Positions whose float32 logits are computed at a time.
 POSITIONS_AT_ONCE = 512
 
 
@@ -22,11 +22,11 @@ class LossModule(nn.Module):
 
     Args:
         model: a causal LM.
-        fused: never hold the logits of all positions: the hidden states go through
-            `torch.nn.functional.linear_cross_entropy`, before torch 2.13 and for the KL term in blocks of
-            `POSITIONS_AT_ONCE` positions whose logits the backward pass makes again.
-        autocast: run everything under autocast to this type. In here and not around it, where DeepSpeed ends it.
-        teacher: the original, for the KL term; neither trained nor saved nor changed.
+        fused: never hold the logits of all positions. The hidden states go through
+            `torch.nn.functional.linear_cross_entropy`; before torch 2.13, and for the KL term, in blocks of
+            `POSITIONS_AT_ONCE` positions whose logits the backward pass recomputes.
+        autocast: run everything under autocast to this dtype. Autocast around the module would be ended by DeepSpeed.
+        teacher: the original, for the KL term; it is not trained, saved or changed.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class LossModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.fused, self.autocast, self.kl_weight = model, fused, autocast, kl_weight
-        # In a tuple, so that it is no submodule: it must not be wrapped, saved or moved with the model.
+        # In a tuple, so that it is not a submodule: it must not be wrapped, saved or moved with the model.
         self._original = (teacher,)
-        # Where FSDP and DeepSpeed look for the layers to split at.
+        # FSDP and DeepSpeed read from here which layers to shard.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self.config = model.config
         self._checked = False
@@ -84,13 +84,13 @@ class LossModule(nn.Module):
     def _hidden(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
         """Hidden states before the head (batch, seq, width), the head, and the logits of the last position.
 
-        Through the whole model's forward, so that its hooks run (one redraws omega, say).
+        They come from a forward of the whole model, so that its hooks run (one of them redraws omega).
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         seen: list[Tensor] = []
         hook = causal.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
         try:
-            # A tensor: told by a number, Gemma 4 computes its last layers for those positions alone.
+            # A tensor: with a number, Gemma 4 computes its last layers for those positions alone.
             last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
             logits = model(input_ids=input_ids, logits_to_keep=last, **inputs).logits
         finally:
@@ -125,7 +125,7 @@ def _kl_sum(logits: Tensor, original: Tensor, counted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_head(hidden: Tensor, head: Any, last: Tensor) -> None:
-    """Models that scale or cap their logits after the head would be trained on the wrong loss."""
+    """Refuse models that scale or cap their logits after the head: the fused loss would be another one."""
     expected = head(hidden[:, -1:])
     if not torch.allclose(expected.float(), last.float(), rtol=1e-2, atol=1e-3):
         raise ConfigError(

@@ -1,18 +1,18 @@
 """Sequence parallelism: one document split over processes, each with its contiguous share of the tokens.
 
-What linear attention needs of the processes before is small: with s the first token of process r and C the window,
+Linear attention needs little from the processes before. With s the first token of process r and C the window:
 
-    far sums   [S | z | max] over the tokens before chunk s // C - 1: each process sums its own tokens (and what its
-               left neighbour left near), gathered once a layer, merged under a common maximum
+    far sums   [S | z | max] over the tokens before chunk s // C - 1: each process sums its own tokens (and those that
+               its left neighbour left near); gathered once per layer, merged under a common maximum
     near keys  the up to 2C - 1 tokens before s, from the process before
     sinks      the first tokens of process 0
 
-Together they are the `RFAState` after s tokens, so that each process runs the operator on its own tokens from there:
-the same numbers as one process, forward and backward. Traffic a layer does not depend on the document's length.
+Together they are the `RFAState` after s tokens. Each process runs the operator on its own tokens from that state, with
+the same results as a single process, forward and backward. Traffic per layer does not depend on the document's length.
 
-**Heads that stay softmax** need every key: theirs are gathered, `N * (D + M)` numbers a head and layer on every
-process, so memory falls as 1 / processes for everything but them. Documents that are packed, padded or cut with the
-state carried over are refused: their states begin somewhere else in each row.
+**Heads that stay softmax** need every key: theirs are gathered, `N * (D + M)` numbers per head and layer on every
+process. Memory falls as 1 / processes for everything else. Documents that are packed, padded or cut with the state
+carried over are refused: their states begin at another place in each row.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_rfa.data.document_batches import IGNORED, Batch
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
@@ -39,7 +39,7 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 
-#: Keys whose features are made at once for a process's far sums, and made again in the backward pass.
+#: Keys whose features are computed at once for a process's far sums, and recomputed in the backward pass.
 KEYS_AT_ONCE = 4096
 
 
@@ -50,7 +50,7 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
     Each process calls the model with its share (`shard_batch`), all of them at the same time, forward and backward.
 
     Raises:
-        UnsupportedModelError: the model is not converted, or mixes tokens by other means than attention.
+        UnsupportedModelError: the model is not converted, or mixes tokens by convolutions as well.
         ConfigError: pure RFA (window = 0), whose state is not aligned to chunks.
     """
     adapters = require_adapters(model)
@@ -69,9 +69,9 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
 
 
 def shard_batch(batch: Tensor | Batch, rank: int, processes: int) -> Batch:
-    """The share of process `rank`: ceil(N / processes) tokens of each row, with the positions that they have.
+    """The share of process `rank`: ceil(N / processes) tokens of each row, with their positions.
 
-    Where the processes do not divide N, the last ones get tokens that predict nothing, after the document's end.
+    If the processes do not divide N, the last ones get tokens after the document's end that predict nothing.
 
     Example:
         >>> shard_batch(torch.arange(6)[None], rank=1, processes=2)
@@ -81,7 +81,7 @@ def shard_batch(batch: Tensor | Batch, rank: int, processes: int) -> Batch:
     whole = Batch.of(batch)
     if whole.position_ids is not None or whole.fresh is not None:
         raise ConfigError(
-            "Sequence parallelism takes one whole document a row: packed documents and documents that are cut with "
+            "Sequence parallelism takes one whole document per row: packed documents and documents that are cut with "
             "the state carried over begin somewhere else in each row. Pass token ids, or set `sequence_parallel=1`."
         )
     rows, length = whole.input_ids.shape
@@ -112,13 +112,13 @@ class Shard:
             )
         if not layout.is_plain or not settings.causal:
             raise UnsupportedModelError(
-                "Sequence parallelism splits one causal document a row, without padding or packing. Got a layer with "
-                "one of them. Pass whole documents, or leave the mode."
+                "Sequence parallelism splits one causal document per row, without padding or packing. Got a layer "
+                "with one of them. Pass whole documents, or leave the mode."
             )
         if kernel.gate_weight is not None:
             raise ConfigError(
                 "Sequence parallelism cannot carry a gate over processes yet. Got a layer with one. Use "
-                "RFAConfig(gate=False), or one process a document."
+                "RFAConfig(gate=False), or one process per document."
             )
         rank = dist.get_rank(self.group)
         length, window = key.shape[2], self.adapter.config.window
@@ -137,7 +137,7 @@ class Shard:
             state = self._linear_state(part, state, rank)
         if exact:
             keys, values = (self._gather(t[:, exact]) for t in (key, value))
-            # Process 0 takes none of them, but a slice of length 0: it has to be there in the backward pass.
+            # Process 0 takes a slice of length 0, and not nothing: it has to take part in the backward pass.
             before = [torch.cat(t.unbind(), dim=2)[:, :, : rank * length] for t in (keys, values)]
             state = dataclasses.replace(state, exact_key=before[0], exact_value=before[1])
         return attend(query, key, value, kernel, settings, layout, state, statistics=statistics)[0]
@@ -147,7 +147,7 @@ class Shard:
         key, value, window, sinks = call.key, call.value, call.window, call.sink_tokens
         length, processes = key.shape[2], dist.get_world_size(self.group)
         near_from = [_near_start(r * length, window) for r in range(processes + 1)]
-        # Near keys of the next process: its first chunks are aligned to the document, not to its share.
+        # Near keys of the next process: its first chunks are aligned to the document, not to its own tokens.
         tail = (rank + 1) * length - near_from[rank + 1]
         blank = 2 * window - tail
         edges = []
@@ -164,7 +164,8 @@ class Shard:
         near_key, near_value = (torch.einsum("p,pbhnd->bhnd", mine, t) for t in (parts[0], parts[2]))
         is_later = float(rank > 0)
         sink_key, sink_value = is_later * parts[1][0], is_later * parts[3][0]
-        # Far for all later processes: from what the process before left near to what this one leaves near.
+        # Far for all later processes: from the first token that the process before left near to the first that this
+        # one leaves near.
         held = rank * length - near_from[rank] if rank else 0
         far_key = torch.cat([near_key[:, :, :held], key[:, :, : length - tail]], 2)
         far_value = torch.cat([near_value[:, :, :held], value[:, :, : length - tail]], 2)
@@ -190,12 +191,12 @@ class Shard:
         )
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """(processes, ...) the tensors (...) of all processes; gradients go back to where each came from."""
+        """The tensors (...) of all processes, (processes, ...); gradients flow back to each of them."""
         return _AllGather.apply(tensor, self.group)
 
 
 class _AllGather(torch.autograd.Function):
-    """(processes, ...) the tensors (...) of all processes of a group."""
+    """The tensors (...) of all processes of a group, (processes, ...)."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -229,5 +230,5 @@ def far_sums(far: FarKernel, key: Tensor, value: Tensor, keep: Tensor, scaling: 
 
 
 def _near_start(token: int, window: int) -> int:
-    """First token of the chunk before the one that `token` falls into, 0 if there is none."""
+    """First token of the chunk before that of `token`, 0 if there is none."""
     return max(0, token // window - 1) * window

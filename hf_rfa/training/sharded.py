@@ -1,7 +1,7 @@
-"""Weights or optimiser spread over processes: FSDP2 and DeepSpeed.
+"""Weights or optimiser state sharded over processes: FSDP2 and DeepSpeed.
 
-FSDP2 gathers a layer's weights when the layer is called. What belongs to no layer (embeddings, the head) is gathered
-when the outermost module is called, which in training is the loss. All functions are for all processes at once.
+FSDP2 gathers a layer's weights when the layer is called. Weights outside the layers (embeddings, head) are gathered
+when the outermost module is called, which in training is the loss. Every process has to call these functions.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from hf_rfa.errors import ConfigError
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights are spread over the processes, so that `save_pretrained` would save a part of them."""
+    """Whether the weights are sharded over the processes, so that `save_pretrained` would save a part of them."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -50,7 +50,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def tell_deepspeed(accelerator: Accelerator, max_grad_norm: float) -> None:
-    """Before `accelerator.prepare`: what DeepSpeed clips to, and that no DataLoader has to tell it of batches.
+    """Set DeepSpeed's gradient clipping and batch sizes, before `accelerator.prepare`; there is no DataLoader to ask.
 
     Raises:
         ConfigError: ZeRO-3, under which no process has a whole model to evaluate or to save.

@@ -1,4 +1,4 @@
-"""One optimiser step, its part on each process, and how far a run has come."""
+"""One optimiser step, the part of each process in it, and the progress of a run."""
 
 import math
 from contextlib import nullcontext
@@ -21,14 +21,14 @@ from hf_rfa.training.sequence_parallel import shard_batch
 
 @dataclass
 class Progress:
-    """How far a run has come; saved and restored with it."""
+    """The progress of a run; saved and restored with it."""
 
     step: int = 0  # optimiser steps done
     tokens: int = 0  # tokens seen, over all processes
     seconds: float = 0.0  # spent in steps, without saving and evaluation
     batches: int = 0  # batches taken, over all processes
     losses: list[float] = field(default_factory=list)  # nats/token, one per step
-    evaluations: list[dict[str, float]] = field(default_factory=list)  # what `evaluate` returned, with its step
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # the figures of `evaluate`, with the step
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,7 +43,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each step is this process's own."""
+    """The part of each step that this process computes."""
 
     batches_per_step: int
     lanes: tuple[int, ...]  # places of its batches in a step
@@ -70,7 +70,7 @@ class Share:
         replica, rank = divmod(accelerator.process_index, size)
         group = None
         if size > 1:
-            # Of its own even where it is everybody: the gradients' sums must not mix with the layers' exchange.
+            # A group even if it holds all processes: sums of gradients must not mix with the layers' exchange.
             group, _ = dist.new_subgroups(size)
         return cls(per_step, tuple(range(replica, per_step, replicas)), replicas, group, rank, size)
 
@@ -101,10 +101,10 @@ class Step:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self._forward(batch, share.lanes[number]) * (accelerator.num_processes / max(count, 1.0))
                 total += loss.detach().float()
-                # Gathered, so that all of them stop at the same step.
+                # Reduced, so that all processes stop at the same step.
                 mean = accelerator.reduce(loss.detach().float(), reduction="mean").item()
                 if not math.isfinite(mean):
-                    # One batch a replica was under way.
+                    # Each replica was computing one batch.
                     first = done.batches + number * share.replicas
                     raise self._stop(f"The loss is {mean}", done, range(first, first + share.replicas), checkpoint)
                 accelerator.backward(loss)

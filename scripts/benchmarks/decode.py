@@ -61,7 +61,7 @@ def decode(
 
 
 def kv_bytes(setting: Setting, batch: int, context: int, layers: int) -> int:
-    """What the keys and values of a context come to."""
+    """Bytes of the keys and values of a context."""
     numbers = 2 * layers * batch * setting.key_heads * context * setting.head_dim
     return numbers * DTYPES[setting.dtype].itemsize
 
@@ -107,7 +107,7 @@ def _softmax(new: Tokens, past_key: Tensor, past_value: Tensor) -> Callable[[], 
 
 
 def decode_panels(rows: Sequence[dict[str, Any]], factor: float, unit: str) -> list[Panel]:
-    """Time per token against context, one panel a batch size."""
+    """Time per token against context, one panel per batch size."""
     panels = []
     for batch in sorted({row["batch"] for row in rows}):
         own = [row for row in rows if row["batch"] == batch]

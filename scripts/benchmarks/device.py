@@ -25,13 +25,13 @@ class Meter:
         self._clock = CLOCKS[clock]
 
     def now(self) -> float:
-        """Seconds on the clock, after the device has done what it was given."""
+        """Seconds on the clock, once the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return self._clock()
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """What one call takes."""
+        """Seconds of one call."""
         if self.device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -32,7 +32,7 @@ METHODS = ("softmax", *RFA_VARIANTS, *(f"rfa-{name}" for name in BACKENDS), *PEE
 
 
 def why_not(name: str, setting: Setting) -> str | None:
-    """What keeps a method from running with this setting; None if nothing does."""
+    """Why a method cannot run with this setting; None if it can."""
     if name == "performer":
         if importlib.util.find_spec("performer_pytorch") is None:
             return "performer-pytorch is not installed (`pip install performer-pytorch==1.1.4`)"

@@ -1,4 +1,4 @@
-"""The options of the benchmark: one mode a run, each with the options that it reads."""
+"""The options of the benchmark: one mode per run, each with the options that it reads."""
 
 import argparse
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Options(argparse.Namespace):
-    """What was asked for; options that the mode does not read are None (or empty: `beside`, `peers`)."""
+    """The options given; those that the mode does not read are None (or empty: `beside`, `peers`)."""
 
     mode: str = "time"
     device: str = "cpu"

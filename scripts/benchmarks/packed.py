@@ -25,7 +25,7 @@ from benchmarks.table import Panel, Result, Table, milliseconds
 LAYERS = 4
 #: Tokens of a document -> how many times softmax's time a training step of the model may take at most.
 GOALS = {4: 1.2, 16: 1.2, 64: 1.2}
-#: From so many on it is to be faster.
+#: From this document length on, RFA should be faster.
 FASTER_FROM = 1024
 
 
@@ -99,7 +99,7 @@ def model_call(model: PreTrainedModel, which: str, length: int, document: int) -
 
 
 def goal(part: str, which: str, document: int) -> str:
-    """What is asked of RFA's time by softmax's, empty where nothing is."""
+    """The goal for RFA's time over softmax's; empty if there is none."""
     if part != "model" or which == "forward":
         return ""
     if document >= FASTER_FROM:

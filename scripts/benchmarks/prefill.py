@@ -73,7 +73,7 @@ def prefill(
 
 
 def goals(device: str, which: str, setting: Setting, length: int) -> tuple[str, str]:
-    """What is asked of this row: (times softmax's speed, times the floor), empty where nothing is."""
+    """The goals for this row: (times softmax's speed, times the floor); empty if there are none."""
     asked = _GOAL_SETTINGS[device]
     dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
     if dataclasses.replace(setting, feature_map=asked.feature_map, dtype=asked.dtype) != asked:

@@ -1,4 +1,4 @@
-"""What is benchmarked: the shape of a call, its tensors, and the options of RFA."""
+"""The calls that are benchmarked: their shape, their tensors, and the options of RFA."""
 
 from dataclasses import dataclass
 from typing import Any

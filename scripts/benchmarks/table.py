@@ -47,12 +47,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Result:
-    """What a mode of the benchmark found.
+    """The result of one mode of the benchmark.
 
     Attributes:
         rows: The figures, seconds and bytes, as JSON-ready values.
         table: The Markdown that was printed.
-        panels: What is plotted.
+        panels: The plot's panels.
     """
 
     rows: list[dict[str, Any]]

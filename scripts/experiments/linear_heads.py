@@ -1,17 +1,18 @@
-"""Every head linear, a pretrained model that copies: how much of its copying comes back in a budget of CPU seconds.
+"""Every head of a pretrained model linear: how much of its copying training recovers in a budget of CPU seconds.
 
     python scripts/experiments/linear_heads.py --model MODEL --data DATA --measure measure.py --output OUTPUT
         [--num_features 64] [--layer_features 3:512] [--window 64] [--feature_map clustered] [--budget 2400]
 
 Three stages, each timed by the processor's clock: `hf_rfa.convert` calibrates (with the clustered map: k-means of the
 keys), then `recipe.py` transfers the attention, with the loss on its weights, and trains all weights and the features.
-The number of steps is what the rest of the budget pays for, by the time that the first few take. `measure.py` is
+The rest of the budget, divided by the time of the first few steps, gives the number of steps. `measure.py` is
 described in `goals.py`; none of the texts that it measures is trained on. OUTPUT gets the model and `results.json`.
 """
 
-import argparse
 import json
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,63 @@ from goals import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
+from hf_rfa.command_line import parse_arguments
 from hf_rfa.data import load_documents, tokenize_documents
+from hf_rfa.data.documents import SOURCE_HELP
+from hf_rfa.options import Settings, option, part
 from hf_rfa.runtime.arguments import cache_of
+from hf_rfa.training import FinetuneConfig
 
 CALIBRATION = (2, 2048)  # rows, tokens
 TIMED_STEPS = 8
 
 
-def main() -> None:
-    options = parse()
+@dataclass(frozen=True)
+class Options(Settings):
+    """The options of the command line, or keys of a YAML file."""
+
+    model: str = option("Folder or hub id of the original.")
+    data: str = option(SOURCE_HELP)
+    measure: Path = option("The module of measures.")
+    output: Path = option("Folder of the model and of `results.json`.")
+    budget: float = option("CPU seconds of all stages, without measuring.", 2400.0, above=0)
+    seed: int = option("Seed of attention transfer.", 0, least=0)
+
+    conversion: hf_rfa.RFAConfig = part(
+        hf_rfa.RFAConfig(feature_map="clustered"),
+        only=("feature_map", "num_features", "layer_features", "window"),
+        group="Conversion",
+    )
+    transfer_steps: int = option("Steps of attention transfer.", 100, least=1)
+    cluster_scale: float | None = option("See `DistillConfig`; by default 0.5 for the clustered map.", None, above=0)
+    loop_probability: float = option(
+        "Share of the short texts of fine-tuning that are in a loop.", recipe.LOOP_PROBABILITY, least=0, most=1
+    )
+    long_tokens: int = option("Length of every fourth text of fine-tuning, tokens.", recipe.LONG, least=2)
+    finetuning: FinetuneConfig = part(
+        FinetuneConfig(
+            steps=1, kl_weight=recipe.KL_WEIGHT, learning_rate=recipe.LEARNING_RATE,
+            feature_learning_rate=recipe.FEATURE_LEARNING_RATE,
+        ),
+        only=("kl_weight", "learning_rate", "feature_learning_rate"),
+        group="Fine-tuning",
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(Options, arguments, __doc__)
     measure = load(options.measure)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     held_out = measure.validation_ids(tokenizer)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     token_lists, _ = tokenize_documents(tokenizer, load_documents(options.data, "train"))
-    features = dict(tuple(map(int, pair.split(":"))) for pair in options.layer_features)
-    config = hf_rfa.RFAConfig(
-        feature_map=options.feature_map, num_features=options.num_features, layer_features=features or None,
-        window=options.window, sink_tokens=4 if options.window else 0,
+    given = options.conversion
+    config = hf_rfa.RFAConfig(  # made anew: the omega of the default's map is not that of any other map
+        feature_map=given.feature_map, num_features=given.num_features, layer_features=given.layer_features,
+        window=given.window, sink_tokens=4 if given.window else 0,
     )  # fmt: skip
-    results: dict[str, Any] = {"config": config.to_dict(), "options": {k: str(v) for k, v in vars(options).items()}}
+    results: dict[str, Any] = {"config": config.to_dict(), "options": options.to_dict()}
     results["original"] = figures(measure, original, original, held_out)
     spent = 0.0
 
@@ -63,17 +100,20 @@ def main() -> None:
     stage("transferred", lambda: recipe.transfer(
         model, token_lists, options.transfer_steps, cluster_scale=options.cluster_scale, seed=options.seed,
     ))  # fmt: skip
-    chosen = ("loop_probability", "long_tokens", "kl_weight", "learning_rate", "feature_learning_rate")
-    given: dict[str, Any] = {name: getattr(options, name) for name in chosen}
+    tuning: dict[str, Any] = {
+        "loop_probability": options.loop_probability, "long_tokens": options.long_tokens,
+        "kl_weight": options.finetuning.kl_weight, "learning_rate": options.finetuning.learning_rate,
+        "feature_learning_rate": options.finetuning.feature_learning_rate,
+    }  # fmt: skip
     trial = hf_rfa.from_pretrained(save(model, options.output / "transferred"), dtype=torch.float32)
     started = time.process_time()
-    recipe.fine_tune(trial, original, token_lists, TIMED_STEPS, seed=2, progress=False, **given)
+    recipe.fine_tune(trial, original, token_lists, TIMED_STEPS, seed=2, progress=False, **tuning)
     one = (time.process_time() - started) / TIMED_STEPS
     spent += one * TIMED_STEPS
     steps = max(1, int((options.budget - spent) / one))
     results["finetune_steps"] = steps
     progress = stage("finetuned", lambda: recipe.fine_tune(
-        model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **given,
+        model, original, token_lists, steps, seed=3, output=options.output / "run", save_every=200, **tuning,
         evaluate=lambda m: {"copy 300": measure.copy_perplexity(m.eval(), held_out, 300)}, evaluate_every=200,
     ))  # fmt: skip
     results["evaluations"] = progress.evaluations
@@ -83,30 +123,8 @@ def main() -> None:
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id of the original")
-    parser.add_argument("--data", required=True, help="see hf_rfa.data.documents.load_documents")
-    parser.add_argument("--measure", type=Path, required=True, help="the module of measures")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--feature_map", default="clustered")
-    parser.add_argument("--num_features", type=int, default=64)
-    parser.add_argument("--layer_features", nargs="*", default=[], help="other numbers for some layers, as 3:512")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--budget", type=float, default=2400, help="CPU seconds of all stages, without measuring")
-    parser.add_argument("--transfer_steps", type=int, default=100)
-    parser.add_argument("--cluster_scale", type=float, default=None, help="see `distill`; default: 0.5 if clustered")
-    parser.add_argument("--loop_probability", type=float, default=recipe.LOOP_PROBABILITY, help="in fine-tuning")
-    parser.add_argument("--long_tokens", type=int, default=recipe.LONG, help="of every fourth text, in fine-tuning")
-    parser.add_argument("--kl_weight", type=float, default=recipe.KL_WEIGHT, help="in fine-tuning")
-    parser.add_argument("--learning_rate", type=float, default=recipe.LEARNING_RATE)
-    parser.add_argument("--feature_learning_rate", type=float, default=recipe.FEATURE_LEARNING_RATE)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
 def figures(measure: Any, original: Any, model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """What the goals name."""
+    """The figures that the goals name."""
     return {
         "perplexity 1024": measure.perplexity(model, ids, 1024, 4),
         "perplexity 2048": measure.perplexity(model, ids, 2048, 4),
@@ -117,7 +135,7 @@ def figures(measure: Any, original: Any, model: Any, ids: torch.Tensor) -> dict[
 
 
 def cache_bytes(model: Any) -> int:
-    """Bytes of the cache, the same after any number of tokens."""
+    """Bytes of the cache, which do not depend on the number of tokens."""
     with torch.no_grad():
         return hf_rfa.cache_bytes(cache_of(model(torch.ones(1, 512, dtype=torch.int64), use_cache=True)))
 
@@ -128,4 +146,4 @@ def save(model: Any, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What runs of `linear_heads.py` gave: one table of all stages, one plot of the copying that comes back.
+"""Results of runs of `linear_heads.py`: a table of all stages, and a plot of how copying recovers.
 
     python scripts/experiments/linear_heads_table.py FOLDER
 
@@ -43,7 +43,7 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for name, run in runs.items():
         spent = 0.0
         for stage in STAGES:
-            # The trial steps that tell how many the budget pays for are part of the last stage.
+            # The last stage includes the trial steps by which the budget was divided.
             spent = run["cpu_seconds"] if stage == "finetuned" else spent + run[stage]["cpu_seconds"]
             steps = {"transferred": run["options"]["transfer_steps"], "finetuned": f"{run['finetune_steps']:,}"}
             cache = f"{run['cache_bytes'] / 2**20:.2f}"

@@ -1,9 +1,8 @@
 """How the experiments train a converted model: attention transfer, then all weights.
 
-Three in four batches are short, most of their texts in a loop, which only heads that look things up predict; the
-fourth is a long text as it is. With loops alone copying comes back faster, but the model learns to expect them and is
-a seventh worse on other text. The loss is that of the next token plus `KL_WEIGHT` times the divergence from the
-original.
+Three in four batches are short, and most of their texts are loops, which only heads that look things up predict; the
+fourth is a long plain text. With loops alone copying recovers faster, but the model learns to expect them and is a
+seventh worse on other text. The loss is the next-token loss plus `KL_WEIGHT` times the divergence from the original.
 """
 
 import itertools
@@ -30,7 +29,7 @@ def transfer(
     model: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *, cluster_scale: float | None = None,
     seed: int = 0, progress: bool = True,
 ) -> None:  # fmt: skip
-    """`hf_rfa.distill`, with the loss on attention weights where the map has weights that it can be taken of."""
+    """`hf_rfa.distill`, with the loss on attention weights unless the map's weights may be negative."""
     feature_map = conversion_config(model).feature_map
     if cluster_scale is None:
         cluster_scale = CLUSTER_SCALE if feature_map == "clustered" else 1.0
@@ -46,7 +45,7 @@ def fine_tune(
     seed: int = 0, loop_probability: float = LOOP_PROBABILITY, long_tokens: int = LONG,
     evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None, **settings: Any,
 ) -> Progress:  # fmt: skip
-    """`finetune` of all weights and the features; `settings` of `FinetuneConfig` in place of those above."""
+    """`finetune` of all weights and the features; `settings` of `FinetuneConfig` replace those above."""
     usual = {
         "learning_rate": LEARNING_RATE, "feature_learning_rate": FEATURE_LEARNING_RATE, "kl_weight": KL_WEIGHT,
         "mixed_precision": "bf16",

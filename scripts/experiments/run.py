@@ -4,9 +4,9 @@
     python scripts/experiments/run.py scripts/experiments/budget.yaml --model MODEL --data DATA --output OUTPUT
 
 MODEL and DATA are a folder or an id of the hub (without them: the embedded model on the standard library). A YAML file
-lists values for each field of a run; every combination is one run and one entry of OUTPUT/results.json. What is there
-already is not run again, so that a study that was cut goes on where it was. At the end OUTPUT gets `table.md` and the
-plots of all entries.
+lists values for each field of a run; every combination is one run and one entry of OUTPUT/results.json. Finished runs
+are not repeated, so that an interrupted study continues. At the end OUTPUT gets `table.md` and the plots of all
+entries.
 
 Stages of a run, each from a fresh copy of the original:
 
@@ -16,13 +16,14 @@ Stages of a run, each from a fresh copy of the original:
     finetuned      transferred, then `fine_tune` of recipe.py for `finetune_steps`
 """
 
-import argparse
 import copy
 import dataclasses
 import itertools
 import json
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,68 +36,72 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
+from hf_rfa.command_line import parse_arguments
+from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.evaluation.compare import default_model
 from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
 from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
+from hf_rfa.options import Settings, option
 from hf_rfa.runtime.adapter import require_adapters
 from hf_rfa.runtime.arguments import cache_of
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")
 STAGES = ("uncalibrated", "calibrated", "transferred", "finetuned")
 CACHE_TOKENS = 8192
-# Tokens of a text that hides a key, and where in it.
+# Length of the passkey texts, tokens, and the depths of the key.
 PASSKEY_LENGTH, PASSKEY_DEPTHS = 1024, (0.25, 0.75)
 
 
-def main() -> None:
-    arguments = parse()
-    study = yaml.safe_load(arguments.study.read_text())
+@dataclass(frozen=True)
+class Options(Settings):
+    """The options of the command line."""
+
+    study: Path = option("YAML file of the study.")
+    output: Path = option("Folder of the results.")
+    model: str | None = option("Folder or hub id of the original; by default the embedded model.", None)
+    data: str = option(SOURCE_HELP, "stdlib")
+    tables_only: bool = option("Write the table and the plots of the results so far; run nothing.", False)
+    threads: int = option("CPU threads; 0 leaves PyTorch's number.", 0, least=0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    # The first word may be the study: its keys are lists of values of many runs, so it is no file of options.
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = ["--study", *arguments]
+    options = parse_arguments(Options, arguments, __doc__)
+    study = yaml.safe_load(options.study.read_text())
     unknown = sorted(set(study) - {"runs", "settings", "transfer_steps", "finetune_steps"})
     if unknown:
-        raise SystemExit(f"{arguments.study}: unknown keys {unknown}.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "results.json"
+        raise SystemExit(f"{options.study}: unknown keys {unknown}.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else []
-    if not arguments.tables_only:
-        run_all(study, arguments, results, path)
-    write_table(results, arguments.output / "table.md")
-    write_plots(results, arguments.output)
+    if not options.tables_only:
+        run_all(study, options, results, path)
+    write_table(results, options.output / "table.md")
+    write_plots(results, options.output)
 
 
-def run_all(
-    study: Mapping[str, Any], arguments: argparse.Namespace, results: list[dict[str, Any]], path: Path
-) -> None:
+def run_all(study: Mapping[str, Any], options: Options, results: list[dict[str, Any]], path: Path) -> None:
     """Every run of the study that has no result yet; each is added to `results`, and written to `path`."""
+    model = options.model or default_model()
     settings = CompareSettings.from_dict(
-        {"model": arguments.model, "data": arguments.data, **study.get("settings", {})}, source=str(arguments.study)
+        {"model": model, "data": options.data, **study.get("settings", {})}, source=str(options.study)
     )
-    original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokens = Tokens(settings, AutoTokenizer.from_pretrained(arguments.model))
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens = Tokens(settings, AutoTokenizer.from_pretrained(model))
     measure = tokens.measurer(original)
     done = {name_of(result["run"]) for result in results}
     runs = [run for run in all_runs(study["runs"]) if name_of(run) not in done]
-    for run in tqdm(runs, desc=arguments.study.stem, unit="run"):
-        # As it will be read again: the keys of JSON are strings.
+    for run in tqdm(runs, desc=options.study.stem, unit="run"):
+        # Through JSON, whose keys are strings, so that results of this run and of earlier ones are alike.
         results.append(json.loads(json.dumps(run_one(run, study, original, tokens, measure))))
         results.sort(key=lambda result: name_of(result["run"]))
         path.with_suffix(".partial").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".partial").rename(path)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="YAML file of the study")
-    parser.add_argument("--model", default=None, help="folder or hub id of the original; default: the embedded model")
-    parser.add_argument("--data", default="stdlib", help="see hf_rfa.data.documents.load_documents")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--tables_only", action="store_true", help="table and plots of what is there; run nothing")
-    parser.add_argument("--threads", type=int, default=0, help="0 = PyTorch's own number")
-    arguments = parser.parse_args()
-    arguments.model = arguments.model or default_model()
-    return arguments
 
 
 def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -117,7 +122,7 @@ def all_runs(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def name_of(run: Mapping[str, Any]) -> str:
-    """One for each run."""
+    """A unique name for each run."""
     heads = "linear" if run["softmax_heads"] is None else f"exact-{run['softmax_heads']}"
     parts = [run["stage"], run["feature_map"], run["num_features"], f"window-{run['window']}", heads]
     return "_".join(str(part).replace(" ", "-") for part in parts if part)
@@ -172,7 +177,7 @@ def make(
 
 
 def bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
-    """Bytes of the cache after so many tokens; it grows by the same amount with each (or not at all)."""
+    """Bytes of the cache after this many tokens; it grows by the same amount per token, or not at all."""
     sizes = []
     for length in (512, 1024):
         with torch.no_grad():
@@ -182,4 +187,4 @@ def bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

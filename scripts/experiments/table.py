@@ -34,7 +34,7 @@ def row(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list
 
 
 def far_recovery(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> float | None:
-    """Share of what the window of the same width loses that the run brings back; None where there is no such."""
+    """Share of the loss of the bare window of the same width that the run recovers; None without such a run."""
     longest = max(result["perplexity"], key=int)
     named = {(r["run"]["stage"], r["run"]["window"]): math.log(r["perplexity"][longest]) for r in results}
     original, window = named.get(("original", 0)), named.get(("window only", result["run"]["window"]))

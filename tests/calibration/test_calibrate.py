@@ -335,12 +335,17 @@ def test_the_report_prints_and_serialises():
     report = hf_rfa.calibrate(converted(softmax_heads=0.25), text())
     lines = str(report).splitlines()
     assert "240 tokens" in lines[0]
-    assert len(lines) == 4 + 4
-    assert lines[4].split()[-1] == "softmax"
-    assert [line.split()[-1] for line in lines[5:]] == ["linear"] * 3
+    assert (SHORT.window, SHORT.sink_tokens) == (8, 2)
+    assert lines[1] == "window 8: a query of a causal layer sees 8 to 16 tokens and the first 2 exactly"
+    assert len(lines) == 5 + 4
+    assert lines[5].split()[-1] == "softmax"
+    assert [line.split()[-1] for line in lines[6:]] == ["linear"] * 3
     values = json.loads(json.dumps(report.to_dict()))
     assert values["tokens"] == 240
     assert [row["key_head"] for row in values["heads"]] == [0, 1, 0, 1]
+    assert type(report).from_dict(values) == report
+    old = {name: value for name, value in values.items() if name not in ("window", "sink_tokens")}
+    assert len(str(type(report).from_dict(old)).splitlines()) == len(lines) - 1  # of a version that did not say
 
 
 def test_a_projection_under_another_name_is_only_a_little_worse():

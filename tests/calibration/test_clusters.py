@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import hf_rfa
 from hf_rfa.calibration.clusters import SHARPNESS, TEMPERS, KeyClusters, k_means
 from hf_rfa.calibration.geometry import root_metric
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings

@@ -14,7 +14,7 @@ from hf_rfa.distillation.distill import distill
 from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.runtime.adapter import named_adapters
 from hf_rfa.runtime.calls import Interception, intercept

@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_rfa.config import FEATURE_MAPS as CONFIG_MAPS
-from hf_rfa.config import OMEGA_DRAWS
+from hf_rfa.config import OMEGA_DRAWS, RFAConfig
 from hf_rfa.errors import ConfigError
-from hf_rfa.features.maps import FEATURE_MAPS, FarKernel, feature_map_of_heads, optimal_proposal
+from hf_rfa.evaluation.results import CompareSettings
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import FEATURE_MAPS, feature_map_of_heads, optimal_proposal
 from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.dispatch import why_not_triton
+from hf_rfa.options import options_of
+from hf_rfa.registry import FeatureMap
 
 #: Those whose products estimate the kernel for a random omega; the rows of the clustered map are no draw.
 MAPS = tuple(name for name in FEATURE_MAPS if name != "clustered")
@@ -57,8 +61,32 @@ def estimates(feature_map: str, kind: str, num_features: int, draws: int, q: tor
     return (psi(far, q.expand(shape)) * psi(far, k.expand(shape))).sum(-1).squeeze(0)
 
 
-def test_names_agree_with_the_config():
-    assert ("auto", *FEATURE_MAPS) == CONFIG_MAPS
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_the_config_takes_every_map_and_describes_it(name):
+    assert RFAConfig(feature_map=name).feature_map == name
+    assert f"'{name}' ({FEATURE_MAPS[name].summary})" in options_of(CompareSettings)["feature_map"].help
+
+
+def test_a_new_map_converts_a_model(monkeypatch):
+    """An entry in the table is all that it takes; Triton says that its kernels do not have the map."""
+
+    def plain_sum(square, projection, omega, proposal):
+        return torch.ones_like(projection), torch.zeros_like(square)
+
+    monkeypatch.setitem(FEATURE_MAPS, "sum", FeatureMap(plain_sum, 1, "every key alike"))
+    config = RFAConfig(feature_map="sum", num_features=8)
+    assert RFAConfig.from_dict(config.to_dict()) == config
+    far = kernel("sum", draw_omega(2, 8, DIM, kind="gaussian", seed=0, layer=0, draw=0))
+    assert_close(psi(far, torch.randn(1, 2, 3, DIM, dtype=torch.float64)), torch.ones(1, 2, 3, 8, dtype=torch.float64))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    why = why_not_triton(far, torch.device("cpu"), torch.float32, DIM, 64)
+    assert why == "the kernels do not have the map 'sum'"
+
+
+def test_the_places_of_the_maps_are_those_of_saved_files():
+    places = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
+    assert tuple(FEATURE_MAPS)[: len(places)] == places
 
 
 @pytest.mark.parametrize("name", MAPS)

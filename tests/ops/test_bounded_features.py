@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_inputs import assert_near
 
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.bounded_features import LARGEST, BoundedMap
 from hf_rfa.ops.causal.scratch import Scratch
 

@@ -33,8 +33,8 @@ def study(imported):
 def test_a_study_is_a_table_and_goes_on_where_it_was(study, tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(STUDY)
     output = tmp_path / "results"
-    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "small.yaml"), "--output", str(output)])
-    study.main()
+    words = [str(tmp_path / "small.yaml"), "--output", str(output)]
+    study.main(words)
     results = {r["run"]["stage"]: r for r in json.loads((output / "results.json").read_text())}
     assert sorted(results) == ["calibrated", "finetuned", "original", "window only"]
     assert results["original"]["kl_to_original"] == 0 < results["calibrated"]["kl_to_original"]
@@ -54,7 +54,7 @@ def test_a_study_is_a_table_and_goes_on_where_it_was(study, tmp_path, monkeypatc
     monkeypatch.setattr(
         study, "make", lambda run, *rest, make=study.make: (made.append(run["stage"]), make(run, *rest))[1]
     )
-    study.main()
+    study.main(words)
     assert made == ["window only"]
     after = json.loads((output / "results.json").read_text())
     assert [r for r in after if r["run"]["stage"] != "window only"] == others
@@ -108,12 +108,12 @@ def test_every_head_linear_trained_within_a_budget(tmp_path, monkeypatch):
 
     (tmp_path / "measure.py").write_text(MEASURE)
     model = paths.ROOT / "examples" / "stdlib-llama"
-    monkeypatch.setattr(sys, "argv", [
-        "linear_heads.py", "--model", str(model), "--data", "stdlib", "--measure", str(tmp_path / "measure.py"),
+    words = [
+        "--model", str(model), "--data", "stdlib", "--measure", str(tmp_path / "measure.py"),
         "--output", str(tmp_path / "out"), "--layer_features", "1:96", "--transfer_steps", "2", "--budget", "30",
-    ])  # fmt: skip
+    ]  # fmt: skip
     try:
-        linear_heads.main()
+        linear_heads.main(words)
     finally:
         for name in ("linear_heads", "recipe", "goals"):
             sys.modules.pop(name, None)

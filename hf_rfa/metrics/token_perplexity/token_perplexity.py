@@ -20,7 +20,7 @@ _DESCRIPTION = "exp of the mean next-token loss over all tokens of all texts, in
 class TokenPerplexity(evaluate.Metric):
     """`perplexity` and `bits_per_byte` of texts under a causal LM.
 
-    Arguments of `compute`: `predictions` (texts), `model`, `tokenizer`, `context` (tokens a window) and `stride`
+    Arguments of `compute`: `predictions` (texts), `model`, `tokenizer`, `context` (tokens per window) and `stride`
     (tokens between windows, by default half of the context).
     """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.features.maps import FarKernel, pull_in, squared_bound
+from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
 from hf_rfa.ops.causal.scratch import Scratch
 
 #: psi(q).psi(k) then lies within exp(+-2 * 20): far from the ends of float32, for any number of keys.

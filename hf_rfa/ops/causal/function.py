@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
 from hf_rfa.ops.causal.gradients import Answered, Gradients, block_gradients
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of

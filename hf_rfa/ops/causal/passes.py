@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from hf_rfa.features.maps import FarKernel
+from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Block, Combined, Features, KeptRows, Parts, block_parts, block_sums
 from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
 from hf_rfa.ops.causal.pool import Pool

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.features.maps import FarKernel, pull_in, squared_bound
+from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
 
 #: See `pieces`: which form the components have.
 FORMS = {"positive": "EXP", "optimal_positive": "EXP", "hyperbolic": "PAIR", "trigonometric": "WAVE",
