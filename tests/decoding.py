@@ -15,6 +15,24 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
+def whole(model, ids):
+    """The logits of all tokens, without a cache."""
+    return outputs_of(model, {"input_ids": ids, "use_cache": False})
+
+
+def prefilled(model, ids):
+    """The cache of a forward over the tokens."""
+    with torch.no_grad():
+        return cache_of(model(ids, use_cache=True))
+
+
+def one_by_one(model, cache, ids, start):
+    """The logits of the tokens from `start` on, each in a forward of its own."""
+    with torch.no_grad():
+        steps = [model(ids[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits for i in range(start, ids.shape[1])]
+    return torch.cat(steps, dim=1)
+
+
 def continue_greedily(model, ids, count=NEW, mask=None):
     """The definition: the whole text goes through the model for every new token, without a cache."""
     for _ in range(count):

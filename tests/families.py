@@ -109,22 +109,44 @@ REFUSED: dict[str, tuple[Builder, str]] = {
 SHORT = RFAConfig(window=8, num_features=16, sink_tokens=2)
 
 
-def build(builder: str | Builder, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same model every time, in evaluation mode; the caller's random state stays as it was."""
+def build(builder: str | Builder, dtype: torch.dtype = torch.float32, *, gain: float = 4) -> PreTrainedModel:
+    """The same model every time, in evaluation mode; the caller's random state stays as it was.
+
+    `gain` is what every matrix is multiplied by: random weights as they are drawn hardly look at the text.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = (SUPPORTED[builder] if isinstance(builder, str) else builder)().eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)
+                parameter.mul_(gain)
+    return never_ending(model).to(dtype)
+
+
+def llama(model_class: type[PreTrainedModel] = T.LlamaForCausalLM, *, gain: float = 4, **changes: Any) -> Any:
+    """The Llama of `CAUSAL` with `changes` to its config, or another class on that config."""
+    return build(lambda: model_class(model_class.config_class(**{**_LLAMA, **changes})), gain=gain)
+
+
+#: The longest text of `short_llama`, and so what it is calibrated on if it calibrates itself: tests are fast.
+LONGEST = 120
+
+
+def short_llama() -> T.LlamaForCausalLM:
+    """A Llama of texts of at most `LONGEST` tokens."""
+    return llama(max_position_embeddings=LONGEST)
+
+
+def never_ending(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, for which the end of a text is a token like any other: generation runs to its length."""
     if model.can_generate():
-        model.generation_config.eos_token_id = None  # a token like any other: generation runs to its length
-    return model.to(dtype)
+        model.generation_config.eos_token_id = None
+    return model
 
 
-def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> torch.Tensor:
+def token_ids(batch: int = 2, length: int = 70, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Ordinary tokens (batch, length), none of them special."""
-    return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(5, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def inputs_for(model: PreTrainedModel, batch: int = 2, length: int = 70, seed: int = 0) -> dict[str, Any]:
@@ -164,10 +186,31 @@ def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool) -> No
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT itself does
 
 
-def lora(model: PreTrainedModel) -> Any:
-    """A PEFT model around a Llama, its LoRA not zero; in evaluation mode. Mark the test with `PEFT_ASKS`."""
+#: Where each family projects its queries, and its keys or values.
+LORA_TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gemma3": ["q_proj", "k_proj", "v_proj"],
+    "gpt_oss": ["q_proj", "v_proj"],
+    "deepseek_v3": ["q_b_proj", "kv_b_proj"],
+    "jamba": ["q_proj", "in_proj"],
+    "bert": ["query", "value"],
+}
+
+
+def wrap(model: PreTrainedModel, config: Any) -> Any:
+    """A PEFT model around this one, the same every time; in evaluation mode. Mark the test with `PEFT_ASKS`."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return peft.get_peft_model(model, config).eval()
+
+
+def lora(model: PreTrainedModel, family: str = "llama", task: str | None = "CAUSAL_LM") -> Any:
+    """`wrap` with a LoRA that is not zero."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=LORA_TARGETS[family], init_lora_weights=False, task_type=task,
+        fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    return wrap(model, config)

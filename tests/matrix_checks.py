@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from families import SHORT
-from tiny_models import token_ids
+from tiny_models import ordinary_ids
 from transformers import PreTrainedModel
 
 import hf_rfa
@@ -163,7 +163,7 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
         frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
         inputs["pixel_values"] = _noise(2, *frames, 3, vision.image_size, vision.image_size)
     if name == "input_ids" or config.model_type == "blip-2":
-        inputs["input_ids"] = token_ids(2, LENGTH)
+        inputs["input_ids"] = ordinary_ids(2, LENGTH)
     if config.model_type == "blip-2":
         inputs["input_ids"][:, : config.num_query_tokens] = config.image_token_id
     if config.model_type == "audio-spectrogram-transformer":
@@ -178,7 +178,7 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
         frames = LENGTH * config.audio_length_per_tok
         inputs["input_features"] = _noise(2, config.audio_config.num_mel_bins, frames)
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = token_ids(2, DECODER, seed=1)
+        inputs["decoder_input_ids"] = ordinary_ids(2, DECODER, seed=1)
     if _accepts(model, "use_cache"):
         inputs["use_cache"] = False
     return inputs
@@ -215,7 +215,7 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _padding_error(model: PreTrainedModel, side: str, positions_given: bool) -> float:
-    long, short = token_ids(1, LENGTH, seed=2), token_ids(1, SHORTER, seed=3)
+    long, short = ordinary_ids(1, LENGTH, seed=2), ordinary_ids(1, SHORTER, seed=3)
     slots = {
         "right": torch.arange(SHORTER),
         "left": torch.arange(LENGTH - SHORTER, LENGTH),
@@ -227,7 +227,7 @@ def _padding_error(model: PreTrainedModel, side: str, positions_given: bool) -> 
     mask[1, slots] = 1
     more: list[dict[str, Any]] = [{}, {}, {}]
     if model.config.is_encoder_decoder:
-        decoder = token_ids(2, DECODER, seed=4)
+        decoder = ordinary_ids(2, DECODER, seed=4)
         more = [{"decoder_input_ids": rows} for rows in (decoder, decoder[:1], decoder[1:])]
     elif side != "right" and positions_given:
         more[0] = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
@@ -246,14 +246,14 @@ def _packable(model: PreTrainedModel) -> bool:
 
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether no token of the model sees those behind it."""
-    ids = token_ids(1, LENGTH, seed=5)
+    ids = ordinary_ids(1, LENGTH, seed=5)
     other = torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1)
     one, two = (outputs_of(model, {"input_ids": x}) for x in (ids, other))
     return one.shape[1] == LENGTH and _difference(two[:, :-1], one[:, :-1]) <= TOLERANCE
 
 
 def packing_error(model: PreTrainedModel) -> float:
-    documents = [token_ids(1, 24, seed=6), token_ids(1, 16, seed=7)]
+    documents = [ordinary_ids(1, 24, seed=6), ordinary_ids(1, 16, seed=7)]
     positions = torch.cat([torch.arange(24), torch.arange(16)])[None]
     off = {"use_cache": False} if _accepts(model, "use_cache") else {}
     together = outputs_of(model, {"input_ids": torch.cat(documents, dim=1), "position_ids": positions, **off})

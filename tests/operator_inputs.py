@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
+from hf_rfa import rfa_attention, rfa_attention_reference
 from hf_rfa.features.omega import draw_omega
 
 FEATURE_MAPS = ("trigonometric", "positive", "hyperbolic", "optimal_positive", "clustered")
@@ -44,8 +45,9 @@ def random_inputs(
 
 
 def tokens(inputs: Tensors, part: slice | torch.Tensor, rows: slice = slice(None)) -> Tensors:
-    """The same inputs with some of the tokens (and rows) only."""
-    return {name: tensor if name == "omega" else tensor[rows][:, :, part] for name, tensor in inputs.items()}
+    """The same inputs with some of the tokens (and rows) only; omega and a gate stay whole."""
+    of_no_token = ("omega", "gate_weight", "gate_bias")
+    return {name: x if name in of_no_token else x[rows][:, :, part] for name, x in inputs.items()}
 
 
 def with_gradients(function: Callable[..., Any], inputs: Tensors, **options: Any) -> tuple[torch.Tensor, Tensors]:
@@ -69,3 +71,20 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float, name: s
         atol=tolerance * scale,
         msg=lambda message: f"{name}: {message}",
     )
+
+
+def assert_equals_the_definition(
+    inputs: Tensors,
+    tolerance: float = 1e-10,
+    gradient_tolerance: float | None = None,
+    *,
+    function: Callable[..., Any] = rfa_attention,
+    **options: Any,
+) -> Tensors:
+    """Outputs and the gradients of all inputs, which are returned; both tolerances are the same unless told."""
+    got, got_gradients = with_gradients(function, inputs, **options)
+    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
+    assert_near(got, want, tolerance)
+    for name, gradient in want_gradients.items():
+        assert_near(got_gradients[name], gradient, gradient_tolerance or tolerance, f"gradient of {name}")
+    return got_gradients

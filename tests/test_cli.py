@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from families import llama
+from tokenizers_of_tests import byte_tokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_rfa
@@ -21,23 +22,8 @@ from hf_rfa.options import options_of
 def model_folder(tmp_path_factory):
     """A Llama of 2 layers with random weights and a tokenizer of single bytes."""
     folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", *alphabet])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(bos_token="<s>").save_pretrained(folder)
+    llama(gain=1, vocab_size=258, hidden_size=64, intermediate_size=64, eos_token_id=None).save_pretrained(folder)
     return folder
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from families import VOCABULARY, never_ending, token_ids
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-VOCABULARY = 99
 #: Layers that a tiny model has: enough that a pattern of layer kinds shows each kind.
 LAYERS = 2
 
@@ -264,11 +264,9 @@ def tiny_model(case: Case, **more: Any) -> PreTrainedModel:
                 torch.nn.init.normal_(parameter, std=0.1)  # as if it had been trained
             elif parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in fixed:
                 parameter.mul_(4)
-    if model.can_generate():
-        model.generation_config.eos_token_id = None  # a token like any other: generation runs to its length
-    return model
+    return never_ending(model)
 
 
-def token_ids(batch: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:
-    """Ordinary tokens (batch, length), none of them special."""
-    return torch.randint(5, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+def ordinary_ids(batch: int = 1, length: int = 50, seed: int = 0) -> torch.Tensor:
+    """`token_ids` that no model of these takes for anything but text: composite ones keep places for images above."""
+    return token_ids(batch, length, seed, vocabulary=60)

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import checkpoint_activations, llama, token_ids
 
 import hf_rfa
 from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
@@ -20,20 +20,17 @@ def main(result: str, feature_map: str, heads: str, checkpointing: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2))
+    model = llama(gain=1, hidden_size=64, intermediate_size=64)
     config = hf_rfa.RFAConfig(
         feature_map=feature_map, num_features=16, window=8, sink_tokens=3, softmax_heads=json.loads(heads), alpha=0.5
     )
     hf_rfa.convert(model, config, calibrate=False).train()
-    ids = torch.randint(64, (2, 163))  # no multiple of the window, nor of the processes
+    ids = token_ids(2, 163)  # no multiple of the window, nor of the processes
     whole = copy.deepcopy(model)
     expected = whole(input_ids=ids, use_cache=False).logits
     F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     if checkpointing == "yes":
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
     with sequence_parallel(model, dist.group.WORLD):
         batch = shard_batch(ids, rank, processes)
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import converted
 from datasets import Dataset, DatasetDict
 from families import SHORT, build, inputs_for, token_ids
 from torch.testing import assert_close
@@ -82,8 +83,8 @@ def test_the_models_arguments(batch):
 
 @pytest.mark.parametrize("batches", [*ONE_BATCH.values(), *SINGLE_ROWS.values()], ids=[*ONE_BATCH, *SINGLE_ROWS])
 def test_all_of_them_calibrate_alike(batches):
-    want = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=ROWS))
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=batches)
+    want = hf_rfa.calibration_report(converted("llama", calibrate=ROWS))
+    model = converted("llama", calibrate=batches)
     assert hf_rfa.calibration_report(model).tokens == want.tokens == 180
     for got, head in zip(hf_rfa.calibration_report(model).heads, want.heads, strict=True):
         assert (got.layer, got.key_head, got.feature_map, got.alpha, got.gamma) == (
@@ -93,7 +94,7 @@ def test_all_of_them_calibrate_alike(batches):
 
 
 def test_distill_takes_rows_too():
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     assert hf_rfa.distill(model, SINGLE_ROWS["dataset"], hf_rfa.DistillConfig(steps=2, progress=False)).steps == 2
     assert hf_rfa.distill(model, iter([ROWS.numpy()]), hf_rfa.DistillConfig(steps=1, progress=False)).steps == 1
 
@@ -150,7 +151,7 @@ def test_what_is_no_batch_is_refused_before_anything_is_changed(batches, message
 
 @pytest.mark.parametrize("name", ["texts", "a row", "floats", "beyond the vocabulary", "None", "nothing"])
 def test_by_calibrate_and_distill_too(name):
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches, message = WRONG[name]
     with pytest.raises(ConfigError, match=f"`batches.*{message}"):
@@ -162,10 +163,10 @@ def test_by_calibrate_and_distill_too(name):
 
 def test_a_model_of_images_says_what_it_takes():
     with pytest.raises(ConfigError, match=r"takes no token ids.*'pixel_values'"):
-        hf_rfa.convert(build("vit"), SHORT, calibrate=ROWS)
+        converted("vit", calibrate=ROWS)
     pixels = inputs_for(build("vit"))["pixel_values"]
     with pytest.raises(ConfigError, match=r"Pass it as an argument of the model: \{'pixel_values': tensor\}"):
-        hf_rfa.convert(build("vit"), SHORT, calibrate=pixels)
+        converted("vit", calibrate=pixels)
     model = hf_rfa.convert(build("vit"), dataclasses.replace(SHORT, window=4), calibrate={"pixel_values": pixels})
     assert hf_rfa.calibration_report(model).heads
 

@@ -7,12 +7,13 @@ import math
 import paths
 import pytest
 import torch
-from families import SHORT, attention_modules, build, inputs_for, outputs_of, token_ids
+from conversions import adapters, converted, training_flags
+from families import SHORT, build, inputs_for, llama, outputs_of, token_ids
 from processes import launch
 from torch import nn
 from torch.testing import assert_close
-from trained_by_hand import harmful_and_helpful
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trained_by_hand import harmful_and_helpful, looked_up, retrieving
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hf_rfa
@@ -20,14 +21,6 @@ from hf_rfa import ConfigError, UnsupportedModelError
 from hf_rfa.calibration.candidates import ALPHAS
 from hf_rfa.calibration.fitting import GAMMAS
 from hf_rfa.runtime.record import conversion_config
-
-
-def converted(family="llama", **changes):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
-
-
-def adapters(model):
-    return [module.rfa for module in attention_modules(model)]
 
 
 def text(rows=2, length=120):
@@ -77,13 +70,8 @@ def test_the_report_says_what_the_adapters_hold():
 @pytest.mark.parametrize("feature_map", ["trigonometric", "positive", "hyperbolic", "optimal_positive"])
 def test_losses_are_shares_of_the_layers_squared_output(feature_map):
     """With one key head the layer's error is the head's: measured here on the model itself."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-    def one_key_head():
-        return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=99, num_key_value_heads=1))
-
-    reference, model = build(one_key_head), build(one_key_head)
-    hf_rfa.convert(model, dataclasses.replace(SHORT, feature_map=feature_map), calibrate=False)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    reference, model = llama(**heads), converted(llama(**heads), feature_map=feature_map)
     report = hf_rfa.calibrate(model, text(), plant_repeats=False)
     for head in report.heads:
         assert layer_losses(model, reference, text(), head.layer) == pytest.approx(head.loss, rel=1e-3)
@@ -194,40 +182,6 @@ def test_auto_keeps_few_heads_or_none():
     assert hf_rfa.calibrate(harmless, text(2, 200), plant_repeats=False).softmax_heads == []
 
 
-PAIRS = 45
-
-
-def retrieving():
-    """One layer: key head 0 averages, key head 1 of token 50 + j looks up token 5 + j (its mirror image)."""
-    dim = 64
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=dim, rope_parameters={"rope_type": "default", "rope_theta": 1e30},
-    )  # fmt: skip
-    model = build(lambda: LlamaForCausalLM(config))
-    attention = model.model.layers[0].self_attn
-    generator = torch.Generator().manual_seed(0)
-    mirror = torch.diag(torch.cat([torch.ones(dim // 2), -torch.ones(dim // 2)]))
-    with torch.no_grad():
-        embedding = torch.randn(99, dim, generator=generator)
-        embedding[5 + PAIRS : 5 + 2 * PAIRS] = embedding[5 : 5 + PAIRS] @ mirror
-        model.model.embed_tokens.weight.copy_(embedding)
-        attention.q_proj.weight.zero_()
-        attention.k_proj.weight.zero_()
-        attention.q_proj.weight[dim:].copy_(2 * mirror)
-        attention.k_proj.weight[dim:].copy_(2 * torch.eye(dim))
-        attention.v_proj.weight.copy_(torch.randn(2 * dim, dim, generator=generator) / 8)
-        attention.o_proj.weight.copy_(torch.cat([torch.eye(dim), torch.eye(dim)], dim=1))
-    return model
-
-
-def looked_up():
-    """All tokens 5 + j, then all tokens 50 + j, in orders of their own."""
-    generator = torch.Generator().manual_seed(0)
-    order = [5 + PAIRS * half + torch.randperm(PAIRS, generator=generator) for half in (0, 1)]
-    return torch.cat(order)[None]
-
-
 @pytest.mark.parametrize("setting", ["auto", 0.5])
 @pytest.mark.parametrize("feature_map", ["trigonometric", "positive"])
 def test_a_planted_retrieval_head_is_found_and_kept(feature_map, setting):
@@ -275,18 +229,14 @@ def test_the_retrieval_head_of_a_pretrained_model_is_found():
 # --- what is left alone ----------------------------------------------------------------------------------------------
 
 
-def flags(model):
-    return {name: module.training for name, module in model.named_modules()}
-
-
 def test_training_flags_gradients_and_weights_are_as_before():
     model = converted().train()
     model.model.layers[0].mlp.eval()
-    before, weights = flags(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    before, weights = training_flags(model), {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(0)
     state = torch.get_rng_state()
     hf_rfa.calibrate(model, text())
-    assert flags(model) == before
+    assert training_flags(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -319,11 +269,11 @@ def fails():
 )
 def test_after_a_failure_the_model_is_as_before(batches, error):
     model = converted(softmax_heads=[(1, 0)]).train()
-    before, output = flags(model), outputs_of(model.eval(), inputs_for(model))
+    before, output = training_flags(model), outputs_of(model.eval(), inputs_for(model))
     model.train()
     with pytest.raises(error):
         hf_rfa.calibrate(model, batches())
-    assert flags(model) == before
+    assert training_flags(model) == before
     assert torch.equal(outputs_of(model.eval(), inputs_for(model)), output)
 
 
@@ -395,7 +345,7 @@ def test_the_report_prints_and_serialises():
 
 def test_a_projection_under_another_name_is_only_a_little_worse():
     """The loss is then measured before the projection."""
-    model = converted("llama")
+    model = converted()
     for layer in model.model.layers:
         layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj)
     report = hf_rfa.calibrate(model, text())
@@ -411,7 +361,7 @@ def test_statistics_are_added_over_processes(tmp_path):
     launch([str(paths.TESTS / "worker_calibrate.py"), str(tmp_path)], 2)
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    alone = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(4, 120))).to_dict()
+    alone = hf_rfa.calibration_report(converted("llama", calibrate=token_ids(4, 120))).to_dict()
     assert first["tokens"] == alone["tokens"] == 480
     assert first["divergence"] == pytest.approx(alone["divergence"], rel=1e-4)
     for got, want in zip(first["heads"], alone["heads"], strict=True):

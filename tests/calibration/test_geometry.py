@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from families import SHORT, build, token_ids
+from conversions import converted
+from families import SHORT, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
@@ -108,7 +109,7 @@ def test_at_alpha_one_the_geometry_changes_nothing_in_the_mean():
 
 
 def test_calibration_takes_the_attended_geometry_where_it_is_better():
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(8)  # attention that is far from uniform

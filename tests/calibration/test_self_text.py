@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from self_calibrating import CONFIG, LONGEST, short_llama
+from families import LONGEST, SHORT, short_llama
 from transformers import GenerationConfig
 
 import hf_rfa
@@ -52,8 +52,8 @@ def test_no_default_of_the_checkpoint_has_a_say(name, own_text):
 
 def test_nor_have_all_of_them_in_a_whole_conversion(own_text):
     model = with_defaults(**DEFAULTS)
-    hf_rfa.convert(model, CONFIG)
-    assert hf_rfa.calibration_report(model) == hf_rfa.calibration_report(hf_rfa.convert(short_llama(), CONFIG))
+    hf_rfa.convert(model, SHORT)
+    assert hf_rfa.calibration_report(model) == hf_rfa.calibration_report(hf_rfa.convert(short_llama(), SHORT))
     assert model.generation_config.stop_strings == ["###"]
 
 

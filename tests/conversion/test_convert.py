@@ -20,7 +20,9 @@ from families import (
     SUPPORTED,
     attention_modules,
     build,
+    checkpoint_activations,
     inputs_for,
+    llama,
     lora,
     outputs_of,
     token_ids,
@@ -59,14 +61,6 @@ def fingerprint(model):
     }
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     return modules, configs, list(model.state_dict()), flags
-
-
-def four_layers():
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return build(lambda: LlamaForCausalLM(config))
 
 
 def every_pair(model):
@@ -286,14 +280,14 @@ def test_registration_is_idempotent():
     ],
 )
 def test_layers_are_chosen_by_number_or_rule(layers, converted):
-    model = hf_rfa.convert(four_layers(), dataclasses.replace(SHORT, layers=layers), calibrate=False)
+    model = hf_rfa.convert(llama(num_hidden_layers=4), dataclasses.replace(SHORT, layers=layers), calibrate=False)
     assert [m.rfa.converted for m in attention_modules(model)] == converted
     assert [m.rfa.softmax_heads for m in attention_modules(model)] == [() if c else (0, 1) for c in converted]
     assert list(hf_rfa.far_statistics(model)) == [number for number, c in enumerate(converted) if c]
 
 
 def test_a_layer_left_out_gives_what_softmax_gives():
-    model, ids = four_layers(), token_ids()
+    model, ids = llama(num_hidden_layers=4), token_ids()
     seen = {}
 
     def keep(module, args, kwargs, output):
@@ -310,7 +304,10 @@ def test_a_layer_left_out_gives_what_softmax_gives():
 
 
 def test_layers_before_the_first_converted_one_are_softmax():
-    model, inputs = four_layers(), {"input_ids": token_ids(), "output_hidden_states": True, "use_cache": False}
+    model, inputs = (
+        llama(num_hidden_layers=4),
+        {"input_ids": token_ids(), "output_hidden_states": True, "use_cache": False},
+    )
     with torch.no_grad():
         before = model(**inputs).hidden_states
         after = hf_rfa.convert(model, dataclasses.replace(SHORT, layers=[2]), calibrate=False)(**inputs).hidden_states
@@ -579,9 +576,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, resa
     model = hf_rfa.convert(build(family), dataclasses.replace(SHORT, resample=resample), calibrate=False).train()
     inputs = inputs_for(model)
     twin = copy.deepcopy(model)
-    # Transformers 5.23 renamed it.
-    enable = getattr(twin, "activation_checkpointing_enable", None) or twin.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    checkpoint_activations(twin, use_reentrant=reentrant)
     if reentrant:
         twin.enable_input_require_grads()
     want, got = gradients(model, inputs), gradients(twin, inputs)

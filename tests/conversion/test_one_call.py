@@ -6,8 +6,8 @@ import json
 import paths
 import pytest
 import torch
-from families import SHORT, build, inputs_for, outputs_of, token_ids
-from self_calibrating import CONFIG, LONGEST, short_llama
+from conversions import converted
+from families import LONGEST, SHORT, build, inputs_for, outputs_of, short_llama, token_ids
 from torch.testing import assert_close
 from trained_by_hand import harmful_and_helpful
 from transformers import AutoModelForCausalLM
@@ -22,11 +22,11 @@ from hf_rfa.runtime.record import conversion_config, is_converted
 
 
 def test_one_call_calibrates_on_text_of_the_models_own():
-    model = hf_rfa.convert(short_llama(), CONFIG)
+    model = hf_rfa.convert(short_llama(), SHORT)
     report = hf_rfa.calibration_report(model)
     assert report.tokens == 4 * LONGEST
     assert len(report.heads) == 4
-    by_hand = hf_rfa.convert(short_llama(), CONFIG, calibrate=False)
+    by_hand = converted(short_llama())
     hf_rfa.calibrate(by_hand, write_text(short_llama(), window=8))
     assert hf_rfa.calibration_report(by_hand).to_dict() == report.to_dict()
     for one, two in zip(model.model.layers, by_hand.model.layers, strict=True):
@@ -51,9 +51,9 @@ def test_the_text_is_the_originals_and_a_function_of_the_seed():
 
 
 def test_texts_of_ones_own():
-    model = hf_rfa.convert(build("bert"), SHORT, calibrate=[inputs_for(build("bert"), length=90)])
+    model = converted("bert", calibrate=[inputs_for(build("bert"), length=90)])
     assert hf_rfa.calibration_report(model).unit == "nats/token"  # of its masked-language head
-    report = hf_rfa.calibration_report(hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(2, 90)))
+    report = hf_rfa.calibration_report(converted("llama", calibrate=token_ids(2, 90)))
     assert report.tokens == 180
 
 
@@ -77,20 +77,20 @@ def test_a_failing_calibration_gives_the_original_back():
     model, ids = short_llama(), token_ids(1, 60)
     before = outputs_of(model, {"input_ids": ids})
     with pytest.raises(ConfigError, match="longer than two windows"):
-        hf_rfa.convert(model, CONFIG, calibrate=ids[:, :10])
+        hf_rfa.convert(model, SHORT, calibrate=ids[:, :10])
     assert not is_converted(model)
     assert torch.equal(outputs_of(model, {"input_ids": ids}), before)
 
 
 def test_a_model_that_was_not_calibrated_has_no_report():
-    model = hf_rfa.convert(short_llama(), CONFIG, calibrate=False)
+    model = converted(short_llama())
     with pytest.raises(UnsupportedModelError, match="not calibrated"):
         hf_rfa.calibration_report(model)
 
 
 @pytest.mark.parametrize("way", ["ours", "the model's own"])
 def test_the_report_is_saved_and_loaded(tmp_path, way):
-    model = hf_rfa.convert(short_llama(), CONFIG)
+    model = hf_rfa.convert(short_llama(), SHORT)
     if way == "ours":
         hf_rfa.save_pretrained(model, tmp_path)
     else:
@@ -101,7 +101,7 @@ def test_the_report_is_saved_and_loaded(tmp_path, way):
 
 
 def test_the_heat_map_is_written(tmp_path):
-    hf_rfa.calibration_report(hf_rfa.convert(short_llama(), CONFIG)).plot(tmp_path / "heads.png")
+    hf_rfa.calibration_report(hf_rfa.convert(short_llama(), SHORT)).plot(tmp_path / "heads.png")
     assert (tmp_path / "heads.png").stat().st_size > 5_000
 
 
@@ -109,7 +109,7 @@ def test_the_heat_map_is_written(tmp_path):
 
 
 def test_the_costs_of_a_layer_add_up_to_its_divergence():
-    model, ids = hf_rfa.convert(short_llama(), CONFIG, calibrate=False), token_ids(2, 100)
+    model, ids = converted(short_llama()), token_ids(2, 100)
     report = hf_rfa.calibrate(model, ids, plant_repeats=False)
     reference = short_llama()
     for layer in range(2):
@@ -122,7 +122,7 @@ def test_the_costs_of_a_layer_add_up_to_its_divergence():
 
 def test_auto_keeps_the_fewest_heads_that_meet_the_budget():
     ids = token_ids(2, 100)
-    free = hf_rfa.calibrate(hf_rfa.convert(short_llama(), CONFIG, calibrate=False), ids)
+    free = hf_rfa.calibrate(converted(short_llama()), ids)
     total = sum(h.cost for h in free.heads)
     for budget, kept in ((2 * total, 0), (0.0, 1)):  # at most a quarter of four
         config = hf_rfa.RFAConfig(

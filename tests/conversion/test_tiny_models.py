@@ -8,7 +8,7 @@ import torch
 from decoding import continue_greedily, generate
 from families import SHORT
 from matrix_checks import PASSED, check_model, inputs_for, outputs_of
-from tiny_models import Case, all_cases, tiny_config, tiny_model, token_ids
+from tiny_models import Case, all_cases, ordinary_ids, tiny_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
 import hf_rfa
@@ -134,7 +134,7 @@ def test_llama4_whose_scores_grow_with_the_position():
     """In its layers without rotary positions, from position 8,192 on; here from 8 on."""
     case = Case("causal_lm", "llama4_text", "Llama4ForCausalLM")
     model = tiny_model(case, floor_scale=8)
-    ids = token_ids(2, 40)
+    ids = ordinary_ids(2, 40)
     assert not torch.equal(outputs_of(model, inputs_for(model)), outputs_of(tiny_model(case), inputs_for(model)))
     hf_rfa.convert(model, SHORT, calibrate=False)
     assert torch.equal(generate(model, ids, 12), continue_greedily(model, ids, 12))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conversions import converted
 
 import hf_rfa
 from hf_rfa.distillation.config import DistillConfig
@@ -36,8 +37,8 @@ def sharpened(model):
     return model
 
 
-def converted(model, **changes):
-    return hf_rfa.convert(sharpened(model), dataclasses.replace(CONFIG, **changes), calibrate=False)
+def sharp(model, **changes):
+    return converted(sharpened(model), CONFIG, **changes)
 
 
 def kernels(model):
@@ -50,7 +51,7 @@ def kernels(model):
 @pytest.mark.parametrize("omega", ["learned", "random"])
 @pytest.mark.parametrize("feature_map", ["trigonometric", "positive", "hyperbolic"])
 def test_the_loss_falls_on_the_same_inputs_and_the_model_stays(tiny_llama, feature_map, omega):
-    model = converted(tiny_llama, feature_map=feature_map)
+    model = sharp(tiny_llama, feature_map=feature_map)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     before = kernels(model)
     fixed = [next(batches())] * 60
@@ -68,7 +69,7 @@ def test_the_loss_falls_on_the_same_inputs_and_the_model_stays(tiny_llama, featu
 
 def test_what_was_trained_is_what_the_model_then_does(tiny_llama):
     """The loss of the last state, measured by a further transfer's first step at no learning rate to speak of."""
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     ids = next(batches())
     trained = distill(model, [ids] * 40, DistillConfig(steps=40, learning_rate=3e-2, progress=False))
     again = distill(model, [ids], DistillConfig(steps=1, learning_rate=1e-12, progress=False))
@@ -78,7 +79,7 @@ def test_what_was_trained_is_what_the_model_then_does(tiny_llama):
 
 
 def test_a_learned_omega_is_never_redrawn_and_survives_saving(tiny_llama, tmp_path):
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     distill(model, batches(), DistillConfig(steps=2, progress=False))
     with pytest.raises(ConfigError, match="learned"):
         hf_rfa.resample(model)
@@ -93,7 +94,7 @@ def test_a_learned_omega_is_never_redrawn_and_survives_saving(tiny_llama, tmp_pa
 
 
 def test_geometry_learned_for_all_draws_helps_a_draw_it_never_saw(tiny_llama):
-    model = converted(tiny_llama, feature_map="positive")
+    model = sharp(tiny_llama, feature_map="positive")
     ids = next(batches())
     untrained = copy.deepcopy(model)
     distill(model, [ids] * 60, DistillConfig(steps=60, omega="random", learning_rate=3e-2, progress=False))
@@ -159,7 +160,7 @@ def test_padding_and_other_documents_do_not_count_in_the_weight_loss():
 
 def test_the_weight_loss_moves_weights_to_the_key_that_is_looked_up(tiny_llama):
     """Entropy of softmax is the least cross-entropy there is: training on it alone has to come nearer."""
-    model = converted(tiny_llama, feature_map="hyperbolic")
+    model = sharp(tiny_llama, feature_map="hyperbolic")
     ids = next(batches())
     result = distill(
         model,
@@ -175,7 +176,7 @@ def test_window_dropout_makes_the_far_part_answer_for_the_near_keys(tiny_llama):
     ids = next(batches())
     losses = {}
     for share in (0.0, 1.0):
-        model = converted(copy.deepcopy(tiny_llama))
+        model = sharp(copy.deepcopy(tiny_llama))
         distill(model, [ids] * 60, DistillConfig(steps=60, window_dropout=share, learning_rate=3e-2, progress=False))
         judge = distill(model, [ids], DistillConfig(steps=1, window_dropout=1.0, learning_rate=1e-12, progress=False))
         losses[share] = sum(judge.losses[0].values())
@@ -183,7 +184,7 @@ def test_window_dropout_makes_the_far_part_answer_for_the_near_keys(tiny_llama):
 
 
 def test_exact_heads_are_left_alone(tiny_llama):
-    model = converted(tiny_llama, softmax_heads=[(0, 0), (0, 1), (1, 0)])
+    model = sharp(tiny_llama, softmax_heads=[(0, 0), (0, 1), (1, 0)])
     before = kernels(model)
     result = distill(model, batches(), DistillConfig(steps=3, weight_loss=0.5, progress=False))
     assert set(result.losses[0]) == {1}
@@ -195,7 +196,7 @@ def test_exact_heads_are_left_alone(tiny_llama):
 
 def test_a_run_that_crashed_resumes_to_the_same_kernels(tiny_llama, tmp_path):
     settings = {"steps": 6, "weight_loss": 0.3, "window_dropout": 0.5, "progress": False}
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     crashing, resumed = copy.deepcopy(model), copy.deepcopy(model)
     expected = distill(model, batches(), DistillConfig(**settings))
     with pytest.raises(ConfigError, match="ended after 5 of 6"):
@@ -208,7 +209,7 @@ def test_a_run_that_crashed_resumes_to_the_same_kernels(tiny_llama, tmp_path):
 
 
 def test_a_damaged_or_foreign_checkpoint_is_an_error(tiny_llama, tmp_path):
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     distill(model, batches(), DistillConfig(steps=2, output=tmp_path, progress=False))
     with pytest.raises(CheckpointError, match="more than `steps`"):
         distill(model, batches(), DistillConfig(steps=1, output=tmp_path, resume=True, progress=False))
@@ -221,7 +222,7 @@ def test_a_damaged_or_foreign_checkpoint_is_an_error(tiny_llama, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_llama):
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
     before = kernels(model)
@@ -249,7 +250,7 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_kernels(tiny_ll
 )
 def test_bad_arguments_are_refused(tiny_llama, settings, message):
     with pytest.raises(ConfigError, match=message):
-        distill(converted(tiny_llama), batches(2), DistillConfig(**{"steps": 2, "progress": False, **settings}))
+        distill(sharp(tiny_llama), batches(2), DistillConfig(**{"steps": 2, "progress": False, **settings}))
 
 
 def test_what_cannot_be_trained_is_refused(tiny_llama):
@@ -257,18 +258,18 @@ def test_what_cannot_be_trained_is_refused(tiny_llama):
         distill(tiny_llama, batches(), DistillConfig(steps=1))
     with pytest.raises(ConfigError, match="trigonometric"):
         distill(
-            converted(copy.deepcopy(tiny_llama), feature_map="trigonometric"),
+            sharp(copy.deepcopy(tiny_llama), feature_map="trigonometric"),
             batches(),
             DistillConfig(steps=1, weight_loss=1.0),
         )
     everything = [(0, 0), (0, 1), (1, 0), (1, 1)]
     with pytest.raises(ConfigError, match="Every key head"):
-        distill(converted(tiny_llama, softmax_heads=everything), batches(), DistillConfig(steps=1))
+        distill(sharp(tiny_llama, softmax_heads=everything), batches(), DistillConfig(steps=1))
 
 
 def test_no_gradient_crosses_a_layer(tiny_llama):
     """Each observer takes its gradient at once, so that the memory is that of one layer."""
-    model = converted(tiny_llama)
+    model = sharp(tiny_llama)
     adapter = next(named_adapters(model))[2]
     layer = LayerTransfer(adapter, DistillConfig(steps=1, sampled_queries=8))
     with intercept(Interception(observers={adapter: layer})):

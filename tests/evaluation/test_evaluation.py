@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from families import CACHE
+from families import CACHE, llama, token_ids
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from trained_by_hand import Copier
+from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_rfa import evaluation
@@ -31,26 +32,6 @@ class Bigram(nn.Module):
     def forward(self, input_ids, use_cache=False):
         self.modes.append((self.training, torch.is_grad_enabled()))
         return CausalLMOutput(logits=self.table[input_ids])
-
-
-class Copier(nn.Module):
-    """Certain of the token that followed the last earlier appearance of the present one, within `reach` tokens."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, reach: int) -> None:
-        super().__init__()
-        self.reach = reach
-
-    def forward(self, input_ids, use_cache=False):
-        ids = input_ids[0].tolist()
-        logits = torch.zeros(1, len(ids), 1000)
-        for i, token in enumerate(ids):
-            for j in range(i - 1, max(i - self.reach, 0) - 1, -1):
-                if ids[j] == token:
-                    logits[0, i, ids[j + 1]] = 20.0
-                    break
-        return CausalLMOutput(logits=logits)
 
 
 @pytest.fixture
@@ -126,7 +107,7 @@ def test_copy_perplexity_is_that_of_no_knowledge_where_the_span_is_out_of_reach(
 
 
 def test_greedy_agreement_counts_tokens_of_the_originals_own_continuation(tiny_llama):
-    ids = torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(0))
+    ids = token_ids(1, 64, vocabulary=128)[0]
     continuations = evaluation.greedy_continuations(tiny_llama, ids, prompt=16, new=10, samples=3)
     assert continuations.shape == (3, 26)
     assert torch.equal(continuations[:, :16], torch.stack([ids[0:16], ids[21:37], ids[42:58]]))
@@ -206,8 +187,6 @@ def test_models_without_logits_to_keep_can_be_measured():
         def forward(self, input_ids=None, past_key_values=None, use_cache=None):
             return super().forward(input_ids, **{CACHE: past_key_values}, use_cache=use_cache)
 
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    speed = measure_speed({"m": Plain(config)}, torch.arange(32), 16, 2, 1)["m"]
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    speed = measure_speed({"m": llama(Plain, **size)}, torch.arange(32), 16, 2, 1)["m"]
     assert speed.cache_bytes == 2 * 2 * 8 * 4 * 16

@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from families import token_ids
+from trained_by_hand import Copier
 
 import hf_rfa
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
 from hf_rfa.evaluation.retrieval_tasks import KEY, passkey_retrieval
-
-
-def random_ids(count: int) -> torch.Tensor:
-    return torch.randint(3, 128, (count,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -22,7 +20,7 @@ def whole_nll(model, ids):
 
 
 def test_sliding_window_scores_each_token_once_with_the_context_promised(tiny_llama):
-    ids = random_ids(100)
+    ids = token_ids(1, 100, vocabulary=128)[0]
     nll = sliding_window_nll(tiny_llama, ids, context=40, stride=15)
     assert nll.shape == (99,)
     torch.testing.assert_close(nll[:39], whole_nll(tiny_llama, ids[:40]))
@@ -33,7 +31,7 @@ def test_sliding_window_scores_each_token_once_with_the_context_promised(tiny_ll
 
 
 def test_streaming_is_the_loss_of_the_whole_document(tiny_llama):
-    ids = random_ids(150)
+    ids = token_ids(1, 150, vocabulary=128)[0]
     with pytest.raises(UnsupportedModelError, match="not converted"):
         streaming_nll(tiny_llama, ids)
     config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=[(0, 1)])
@@ -48,30 +46,10 @@ def test_documents_are_weighted_by_their_tokens():
     assert document_perplexity(losses) == pytest.approx(2.0)
 
 
-class Copier(torch.nn.Module):
-    """Predicts what followed the last earlier occurrence of the latest 4 tokens within `reach`."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, reach: int) -> None:
-        super().__init__()
-        self.reach = reach
-
-    def forward(self, input_ids, use_cache):
-        ids = input_ids[0]
-        logits = torch.zeros(1, len(ids), 128)
-        for i in range(4, len(ids)):
-            for j in range(i - 1, max(4, i - self.reach), -1):
-                if torch.equal(ids[j - 3 : j + 1], ids[i - 3 : i + 1]):
-                    logits[0, i, ids[j + 1]] = 20.0
-                    break
-        return type("Output", (), {"logits": logits})
-
-
 def test_passkey_is_found_by_a_model_that_reaches_it_and_by_no_other():
-    ids = random_ids(800)
-    far = passkey_retrieval(Copier(1000), ids, lengths=[100], depths=[0.0, 1.0], samples=2)
-    near = passkey_retrieval(Copier(40), ids, lengths=[100], depths=[0.0, 1.0], samples=2)
+    ids = token_ids(1, 800, vocabulary=128)[0]
+    far = passkey_retrieval(Copier(1000, match=4, vocabulary=128), ids, lengths=[100], depths=[0.0, 1.0], samples=2)
+    near = passkey_retrieval(Copier(40, match=4, vocabulary=128), ids, lengths=[100], depths=[0.0, 1.0], samples=2)
     assert [score.accuracy for score in far] == [1.0, 1.0]
     assert near[0].accuracy < 2 / KEY
     assert near[1].accuracy == 1.0

@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, with_gradients
+from operator_inputs import (
+    FEATURE_MAPS,
+    assert_equals_the_definition,
+    assert_near,
+    random_inputs,
+    tokens,
+    with_gradients,
+)
 from torch.testing import assert_close
 
 from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
@@ -14,16 +21,6 @@ from hf_rfa.ops.causal.passes import BLOCK_CHUNKS
 from hf_rfa.ops.combine import FarStatistics
 
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-
-
-def assert_equals_the_definition(inputs, tolerance=1e-10, **options):
-    """Outputs and the gradients of all inputs, float64."""
-    got, got_gradients = with_gradients(rfa_attention, inputs, **options)
-    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
-    assert_near(got, want, tolerance)
-    for name, gradient in want_gradients.items():
-        assert_near(got_gradients[name], gradient, tolerance, f"gradient of {name}")
-    return got_gradients
 
 
 def far_matters(inputs, **options) -> bool:

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from operator_inputs import FEATURE_MAPS, Tensors, assert_near, random_inputs, tokens, with_gradients
+from operator_inputs import (
+    FEATURE_MAPS,
+    Tensors,
+    assert_equals_the_definition,
+    assert_near,
+    random_inputs,
+    tokens,
+    with_gradients,
+)
+from operator_states import run_in_pieces
 
 from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
 from hf_rfa.ops.causal.passes import BLOCK_CHUNKS
@@ -19,38 +28,6 @@ def gated_inputs(length: int, *, bias: float = 1.0, **sizes) -> Tensors:
     inputs["gate_weight"] = 0.5 * weight.to(inputs["omega"].dtype)
     inputs["gate_bias"] = torch.linspace(bias - 1, bias + 2, heads, dtype=inputs["omega"].dtype)
     return inputs
-
-
-def gate_of(inputs: Tensors) -> Tensors:
-    return {name: inputs[name] for name in ("gate_weight", "gate_bias")}
-
-
-def part_of(inputs: Tensors, part: slice | torch.Tensor, rows: slice = slice(None)) -> Tensors:
-    """Some of the tokens (and rows), with the whole gate."""
-    bare = {name: tensor for name, tensor in inputs.items() if not name.startswith("gate")}
-    return tokens(bare, part, rows) | gate_of(inputs)
-
-
-def assert_equals_the_definition(inputs: Tensors, tolerance: float = 1e-10, **options) -> Tensors:
-    got, got_gradients = with_gradients(rfa_attention, inputs, **options)
-    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
-    assert_near(got, want, tolerance)
-    for name, gradient in want_gradients.items():
-        assert_near(got_gradients[name], gradient, tolerance, f"gradient of {name}")
-    return want_gradients
-
-
-def in_pieces(inputs: Tensors, lengths: list[int], function=rfa_attention, token_mask=None, **options):
-    outputs, state, start = [], None, 0
-    for length in lengths:
-        part = slice(start, start + length)
-        more = {} if token_mask is None else {"token_mask": token_mask[:, part]}
-        output, state = function(
-            **part_of(inputs, part), **more, **options, initial_state=state, output_final_state=True
-        )
-        outputs.append(output)
-        start += length
-    return torch.cat(outputs, dim=2), state
 
 
 # --- the definition -------------------------------------------------------------------------------------------------
@@ -140,7 +117,7 @@ def test_pieces_and_steps_equal_the_whole(lengths, window):
     options = {"window": window, "alpha": 0.6, "sink_tokens": 3 if window else 0}
     whole, want = rfa_attention_reference(**inputs, **options, output_final_state=True)
     for function in (rfa_attention, rfa_attention_reference):
-        output, state = in_pieces(inputs, lengths, function, **options)
+        output, state = run_in_pieces(inputs, lengths, function, **options)
         assert_near(output, whole, 1e-11)
         sums = [s.kv_state * s.log_max.exp()[..., None, None] for s in (state, want)]
         assert_near(*sums, 1e-11)
@@ -152,7 +129,7 @@ def test_gradients_flow_through_the_state(window):
     options = {"window": window, "alpha": 0.6, "sink_tokens": 3 if window else 0}
 
     def pieces(**leaves: torch.Tensor) -> torch.Tensor:
-        return in_pieces(leaves, [21, 1, 1, 20, *[1] * 17], **options)[0]
+        return run_in_pieces(leaves, [21, 1, 1, 20, *[1] * 17], **options)[0]
 
     got, got_gradients = with_gradients(pieces, inputs)
     want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
@@ -172,10 +149,10 @@ def test_padding_forgets_nothing(lengths, window):
     token_mask = torch.ones(2, N, dtype=torch.bool)
     token_mask[0, :11] = False
     token_mask[1, 5::7] = False
-    output, _ = in_pieces(inputs, lengths, token_mask=token_mask, **options)
+    output, _ = run_in_pieces(inputs, lengths, token_mask=token_mask, **options)
     for row in range(2):
         slots = token_mask[row].nonzero()[:, 0]
-        bare = rfa_attention_reference(**part_of(inputs, slots, slice(row, row + 1)), **options)
+        bare = rfa_attention_reference(**tokens(inputs, slots, slice(row, row + 1)), **options)
         assert_near(output[row : row + 1, :, slots], bare, 1e-11)
 
 
@@ -185,15 +162,15 @@ def test_documents_forget_on_their_own(window):
     segment_ids = torch.stack([torch.arange(N) // 27, torch.arange(N) // 40])
     assert_equals_the_definition(inputs, window=window, alpha=0.6, segment_ids=segment_ids)
     options = {"window": window, "alpha": 0.6}
-    _, state = rfa_attention(**part_of(inputs, slice(0, 30)), **options, output_final_state=True)
-    rest = part_of(inputs, slice(30, N))
+    _, state = rfa_attention(**tokens(inputs, slice(0, 30)), **options, output_final_state=True)
+    rest = tokens(inputs, slice(30, N))
     got, _ = rfa_attention(
         **rest, **options, segment_ids=segment_ids[:, 30:], initial_state=state, output_final_state=True
     )
     for row, end in ((0, 54), (1, 40)):  # the first document of the piece goes on, the second begins anew
         one = slice(row, row + 1)
-        first = rfa_attention_reference(**part_of(inputs, slice(0, end), one), **options)
-        second = rfa_attention_reference(**part_of(inputs, slice(end, N), one), **options)
+        first = rfa_attention_reference(**tokens(inputs, slice(0, end), one), **options)
+        second = rfa_attention_reference(**tokens(inputs, slice(end, N), one), **options)
         assert_near(got[one], torch.cat([first[:, :, 30:], second], dim=2), 1e-11)
 
 

@@ -5,7 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from operator_inputs import FEATURE_MAPS, Tensors, assert_near, random_inputs, tokens, with_gradients
+from operator_inputs import (
+    FEATURE_MAPS,
+    Tensors,
+    assert_equals_the_definition,
+    assert_near,
+    random_inputs,
+    tokens,
+    with_gradients,
+)
 from operator_states import assert_equal_states, run_in_pieces
 
 from hf_rfa import rfa_attention, rfa_attention_reference
@@ -62,11 +70,7 @@ def random_call(seed: int, causal: bool, length: int = N) -> tuple[Tensors, dict
 @pytest.mark.parametrize("seed", range(60))
 def test_every_mixture_equals_the_definition_in_outputs_and_gradients(seed, causal):
     inputs, options = random_call(seed, causal)
-    got, got_gradients = with_gradients(rfa_attention, inputs, **options)
-    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
-    assert_near(got, want, 1e-10)
-    for leaf, gradient in want_gradients.items():
-        assert_near(got_gradients[leaf], gradient, 1e-9, leaf)
+    assert_equals_the_definition(inputs, 1e-10, 1e-9, **options)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -78,14 +82,10 @@ def test_a_state_goes_before_and_comes_after_every_mixture(seed, causal):
     for name in ("segment_ids", "token_mask"):
         options.pop(name, None)
     options |= random_layout(random.Random(seed)) | {"initial_state": start}
-    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
-    got, got_gradients = with_gradients(rfa_attention, inputs, **options)
-    assert_near(got, want, 1e-10)
-    for leaf, gradient in want_gradients.items():
-        assert_near(got_gradients[leaf], gradient, 1e-9, leaf)
+    assert_equals_the_definition(inputs, 1e-10, 1e-9, **options)
     output, state = rfa_attention(**inputs, **options, output_final_state=True)
+    want, want_state = rfa_attention_reference(**inputs, **options, output_final_state=True)
     assert_near(output, want, 1e-10)
-    _, want_state = rfa_attention_reference(**inputs, **options, output_final_state=True)
     assert_equal_states(state, want_state, 1e-10)
 
 

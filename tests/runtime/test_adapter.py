@@ -1,7 +1,6 @@
 """The adapter: draws of omega, their schedules in training, what a state dict brings back, what is counted."""
 
 import copy
-import dataclasses
 import hashlib
 import os
 import subprocess
@@ -10,17 +9,15 @@ import sys
 import paths
 import pytest
 import torch
-from families import CACHE, PEFT_ASKS, SHORT, attention_modules, build, inputs_for, lora, outputs_of, token_ids
+from conversions import adapters, converted
+from families import CACHE, PEFT_ASKS, build, inputs_for, lora, outputs_of, token_ids
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from trainers import Texts, arguments, losses
+from transformers import Trainer
 
 import hf_rfa
 from hf_rfa import ConfigError, ResampleCallback
 from hf_rfa.runtime.arguments import cache_of
-
-
-def adapters(model):
-    return [module.rfa for module in attention_modules(model)]
 
 
 def omegas(model):
@@ -33,10 +30,6 @@ def draws(model):
     assert numbers == {adapter.draw_number for adapter in adapters(model)}
     assert len(numbers) == 1
     return numbers.pop()
-
-
-def converted(family="llama", **changes):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
 
 
 def same(one, two):
@@ -231,28 +224,11 @@ def test_forward_in_an_encoder_decoder_counts_the_whole_model_once():
     assert draws(model) == 1
 
 
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = token_ids(1, 40, seed=index)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
 def trainer(model, folder, steps, callbacks=None):
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        save_steps=3, save_strategy="steps", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
-        lr_scheduler_type="constant", dataloader_pin_memory=False,
-    )  # fmt: skip
+    schedule = {"max_steps": steps, "save_steps": 3, "save_strategy": "steps", "lr_scheduler_type": "constant"}
     if callbacks is None:
         callbacks = [ResampleCallback()]
-    return Trainer(model=model, args=arguments, train_dataset=Texts(), callbacks=callbacks)
-
-
-def losses_of(run):
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return Trainer(model=model, args=arguments(folder, **schedule), train_dataset=Texts(16), callbacks=callbacks)
 
 
 def test_the_callback_in_a_trainer(tmp_path):
@@ -281,7 +257,7 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_run(resample, at_3, at_6, tm
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert draws(resumed) == at_6
     assert same(omegas(resumed), omegas(whole)) == [True, True]
-    assert losses_of(again)[-3:] == losses_of(run)[-3:]
+    assert losses(again)[-3:] == losses(run)[-3:]
     assert torch.equal(outputs_of(resumed.eval(), inputs_for(resumed)), outputs_of(whole.eval(), inputs_for(whole)))
 
 
@@ -337,7 +313,7 @@ def test_alpha_and_gamma_are_read_in_every_forward():
 
 
 def test_window_only_sees_the_window_and_the_sinks_alone():
-    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, gamma=0.0, layers=[0]), calibrate=False)
+    model = converted("llama", gamma=0.0, layers=[0])
     ids = token_ids(1)
     other = ids.clone()
     other[:, 2:40] = token_ids(1, 38, seed=9)  # neither a sink nor in the chunks of tokens 48 to 69

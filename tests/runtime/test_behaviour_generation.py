@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from families import CACHE, SHORT, build, outputs_of, token_ids
+from conversions import converted
+from families import CACHE, outputs_of, token_ids
 from torch.testing import assert_close
 
-import hf_rfa
 from hf_rfa import UnsupportedModelError
 from hf_rfa.runtime.arguments import cache_of
 
@@ -16,10 +16,6 @@ FAMILIES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba"]
 SIX = pytest.mark.parametrize("family", FAMILIES)
 CROPPABLE = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "jamba"])
 NEW = 12
-
-
-def converted(family):
-    return hf_rfa.convert(build(family), SHORT, calibrate=False)
 
 
 def generate(model, **options):
@@ -131,7 +127,7 @@ def test_a_stop_string_and_a_streamer_see_the_same_tokens():
         def end(self):
             self.tokens.append(None)
 
-    model, ids, collector = converted("llama"), token_ids(1), Collector()
+    model, ids, collector = converted(), token_ids(1), Collector()
     want = generate(model, input_ids=ids)
     assert torch.equal(generate(model, input_ids=ids, streamer=collector), want)
     assert collector.tokens == [*want[0].tolist(), None]

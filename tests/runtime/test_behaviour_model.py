@@ -4,20 +4,16 @@ import copy
 
 import pytest
 import torch
-import transformers
-from families import SHORT, build, inputs_for, outputs_of, token_ids
+from conversions import converted
+from families import SHORT, build, inputs_for, llama, outputs_of, token_ids
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, LlamaForSequenceClassification
 
 import hf_rfa
 from hf_rfa import UnsupportedModelError
 
 DECODERS = ["llama", "gpt2", "gemma3", "deepseek_v3", "jamba"]
 SIX = pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "jamba", "bert", "vit"])
-
-
-def converted(family):
-    return hf_rfa.convert(build(family), SHORT, calibrate=False)
 
 
 @SIX
@@ -110,10 +106,7 @@ def test_the_loss_of_a_flattened_batch_is_the_loss_of_its_documents(family):
 
 
 def test_a_sequence_classifier_reads_the_last_token_of_a_padded_row():
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    config = transformers.LlamaConfig(**size, vocab_size=99, pad_token_id=2, num_labels=3)
-    model = build(lambda: transformers.LlamaForSequenceClassification(config))
-    hf_rfa.convert(model, SHORT, calibrate=False)
+    model = converted(llama(LlamaForSequenceClassification, num_labels=3))
     ids = token_ids()
     alone = outputs_of(model, {"input_ids": ids[:1, :47]})
     mask = (torch.arange(70) < torch.tensor([[47], [70]])).long()
@@ -122,7 +115,7 @@ def test_a_sequence_classifier_reads_the_last_token_of_a_padded_row():
 
 
 def test_new_tokens_in_the_vocabulary_leave_the_conversion_alone():
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     before = outputs_of(model, {"input_ids": ids})
     model.resize_token_embeddings(120, mean_resizing=False)
     assert torch.equal(outputs_of(model, {"input_ids": ids})[..., :99], before)

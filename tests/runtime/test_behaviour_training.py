@@ -1,35 +1,15 @@
 """Training as people do it: gradient checkpointing under a LoRA, mixed precision, accumulated steps."""
 
-import dataclasses
-
 import pytest
-import torch
-from families import PEFT_ASKS, SHORT, build, token_ids
+from conversions import converted
+from families import LORA_TARGETS, PEFT_ASKS, checkpoint_activations, lora, token_ids
 from torch.testing import assert_close
 
-import hf_rfa
-
-# Where each family projects its queries.
-TARGETS = {
-    "llama": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-    "gemma3": ["q_proj", "v_proj"],
-    "gpt_oss": ["q_proj", "v_proj"],
-    "deepseek_v3": ["q_b_proj", "kv_b_proj"],
-    "jamba": ["q_proj", "in_proj"],
-}
+TRAINED = [family for family in LORA_TARGETS if family != "bert"]  # causal ones
 
 
 def with_lora(family, **changes):
-    peft = pytest.importorskip("peft")
-    model = hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
-    config = peft.LoraConfig(
-        r=2, target_modules=TARGETS[family], init_lora_weights=False, task_type="CAUSAL_LM",
-        fan_in_fan_out=family == "gpt2",
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return peft.get_peft_model(model, config).train()
+    return lora(converted(family, **changes), family).train()
 
 
 def gradients(model, ids):
@@ -40,16 +20,14 @@ def gradients(model, ids):
 
 def checkpointed(model, reentrant):
     base = model.get_base_model()
-    # Transformers 5.23 renamed it.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    checkpoint_activations(base, use_reentrant=reentrant)
     base.enable_input_require_grads()
     return model
 
 
 @PEFT_ASKS
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", TRAINED)
 def test_gradient_checkpointing_with_a_lora(family, reentrant):
     """Frozen base weights: without gradients of the inputs a reentrant checkpoint would train nothing, silently."""
     ids = token_ids()

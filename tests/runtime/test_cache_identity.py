@@ -1,29 +1,24 @@
 """A cache belongs to the conversion that filled it; recording of its past ends with the call that asked for it."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from families import CACHE, SHORT, build, outputs_of, token_ids
+from conversions import converted
+from decoding import prefilled
+from families import CACHE, build, llama, outputs_of, token_ids
 from torch.testing import assert_close
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import hf_rfa
 from hf_rfa import StaleStateError
 from hf_rfa.runtime.adapter import named_adapters
-from hf_rfa.runtime.arguments import cache_of
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "gpt_oss"])
 
 
-def converted(family="llama", **settings):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **settings), calibrate=False)
-
-
-def filled(model, length=50):
-    with torch.no_grad():
-        return cache_of(model(token_ids()[:, :length], use_cache=True))
+def filled(model):
+    return prefilled(model, token_ids()[:, :50])
 
 
 def go_on(model, cache, start=50, stop=51):
@@ -113,13 +108,6 @@ def recorded(cache):
     return sum(len(layer._steps) for layer in cache.layers if hasattr(layer, "_steps"))
 
 
-def assistant():
-    config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=99
-    )
-    return build(lambda: LlamaForCausalLM(config))
-
-
 DRAFTS = {"prompt lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {}}
 
 
@@ -127,7 +115,7 @@ DRAFTS = {"prompt lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {}}
 @FAMILY
 def test_recording_ends_with_the_call_that_asked_for_it(family, draft):
     model, ids = converted(family), token_ids(1)
-    options = {"assistant_model": assistant()} if draft == "assistant" else DRAFTS[draft]
+    options = {"assistant_model": llama(num_hidden_layers=1)} if draft == "assistant" else DRAFTS[draft]
     cache = DynamicCache(config=model.config)
     common = {"do_sample": False, "return_dict_in_generate": True}
     out = model.generate(ids, **{CACHE: cache}, max_new_tokens=12, **common, **options)

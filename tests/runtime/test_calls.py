@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conversions import converted
 from families import CACHE, SHORT, build, checkpoint_activations, inputs_for, outputs_of, token_ids
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +21,6 @@ from hf_rfa import UnsupportedModelError
 from hf_rfa.runtime.adapter import named_adapters
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.calls import Interception, intercept
-
-
-def converted(family="llama", **settings):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **settings), calibrate=False)
 
 
 def draws(model):

@@ -8,7 +8,8 @@ import random
 
 import pytest
 import torch
-from families import CACHE, build, checkpoint_activations, outputs_of, token_ids
+from conversions import converted
+from families import CACHE, checkpoint_activations, outputs_of, token_ids
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -39,11 +40,6 @@ def random_config(rng, family, **settings):
         "seed": rng.randrange(9),
     }
     return RFAConfig(**{**values, **settings})
-
-
-def converted(rng, family, **settings):
-    config = random_config(rng, family, **settings)
-    return hf_rfa.convert(build(family), config, calibrate=False), config
 
 
 def random_padding(rng, rows, length, inside=True):
@@ -95,7 +91,7 @@ def in_random_pieces(rng, model, ids, mask):
 def test_a_row_does_not_depend_on_its_neighbours_or_on_how_it_is_cut(seed):
     rng = random.Random(seed)
     family = rng.choice(FAMILIES)
-    model, _ = converted(rng, family)
+    model = converted(family, random_config(rng, family))
     ids = token_ids(3, rng.choice([9, 40, 61]), seed=seed)
     mask = random_padding(rng, *ids.shape, inside=family not in LOCAL)  # whose windows count padding, too
     want, seen = alone(model, ids, mask), mask.bool()
@@ -110,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_how_it_is_cut(seed):
 def test_a_document_does_not_depend_on_those_packed_with_it(seed):
     rng = random.Random(100 + seed)
     family = rng.choice(PACKED)
-    model, _ = converted(rng, family)
+    model = converted(family, random_config(rng, family))
     lengths = [rng.choice([1, 2, 3, 5, 8, 17, 33]) for _ in range(6)]
     documents = [token_ids(2, length, seed=number) for number, length in enumerate(lengths)]
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
@@ -123,7 +119,7 @@ def test_a_document_does_not_depend_on_those_packed_with_it(seed):
 
 def training_run(rng, family, config, reentrant, draws):
     """Two forwards, one backward, a redraw on schedule; losses and gradients."""
-    model = hf_rfa.convert(build(family), config, calibrate=False).train()
+    model = converted(family, config).train()
     if reentrant is not None:
         checkpoint_activations(model, use_reentrant=reentrant)
         model.enable_input_require_grads()

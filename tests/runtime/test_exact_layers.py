@@ -1,11 +1,11 @@
 """Layers all of whose key heads are exact: what they have learned is kept, and no Parameter waits for a gradient."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from families import SHORT, build, token_ids
+from conversions import converted
+from families import token_ids
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -29,9 +29,8 @@ def group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def converted(heads, **changes):
-    config = dataclasses.replace(SHORT, softmax_heads=heads, **changes)
-    return hf_rfa.convert(build("llama"), config, calibrate=token_ids(2, 90))
+def calibrated(heads, **changes):
+    return converted(softmax_heads=heads, calibrate=token_ids(2, 90), **changes)
 
 
 def steps(model, rounds=3):
@@ -52,7 +51,7 @@ def trained(model, layer):
     "heads", [WHOLE, [(0, 1)], [(0, 0), (0, 1), (1, 0)], None], ids=["layer", "head", "3", "none"]
 )
 def test_ddp_trains_whatever_heads_are_exact(group, heads, changes):
-    model = steps(converted(heads, **changes))
+    model = steps(calibrated(heads, **changes))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert trained(model, 1)
     assert bool(trained(model, 0)) == (heads is None or len([h for h in heads if h[0] == 0]) < 2)
@@ -60,7 +59,7 @@ def test_ddp_trains_whatever_heads_are_exact(group, heads, changes):
 
 @kinds
 def test_also_when_the_exact_heads_change_later(group, changes):
-    model = converted(None, **changes)
+    model = calibrated(None, **changes)
     before = {layer: trained(model, layer) for layer in (0, 1)}
     hf_rfa.set_softmax_heads(model, WHOLE)
     assert trained(model, 0) == []
@@ -76,7 +75,7 @@ def test_also_when_the_exact_heads_change_later(group, changes):
 
 @kinds
 def test_also_after_loading(group, changes, tmp_path):
-    model = converted(WHOLE, **changes)
+    model = calibrated(WHOLE, **changes)
     hf_rfa.save_pretrained(model, tmp_path)
     again = hf_rfa.from_pretrained(tmp_path)
     assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
@@ -86,14 +85,14 @@ def test_also_after_loading(group, changes, tmp_path):
 
 
 def test_also_after_a_plain_state_dict(group):
-    model = converted(None, feature_map="clustered")
-    model.load_state_dict(converted(WHOLE, feature_map="clustered").state_dict())
+    model = calibrated(None, feature_map="clustered")
+    model.load_state_dict(calibrated(WHOLE, feature_map="clustered").state_dict())
     assert trained(model, 0) == []
     steps(model)
 
 
 def test_also_after_a_distillation(group):
-    model = converted(WHOLE)
+    model = calibrated(WHOLE)
     hf_rfa.distill(model, [token_ids(2, 90)], hf_rfa.DistillConfig(steps=1, progress=False))
     assert trained(model, 0) == []
     assert trained(model, 1)
@@ -101,7 +100,7 @@ def test_also_after_a_distillation(group):
 
 
 def test_what_its_user_froze_stays_frozen():
-    model = converted(None, feature_map="clustered").requires_grad_(False)
+    model = calibrated(None, feature_map="clustered").requires_grad_(False)
     hf_rfa.set_softmax_heads(model, WHOLE)
     hf_rfa.set_softmax_heads(model, [])
     assert trained(model, 0) == trained(model, 1) == []

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conversions import converted
 from families import SHORT, build, token_ids
 
 import hf_rfa
@@ -28,8 +29,8 @@ def closed(model):
 
 def test_it_begins_open():
     ids = token_ids()
-    gated = hf_rfa.convert(build("llama"), GATED, calibrate=False)(ids).logits
-    plain = hf_rfa.convert(build("llama"), SHORT, calibrate=False)(ids).logits
+    gated = converted("llama", GATED)(ids).logits
+    plain = converted()(ids).logits
     forgotten = 1 - torch.sigmoid(torch.tensor(OPEN_GATE)).item() ** ids.shape[1]
     assert forgotten < 0.05
     assert 0 < (gated - plain).abs().max() < forgotten * plain.abs().max()
@@ -37,17 +38,17 @@ def test_it_begins_open():
 
 def test_a_closed_gate_is_the_window_alone():
     ids = token_ids()
-    model = hf_rfa.convert(build("llama"), GATED, calibrate=False)
+    model = converted("llama", GATED)
     with torch.no_grad():
         for adapter in require_adapters(model):
             adapter.gate_bias.fill_(-40.0)
-    window = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, gamma=0.0), calibrate=False)
+    window = converted("llama", gamma=0.0)
     torch.testing.assert_close(model(ids).logits, window(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_decoding_is_the_uncached_forward(family):
-    model = closed(hf_rfa.convert(build(family), GATED, calibrate=False))
+    model = closed(converted(family, GATED))
     ids = token_ids(batch=2, length=50)
     cached = model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=True)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
@@ -64,7 +65,7 @@ def test_attention_transfer_and_fine_tuning_train_it():
 
 
 def test_it_is_saved_and_loaded(tmp_path):
-    model = closed(hf_rfa.convert(build("llama"), GATED, calibrate=False))
+    model = closed(converted("llama", GATED))
     hf_rfa.save_pretrained(model, tmp_path)
     again = hf_rfa.from_pretrained(tmp_path)
     assert again.model.layers[0].self_attn.rfa.gate_bias[0].item() == pytest.approx(2.2)
@@ -73,7 +74,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 def test_layers_that_see_both_sides_refuse_it():
     with pytest.raises(hf_rfa.ConfigError, match="order of time"):
-        hf_rfa.convert(build("bert"), GATED, calibrate=False)
+        converted("bert", GATED)
 
 
 def test_what_is_no_switch_is_named():

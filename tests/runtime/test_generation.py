@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from conversions import converted
 from decoding import (
     LEFT_PADDING,
     NEW,
@@ -45,14 +46,10 @@ CONFIG = pytest.mark.parametrize("config", CONFIGS)
 FAMILY = pytest.mark.parametrize("family", FOUR_FAMILIES)
 
 
-def converted(family: str, config: str = "linear"):
-    return hf_rfa.convert(build(family), CONFIGS[config], calibrate=False)
-
-
 @functools.cache
 def expected_greedy(family: str, config: str, batch: int = 2):
     """What every way of decoding `token_ids(batch)` greedily must give."""
-    return continue_greedily(converted(family, config), token_ids(batch))
+    return continue_greedily(converted(family, CONFIGS[config]), token_ids(batch))
 
 
 def rfa_layers(cache):
@@ -64,7 +61,7 @@ def rfa_layers(cache):
 
 @GRID
 def test_greedy(family, config):
-    model, ids = converted(family, config), token_ids()
+    model, ids = converted(family, CONFIGS[config]), token_ids()
     tokens = generate(model, ids)
     assert torch.equal(tokens, expected_greedy(family, config))
     assert len(tokens[:, 70:].unique()) > 3  # not one token for ever
@@ -72,7 +69,7 @@ def test_greedy(family, config):
 
 @pytest.mark.parametrize("family", [family for family in CAUSAL if family not in FOUR_FAMILIES])
 def test_greedy_of_the_other_families(family):
-    model, ids = converted(family, "exact head" if family != "jamba" else "linear"), token_ids()
+    model, ids = converted(family, CONFIGS["exact head" if family != "jamba" else "linear"]), token_ids()
     assert torch.equal(generate(model, ids), continue_greedily(model, ids))
 
 
@@ -86,13 +83,13 @@ def test_greedy_of_an_encoder_decoder():
 
 def test_greedy_differs_from_softmax():
     ids = token_ids()
-    assert not torch.equal(generate(build("llama"), ids), generate(converted("llama"), ids))
+    assert not torch.equal(generate(build("llama"), ids), generate(converted(), ids))
 
 
 @pytest.mark.parametrize("layers", [[0], [1], "every 2nd stays softmax"])
 def test_greedy_with_layers_that_stay_softmax(layers):
     model, ids = (
-        hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, layers=layers), calibrate=False),
+        converted(layers=layers),
         token_ids(),
     )
     assert torch.equal(generate(model, ids), continue_greedily(model, ids))
@@ -101,13 +98,13 @@ def test_greedy_with_layers_that_stay_softmax(layers):
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17])
 @CONFIG
 def test_greedy_from_prompts_shorter_than_two_windows(config, length):
-    model, ids = converted("llama", config), token_ids(2, length)
+    model, ids = converted(config=CONFIGS[config]), token_ids(2, length)
     assert torch.equal(generate(model, ids), continue_greedily(model, ids))
 
 
 @CONFIG
 def test_bfloat16_generates_from_a_cache_of_its_own_dtype(config):
-    model = converted("llama", config).bfloat16()
+    model = converted(config=CONFIGS[config]).bfloat16()
     out = generate(model, token_ids(), return_dict_in_generate=True)
     state = rfa_layers(cache_of(out))[0].state
     assert state.kv_state.dtype == torch.float32
@@ -118,7 +115,7 @@ def test_bfloat16_generates_from_a_cache_of_its_own_dtype(config):
 @CONFIG
 def test_autocast_with_a_cache_is_autocast_without(config):
     """RoPE leaves float32 queries and keys beside bfloat16 values."""
-    model, ids = converted("llama", config), token_ids()
+    model, ids = converted(config=CONFIGS[config]), token_ids()
     with torch.autocast("cpu", torch.bfloat16):
         whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
         logits, _ = in_pieces(model, ids, [30, 1, 1, 20, 1, 17])
@@ -128,7 +125,7 @@ def test_autocast_with_a_cache_is_autocast_without(config):
 
 @GRID
 def test_sampling(family, config):
-    model, ids = converted(family, config), token_ids()
+    model, ids = converted(family, CONFIGS[config]), token_ids()
     drawn = []
     for use_cache in (True, False):
         torch.manual_seed(3)
@@ -140,14 +137,14 @@ def test_sampling(family, config):
 
 @GRID
 def test_beams(family, config):
-    model, ids = converted(family, config), token_ids()
+    model, ids = converted(family, CONFIGS[config]), token_ids()
     cached, uncached = (generate(model, ids, num_beams=3, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
     assert not torch.equal(cached, generate(model, ids))
 
 
 def test_beam_sampling_and_several_sequences():
-    model, ids = converted("llama", "exact head"), token_ids()
+    model, ids = converted(config=CONFIGS["exact head"]), token_ids()
     drawn = []
     for use_cache in (True, False):
         torch.manual_seed(3)
@@ -158,7 +155,7 @@ def test_beam_sampling_and_several_sequences():
 
 @GRID
 def test_a_left_padded_batch(family, config):
-    model = converted(family, config)
+    model = converted(family, CONFIGS[config])
     ids, mask = left_padded()
     tokens = generate(model, ids, attention_mask=mask)
     assert torch.equal(tokens, continue_greedily(model, ids, mask=mask))
@@ -177,7 +174,7 @@ def test_a_left_padded_batch_of_other_families(family):
 
 @CONFIG
 def test_a_decoding_step_looks_at_its_own_column_of_the_padding_mask_only(config, monkeypatch):
-    model = converted("llama", config)
+    model = converted(config=CONFIGS[config])
     ids, mask = left_padded()
     expected = generate(model, ids, attention_mask=mask)
     asked, layout = [], RFAMask.layout
@@ -188,7 +185,7 @@ def test_a_decoding_step_looks_at_its_own_column_of_the_padding_mask_only(config
 
 
 def test_beams_of_a_left_padded_batch():
-    model = converted("llama", "exact head")
+    model = converted(config=CONFIGS["exact head"])
     ids, mask = left_padded()
     cached, uncached = (generate(model, ids, attention_mask=mask, num_beams=3, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
@@ -198,7 +195,7 @@ def test_beams_of_a_left_padded_batch():
     ("family", "config"), [*(("llama", config) for config in CONFIGS), *((f, "linear") for f in FOUR_FAMILIES[1:])]
 )
 def test_a_conversation_of_three_turns(family, config):
-    model, ids, cache = converted(family, config), token_ids(1), None
+    model, ids, cache = converted(family, CONFIGS[config]), token_ids(1), None
     for turn in range(3):
         out = generate(model, ids, 11, **{CACHE: cache}, return_dict_in_generate=True)
         assert torch.equal(out.sequences, continue_greedily(model, ids, 11)), f"turn {turn}"
@@ -207,7 +204,7 @@ def test_a_conversation_of_three_turns(family, config):
 
 
 def test_a_conversation_continues_a_left_padded_batch():
-    model = converted("llama", "exact head")
+    model = converted(config=CONFIGS["exact head"])
     ids, mask = left_padded()
     out = generate(model, ids, 11, attention_mask=mask, return_dict_in_generate=True)
     ids = torch.cat([out.sequences, token_ids(3, 13, seed=10)], dim=1)
@@ -219,7 +216,7 @@ def test_a_conversation_continues_a_left_padded_batch():
 @pytest.mark.parametrize("size", [1, 8, 13, 37, 69, 70])
 @CONFIG
 def test_chunked_prefill(config, size):
-    model, ids = converted("llama", config), token_ids()
+    model, ids = converted(config=CONFIGS[config]), token_ids()
     assert torch.equal(generate(model, ids, prefill_chunk_size=size), expected_greedy("llama", config))
 
 
@@ -241,7 +238,7 @@ def test_chunked_prefill_of_other_families(family):
     ],
 )  # fmt: skip
 def test_assisted(family, config, assistant):
-    model, ids = converted(family, config), token_ids(1)
+    model, ids = converted(family, CONFIGS[config]), token_ids(1)
     helper = assistant_of(model, assistant)
     helper.generation_config.num_assistant_tokens = 5
     assert torch.equal(generate(model, ids, assistant_model=helper), expected_greedy(family, config, 1))
@@ -255,7 +252,7 @@ def test_a_converted_assistant_helps_an_unconverted_model():
 
 def test_an_assistant_is_really_asked(monkeypatch):
     """Else the tests above would compare greedy decoding with itself."""
-    model, ids, removed = converted("llama"), token_ids(1), []
+    model, ids, removed = converted(), token_ids(1), []
     crop = RFACacheLayer.crop
     monkeypatch.setattr(RFACacheLayer, "crop", lambda self, n: (removed.append(n), crop(self, n))[1])
     generate(model, ids, assistant_model=assistant_of(model, "converted"))
@@ -264,14 +261,14 @@ def test_an_assistant_is_really_asked(monkeypatch):
 
 @GRID
 def test_prompt_lookup(family, config):
-    model, span = converted(family, config), token_ids(1, 20)
+    model, span = converted(family, CONFIGS[config]), token_ids(1, 20)
     ids = torch.cat([span, token_ids(1, 15, seed=1), span, span], dim=1)
     tokens = generate(model, ids, prompt_lookup_num_tokens=6)
     assert torch.equal(tokens, continue_greedily(model, ids))
 
 
 def test_plain_generate_after_assisted_and_the_other_way_round():
-    model, ids = converted("llama"), token_ids(1)
+    model, ids = converted(), token_ids(1)
     for options in ({}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": copy.deepcopy(model)}, {}):
         assert torch.equal(generate(model, ids, **options), expected_greedy("llama", "linear", 1))
 
@@ -295,7 +292,7 @@ PIECES = {
     ],
 )
 def test_a_forward_in_pieces(family, config, pieces):
-    model, ids = converted(family, config), token_ids()
+    model, ids = converted(family, CONFIGS[config]), token_ids()
     whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
     logits, cache = in_pieces(model, ids, PIECES[pieces])
     # A trigonometric sum that almost cancels magnifies rounding.
@@ -316,7 +313,7 @@ def test_a_forward_in_pieces_of_other_families(family, pieces):
 @pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES)
 @CONFIG
 def test_a_padded_forward_in_pieces(config, lengths):
-    model = converted("llama", config)
+    model = converted(config=CONFIGS[config])
     ids, mask = left_padded()
     whole = outputs_of(
         model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
@@ -339,7 +336,7 @@ def test_a_dynamic_cache_of_the_users_own(family, with_config):
 
 def test_the_caches_of_two_models_do_not_mix():
     """What a forward leaves in the adapters must not reach the next one."""
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
     _, cache = in_pieces(model, ids, [40])
     assert_close(outputs_of(model, {"input_ids": ids, "use_cache": False}), whole, atol=0, rtol=0)
@@ -349,7 +346,7 @@ def test_the_caches_of_two_models_do_not_mix():
 
 
 def test_a_forward_that_fails_leaves_no_cache_behind():
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
 
     def interrupt(module, args):
@@ -364,7 +361,7 @@ def test_a_forward_that_fails_leaves_no_cache_behind():
 
 def test_gradients_flow_through_a_cache():
     """Truncated backpropagation is the user's choice (`state.detach()`), not an accident."""
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     first = model(ids[:, :40], use_cache=True)
     model(ids[:, 40:], **{CACHE: cache_of(first)}).logits.sum().backward()
     in_two = model.model.embed_tokens.weight.grad.clone()
@@ -396,7 +393,7 @@ def test_a_static_cache_object_is_refused(family):
 
 
 def test_an_offloaded_cache_object_is_refused():
-    model, ids = converted("llama"), token_ids(1)
+    model, ids = converted(), token_ids(1)
     with pytest.raises(UnsupportedModelError, match="offload"):
         model(ids, **{CACHE: DynamicCache(config=model.config, offloading=True)})
 
@@ -529,7 +526,7 @@ def test_another_draw_in_the_middle_of_a_sequence_is_an_error(family, change):
 
 
 def test_generate_refuses_the_cache_of_another_draw_too():
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     out = generate(model, ids, return_dict_in_generate=True)
     hf_rfa.resample(model)
     with pytest.raises(StaleStateError, match="new sequence"):
@@ -537,7 +534,7 @@ def test_generate_refuses_the_cache_of_another_draw_too():
 
 
 def test_the_same_draw_again_is_no_error():
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     whole = outputs_of(model, {"input_ids": ids, "use_cache": False})
     _, cache = in_pieces(model, ids, [40])
     hf_rfa.resample(model)
@@ -585,7 +582,7 @@ def test_an_optimisers_step_between_two_tokens_is_no_secret_to_the_decoder(setti
     """It changes Parameters where they are: what was prepared from them before is not used again."""
     ids, logits = token_ids(), []
     for without_gradients in (True, False):  # with them, every step goes through the operator
-        model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, **settings), calibrate=False)
+        model = converted(**settings)
         _, cache = in_pieces(model, ids, [33, 1, 1])
         learned = {p: name for _, _, adapter in named_adapters(model) for name, p in adapter.named_parameters()}
         for parameter, name in learned.items():
@@ -601,7 +598,7 @@ def test_an_optimisers_step_between_two_tokens_is_no_secret_to_the_decoder(setti
             steps = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(35, 50)]
         logits.append(torch.cat(steps, dim=1).detach())
     assert_close(*logits, atol=1e-5, rtol=0)
-    unchanged = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, **settings), calibrate=False)
+    unchanged = converted(**settings)
     whole = outputs_of(unchanged, {"input_ids": ids, "use_cache": False})
     assert not torch.allclose(logits[0], whole[:, 35:50], atol=1e-3)  # it makes a difference
 
@@ -610,7 +607,7 @@ def test_an_optimisers_step_between_two_tokens_is_no_secret_to_the_decoder(setti
 
 
 def prefilled(config, ids, lengths=(33,), family="llama", mask=None):
-    model = converted(family, config)
+    model = converted(family, CONFIGS[config])
     return model, in_pieces(model, ids, lengths, mask=mask)[1]
 
 
@@ -701,7 +698,7 @@ def test_crop_takes_back_tokens_across_chunks_and_steps(family, config, removed)
 
 def test_crop_of_padded_rows():
     ids, mask = left_padded(33)
-    model = converted("llama", "exact head")
+    model = converted(config=CONFIGS["exact head"])
     _, cache = in_pieces(model, ids, [15], mask=mask[:, :15])
     cache.activate_past_recording()
     with torch.no_grad():
@@ -751,7 +748,7 @@ DOCUMENTS = [30, 3, 25, 12]
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", PACKS)
 def test_packed_documents_are_separate_documents(family, config):
-    model, ids = converted(family, config), token_ids(1)
+    model, ids = converted(family, CONFIGS[config]), token_ids(1)
     packed = outputs_of(
         model,
         {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in DOCUMENTS])[None], "use_cache": False},
@@ -761,7 +758,7 @@ def test_packed_documents_are_separate_documents(family, config):
 
 
 def test_packed_documents_of_several_rows():
-    model, ids = converted("llama"), token_ids(2)
+    model, ids = converted(), token_ids(2)
     splits = [[30, 40], [11, 59]]
     position = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in splits])
     packed = outputs_of(model, {"input_ids": ids, "position_ids": position, "use_cache": False})
@@ -773,7 +770,7 @@ def test_packed_documents_of_several_rows():
 
 def test_packed_documents_by_their_lengths():
     """What a padding-free data collator hands over."""
-    model, ids = converted("llama"), token_ids(1)
+    model, ids = converted(), token_ids(1)
     ends = torch.tensor([0, *DOCUMENTS]).cumsum(0).to(torch.int32)
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 30, "max_length_k": 30}
     position = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
@@ -802,7 +799,7 @@ def padding_mask(side, length=70):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [*CAUSAL, "bert"])
 def test_a_padded_row_gives_what_the_bare_row_gives(family, side):
-    model = hf_rfa.convert(build(family), SHORT, calibrate=False)
+    model = converted(family)
     mask = padding_mask(side)
     inputs = {"input_ids": token_ids().where(mask.bool(), 2), "attention_mask": mask}
     # OPT counts positions from the mask itself, Jamba has none, BERT would number them from the padding on.
@@ -818,7 +815,7 @@ def test_a_padded_row_gives_what_the_bare_row_gives(family, side):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_what_stands_in_the_padding_does_not_matter(family, config):
-    model = converted(family, config)
+    model = converted(family, CONFIGS[config])
     mask = padding_mask("left")
     one, two = (
         outputs_of(model, {"input_ids": token_ids().where(mask.bool(), filler), "attention_mask": mask})
@@ -829,7 +826,7 @@ def test_what_stands_in_the_padding_does_not_matter(family, config):
 
 
 def test_a_mask_of_ones_is_no_mask():
-    model, ids = converted("llama"), token_ids()
+    model, ids = converted(), token_ids()
     masked = outputs_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert torch.equal(masked, outputs_of(model, {"input_ids": ids}))
 

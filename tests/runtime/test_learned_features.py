@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conversions import converted
 from families import SHORT, build, token_ids
 
 import hf_rfa
@@ -23,7 +24,7 @@ def features(model):
 
 
 def test_random_features_are_buffers_and_learned_ones_parameters():
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     assert not features(model)
     found = features(learned())
     assert {name for _, name in found} == set(LEARNED)

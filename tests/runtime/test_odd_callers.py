@@ -1,12 +1,13 @@
 """Ways of calling a converted model that few think of: each is right, or an error that names what to do."""
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
-from families import CACHE, SHORT, build, outputs_of, token_ids
+from conversions import converted
+from decoding import one_by_one, prefilled, whole
+from families import CACHE, build, token_ids
 from torch import nn
 from torch.testing import assert_close
 from transformers import DynamicCache, LlamaForCausalLM, Qwen2VLTextConfig
@@ -16,26 +17,6 @@ import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.runtime.adapter import named_adapters
 from hf_rfa.runtime.arguments import cache_of
-
-
-def converted(family="llama", **settings):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **settings), calibrate=False)
-
-
-def whole(model, ids):
-    return outputs_of(model, {"input_ids": ids, "use_cache": False})
-
-
-def one_by_one(model, cache, ids, start):
-    with torch.no_grad():
-        steps = [model(ids[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits for i in range(start, ids.shape[1])]
-    return torch.cat(steps, dim=1)
-
-
-def prefilled(model, ids):
-    with torch.no_grad():
-        return cache_of(model(ids, use_cache=True))
-
 
 # --- inference mode --------------------------------------------------------------------------------------------------
 
@@ -166,7 +147,7 @@ def test_documents_by_four_positions_a_token_are_refused_beside_a_cache():
         intermediate_size=48, bos_token_id=0, eos_token_id=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     )  # fmt: skip
-    model, ids = hf_rfa.convert(build(lambda: Qwen2VLTextModel(config)), SHORT, calibrate=False), token_ids(2, 90)
+    model, ids = converted(lambda: Qwen2VLTextModel(config)), token_ids(2, 90)
     positions = (torch.arange(90) % 45)[None, None].expand(4, 2, -1)
     with torch.no_grad():
         alone = [model(part, use_cache=False).last_hidden_state for part in ids.split(45, dim=1)]

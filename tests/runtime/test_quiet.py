@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from conversions import converted, training_flags
 from families import SHORT, build, token_ids
 from torch import nn
 from torch.testing import assert_close
@@ -53,11 +54,10 @@ def adapters_of(model):
     return {name: tensor for name, tensor in model.state_dict().items() if ".rfa." in name}
 
 
-def converted(config, calibrate, surroundings=nullcontext):
+def converted_within(config, calibrate, surroundings=nullcontext):
     model = build("llama")
     with surroundings():
-        hf_rfa.convert(model, config, calibrate=calibrate)
-    return model
+        return converted(model, config, calibrate=calibrate)
 
 
 # --- the same adapters -----------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def converted(config, calibrate, surroundings=nullcontext):
 @around
 def test_a_conversion_is_the_same_whatever_surrounds_it(surroundings, config):
     rows = token_ids(2, 90).tolist()  # which become tensors inside
-    want, got = adapters_of(converted(config, rows)), adapters_of(converted(config, rows, surroundings))
+    want, got = adapters_of(converted_within(config, rows)), adapters_of(converted_within(config, rows, surroundings))
     assert {name: tensor.dtype for name, tensor in got.items()} == {name: t.dtype for name, t in want.items()}
     assert_close(got, want, atol=0, rtol=0)
     assert all(t.dtype == torch.float32 for t in got.values() if t.is_floating_point())
@@ -76,12 +76,14 @@ def test_a_conversion_is_the_same_whatever_surrounds_it(surroundings, config):
 @around
 def test_so_is_one_on_text_of_the_models_own(surroundings):
     config = dataclasses.replace(SHORT, window=20)
-    assert_close(adapters_of(converted(config, True, surroundings)), adapters_of(converted(config, True)))
+    assert_close(
+        adapters_of(converted_within(config, True, surroundings)), adapters_of(converted_within(config, True))
+    )
 
 
 @around
 def test_so_is_a_distillation(surroundings):
-    want, got = converted(CLUSTERED, token_ids(2, 90)), converted(CLUSTERED, token_ids(2, 90))
+    want, got = converted_within(CLUSTERED, token_ids(2, 90)), converted_within(CLUSTERED, token_ids(2, 90))
     hf_rfa.distill(want, [token_ids(2, 90)] * 2, hf_rfa.DistillConfig(steps=2, progress=False))
     batches = [token_ids(2, 90)] * 2
     with surroundings():
@@ -92,7 +94,7 @@ def test_so_is_a_distillation(surroundings):
 
 @around
 def test_the_model_trains_afterwards(surroundings):
-    model = converted(GATED, token_ids(2, 90), surroundings).train()
+    model = converted_within(GATED, token_ids(2, 90), surroundings).train()
     assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
     model(token_ids(), labels=token_ids(), use_cache=False).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -150,10 +152,6 @@ def test_the_cache_of_the_models_config_has_no_say_in_calibration(family, use_ca
 # --- training flags --------------------------------------------------------------------------------------------------
 
 
-def flags(model):
-    return {name: module.training for name, module in model.named_modules()}
-
-
 def mixed():
     """In training, but for one block that its user keeps in evaluation mode."""
     model = build("llama").train()
@@ -174,43 +172,43 @@ MEASURES = {
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_every_module_comes_back_in_the_mode_that_it_had(measure):
     model = mixed()
-    before = flags(model)
+    before = training_flags(model)
     measure(model)
-    assert flags(model) == before
+    assert training_flags(model) == before
 
 
 @pytest.mark.parametrize("context", [evaluation_mode, quiet_eval])
 def test_also_after_an_error(context):
     model = mixed()
-    before = flags(model)
+    before = training_flags(model)
 
     def fails():
-        assert not any(flags(model).values())
+        assert not any(training_flags(model).values())
         assert not torch.is_grad_enabled()
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), context(model):
         fails()
-    assert flags(model) == before
+    assert training_flags(model) == before
 
 
 def test_models_that_share_modules_come_back_too():
     model = mixed()
-    wrapped, before = nn.Sequential(model), flags(model)
+    wrapped, before = nn.Sequential(model), training_flags(model)
     with evaluation_mode(wrapped, model):
-        assert not any(flags(wrapped).values())
-    assert flags(model) == before
+        assert not any(training_flags(wrapped).values())
+    assert training_flags(model) == before
     assert wrapped.training
 
 
 def test_a_teacher_is_not_changed():
     model, teacher = build("llama"), mixed()
-    before = flags(teacher)
+    before = training_flags(teacher)
     twin = copy.deepcopy(teacher).eval()
     config = FinetuneConfig(steps=1, kl_weight=0.5, progress=False)
     losses = [
         finetune(copy.deepcopy(model), iter([token_ids(2, 30)]), config, teacher=t).losses for t in (teacher, twin)
     ]
     assert losses[0] == losses[1]
-    assert flags(teacher) == before
+    assert training_flags(teacher) == before
     assert all(parameter.requires_grad for parameter in teacher.parameters())

@@ -10,10 +10,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from decoding import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of
+from conversions import converted
+from decoding import assistant_of, continue_greedily, generate, in_pieces, left_padded, positions, rest_of, whole
 from families import CACHE, SHORT, attention_modules, checkpoint_activations, outputs_of
 from packaging.version import Version
-from tiny_models import Case, all_cases, tiny_model, token_ids
+from tiny_models import Case, all_cases, ordinary_ids, tiny_model
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -45,21 +46,12 @@ CACHES = pytest.mark.parametrize(
 NEW = 20
 
 
-def converted(family, config="linear"):
-    model = tiny_model(MODELS[family])
-    return hf_rfa.convert(model, CONFIGS[config], calibrate=False)
-
-
-def ids_of(batch=1, length=50, seed=0):
-    return token_ids(batch, length, seed)
+def sharing(family, config="linear"):
+    return converted(tiny_model(MODELS[family]), CONFIGS[config])
 
 
 def empty_cache(model, with_config):
     return DynamicCache(config=model.config) if with_config else DynamicCache()
-
-
-def whole(model, ids):
-    return outputs_of(model, {"input_ids": ids, "use_cache": False})
 
 
 # --- without a cache -------------------------------------------------------------------------------------------------
@@ -67,13 +59,13 @@ def whole(model, ids):
 
 @FAMILY
 def test_the_tiny_models_share_keys_as_the_tests_say(family):
-    shared = [module.layer_idx for module in attention_modules(converted(family)) if shares_keys(module)]
+    shared = [module.layer_idx for module in attention_modules(sharing(family)) if shares_keys(module)]
     assert shared == [4, SHARER]
 
 
 @FAMILY
 def test_within_the_window_it_is_softmax(family):
-    model, ids = tiny_model(MODELS[family]), ids_of(2)
+    model, ids = tiny_model(MODELS[family]), ordinary_ids(2)
     before = whole(model, ids)
     hf_rfa.convert(model, RFAConfig(window=64, num_features=16), calibrate=False)
     assert_close(whole(model, ids), before, atol=2e-4, rtol=0)
@@ -81,22 +73,22 @@ def test_within_the_window_it_is_softmax(family):
 
 @GRID
 def test_beyond_the_window_the_sharer_estimates_too(family, config):
-    after = whole(converted(family, config), ids_of(2))
+    after = whole(sharing(family, config), ordinary_ids(2))
     assert torch.isfinite(after).all()
-    assert not torch.allclose(after, whole(tiny_model(MODELS[family]), ids_of(2)), atol=1e-3)
+    assert not torch.allclose(after, whole(tiny_model(MODELS[family]), ordinary_ids(2)), atol=1e-3)
 
 
 @FAMILY
 def test_a_sharer_that_is_converted_answers_otherwise_than_one_that_is_not(family):
     assert not torch.allclose(
-        whole(converted(family), ids_of()), whole(converted(family, "exact sharer"), ids_of()), atol=1e-3
+        whole(sharing(family), ordinary_ids()), whole(sharing(family, "exact sharer"), ordinary_ids()), atol=1e-3
     )
 
 
 @pytest.mark.parametrize("keep", [1, 7])
 @GRID
 def test_the_last_logits_alone(family, config, keep):
-    model, ids = converted(family, config), ids_of(2)
+    model, ids = sharing(family, config), ordinary_ids(2)
     with torch.no_grad():
         last = model(ids, use_cache=False, logits_to_keep=keep).logits
     assert_close(last, whole(model, ids)[:, -keep:], atol=1e-5, rtol=0)
@@ -104,26 +96,26 @@ def test_the_last_logits_alone(family, config, keep):
 
 @FAMILY
 def test_the_dry_run_may_ask_for_the_last_logits_alone(family):
-    ids = ids_of()
+    ids = ordinary_ids()
     model = tiny_model(MODELS[family])
     hf_rfa.convert(model, SHORT, calibrate=False, example_inputs={"input_ids": ids, "logits_to_keep": 1})
-    assert_close(whole(model, ids), whole(converted(family), ids), atol=1e-5, rtol=0)
+    assert_close(whole(model, ids), whole(sharing(family), ids), atol=1e-5, rtol=0)
 
 
 @FAMILY
 def test_calibration_fits_every_layer(family):
-    model = hf_rfa.convert(tiny_model(MODELS[family]), SHORT, calibrate=ids_of(2, 60))
+    model = hf_rfa.convert(tiny_model(MODELS[family]), SHORT, calibrate=ordinary_ids(2, 60))
     assert {head.layer for head in hf_rfa.calibration_report(model).heads} == {1, LENDER, SHARER}
-    ids = ids_of()
+    ids = ordinary_ids()
     assert torch.equal(generate(model, ids, NEW), continue_greedily(model, ids, NEW))
 
 
 @FAMILY
 def test_the_fused_loss_sees_every_position(family):
     """Its forward asks for the last logits alone."""
-    model = converted(family)
+    model = sharing(family)
     model.config.final_logit_softcapping = 1e6  # the fused loss refuses logits that are changed after the head
-    ids = ids_of(2)
+    ids = ordinary_ids(2)
     targets = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
     fused, plain = (LossModule(model, fused=fused)(ids, targets) for fused in (True, False))
     assert_close(fused, plain, atol=1e-3, rtol=1e-4)
@@ -132,15 +124,15 @@ def test_the_fused_loss_sees_every_position(family):
 @FAMILY
 def test_distilled(family):
     model = hf_rfa.convert(tiny_model(MODELS[family]), dataclasses.replace(SHORT, omega="learned"), calibrate=False)
-    hf_rfa.distill(model, [ids_of(2, 60, seed=seed) for seed in range(3)], hf_rfa.DistillConfig(steps=3))
-    ids = ids_of()
+    hf_rfa.distill(model, [ordinary_ids(2, 60, seed=seed) for seed in range(3)], hf_rfa.DistillConfig(steps=3))
+    ids = ordinary_ids()
     assert torch.equal(generate(model.eval(), ids, 10), continue_greedily(model, ids, 10))
 
 
 @pytest.mark.parametrize("together", [True, False])
 @FAMILY
 def test_packed_documents(family, together):
-    model, ids = converted(family, "exact heads"), ids_of()
+    model, ids = sharing(family, "exact heads"), ordinary_ids()
     positions_of_two = torch.cat([torch.arange(30), torch.arange(20)])[None]
     options = {"position_ids": positions_of_two} if together else {}
     packed = outputs_of(model, {"input_ids": ids, "use_cache": False, **options})
@@ -150,7 +142,7 @@ def test_packed_documents(family, together):
 
 @FAMILY
 def test_exported(family):
-    model, ids = converted(family), ids_of()
+    model, ids = sharing(family), ordinary_ids()
     exported = torch.export.export(model, (ids,), {"use_cache": False}).module()
     assert_close(exported(ids, use_cache=False).logits, whole(model, ids), atol=1e-5, rtol=0)
 
@@ -159,10 +151,10 @@ def test_exported(family):
 def test_activation_checkpointing_gives_the_same_gradients(family):
     gradients = []
     for checkpointed in (False, True):
-        model = converted(family).train()
+        model = sharing(family).train()
         if checkpointed:
             checkpoint_activations(model, use_reentrant=False)
-        model(ids_of(), use_cache=False).logits.square().mean().backward()
+        model(ordinary_ids(), use_cache=False).logits.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -174,7 +166,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family):
 
 @GRID
 def test_greedy(family, config):
-    model, ids = converted(family, config), ids_of(2)
+    model, ids = sharing(family, config), ordinary_ids(2)
     tokens = generate(model, ids, NEW)
     assert torch.equal(tokens, continue_greedily(model, ids, NEW))
     assert len(tokens[:, 50:].unique()) > 3
@@ -183,20 +175,20 @@ def test_greedy(family, config):
 @pytest.mark.parametrize("size", [1, 13, 49])
 @FAMILY
 def test_chunked_prefill(family, size):
-    model, ids = converted(family, "exact heads"), ids_of(2)
+    model, ids = sharing(family, "exact heads"), ordinary_ids(2)
     assert torch.equal(generate(model, ids, NEW, prefill_chunk_size=size), continue_greedily(model, ids, NEW))
 
 
 @FAMILY
 def test_beams(family):
-    model, ids = converted(family, "exact heads"), ids_of(2)
+    model, ids = sharing(family, "exact heads"), ordinary_ids(2)
     cached, uncached = (generate(model, ids, 10, num_beams=3, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
 
 
 @GRID
 def test_a_left_padded_batch(family, config):
-    model = converted(family, config)
+    model = sharing(family, config)
     ids, mask = left_padded(50)
     ids = ids.clamp_max(59)
     tokens = generate(model, ids, NEW, attention_mask=mask)
@@ -208,8 +200,8 @@ def test_a_left_padded_batch(family, config):
 
 @GRID
 def test_prompt_lookup(family, config):
-    model, span = converted(family, config), ids_of(1, 15)
-    ids = torch.cat([span, ids_of(1, 10, seed=1), span, span], dim=1)
+    model, span = sharing(family, config), ordinary_ids(1, 15)
+    ids = torch.cat([span, ordinary_ids(1, 10, seed=1), span, span], dim=1)
     assert torch.equal(generate(model, ids, NEW, prompt_lookup_num_tokens=6), continue_greedily(model, ids, NEW))
 
 
@@ -218,7 +210,7 @@ def test_prompt_lookup(family, config):
 def test_assisted(family, kind):
     if kind == "unconverted" and Version(transformers.__version__) < Version("5.24"):
         pytest.skip("Transformers 5.17's own sliding layers cannot draft several tokens (5.24's can)")
-    model, ids = converted(family, "exact heads"), ids_of()
+    model, ids = sharing(family, "exact heads"), ordinary_ids()
     helper = assistant_of(model, kind)
     helper.generation_config.num_assistant_tokens = 5
     assert torch.equal(generate(model, ids, NEW, assistant_model=helper), continue_greedily(model, ids, NEW))
@@ -226,11 +218,11 @@ def test_assisted(family, kind):
 
 @FAMILY
 def test_a_conversation(family):
-    model, ids, cache = converted(family, "exact heads"), ids_of(), None
+    model, ids, cache = sharing(family, "exact heads"), ordinary_ids(), None
     for turn in range(3):
         out = generate(model, ids, 7, **{CACHE: cache}, return_dict_in_generate=True)
         assert torch.equal(out.sequences, continue_greedily(model, ids, 7)), f"turn {turn}"
-        cache, ids = cache_of(out), torch.cat([out.sequences, ids_of(1, 9, seed=turn + 1)], dim=1)
+        cache, ids = cache_of(out), torch.cat([out.sequences, ordinary_ids(1, 9, seed=turn + 1)], dim=1)
 
 
 # --- the cache by hand -----------------------------------------------------------------------------------------------
@@ -238,7 +230,7 @@ def test_a_conversation(family):
 
 @CACHES
 def test_a_dynamic_cache_of_the_users_own(family, config, with_config):
-    model, ids = converted(family, config), ids_of(2)
+    model, ids = sharing(family, config), ordinary_ids(2)
     cache = empty_cache(model, with_config)
     logits, same = in_pieces(model, ids, [23, 1, 1, 9, 16], cache)
     assert same is cache
@@ -247,7 +239,7 @@ def test_a_dynamic_cache_of_the_users_own(family, config, with_config):
 
 @CACHES
 def test_rows_of_the_cache(family, config, with_config):
-    model, ids = converted(family, config), ids_of(3)
+    model, ids = sharing(family, config), ordinary_ids(3)
     changes = {
         "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 2])), torch.tensor([2, 0, 2])),
         "select": (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), torch.tensor([1, 0])),
@@ -264,7 +256,7 @@ def test_rows_of_the_cache(family, config, with_config):
 @pytest.mark.parametrize("removed", [1, 9, 15])
 @CACHES
 def test_crop(family, config, with_config, removed):
-    model, ids = converted(family, config), ids_of(2)
+    model, ids = sharing(family, config), ordinary_ids(2)
     cache = empty_cache(model, with_config)
     if removed == 9:
         cache.activate_past_recording()  # before its first forward, as documented
@@ -273,20 +265,20 @@ def test_crop(family, config, with_config, removed):
     in_pieces(model, ids[:, 20:41], [13, 1, 7], cache)
     cache.crop(-removed)
     assert cache.get_seq_length() == 41 - removed
-    other = torch.cat([ids[:, : 41 - removed], ids_of(2, 9 + removed, seed=7)], dim=1)
+    other = torch.cat([ids[:, : 41 - removed], ordinary_ids(2, 9 + removed, seed=7)], dim=1)
     assert_close(rest_of(model, cache, other, 41 - removed), whole(model, other)[:, 41 - removed :], atol=1e-4, rtol=0)
 
 
 @FAMILY
 def test_the_cache_keeps_its_bytes(family):
-    model = converted(family)
-    sizes = [hf_rfa.cache_bytes(in_pieces(model, ids_of(1, n), [n])[1]) for n in (60, 300)]
+    model = sharing(family)
+    sizes = [hf_rfa.cache_bytes(in_pieces(model, ordinary_ids(1, n), [n])[1]) for n in (60, 300)]
     assert sizes[0] == sizes[1]
 
 
 @FAMILY
 def test_reset(family):
-    model, ids = converted(family), ids_of(2)
+    model, ids = sharing(family), ordinary_ids(2)
     _, cache = in_pieces(model, ids, [33])
     cache.reset()
     assert_close(in_pieces(model, ids, [40, 10], cache)[0], whole(model, ids), atol=1e-4, rtol=0)
@@ -294,7 +286,7 @@ def test_reset(family):
 
 @FAMILY
 def test_a_padded_text_in_pieces(family):
-    model = converted(family, "exact heads")
+    model = sharing(family, "exact heads")
     ids, mask = left_padded(50)
     ids = ids.clamp_max(59)
     pieces, _ = in_pieces(model, ids, [21, 1, 28], mask=mask)
@@ -308,7 +300,7 @@ def test_a_padded_text_in_pieces(family):
 @FAMILY
 def test_a_cache_that_was_filled_as_softmax_is_refused(family, by_hand):
     """It holds no keys for the layers that share them."""
-    model, ids = tiny_model(MODELS[family]), ids_of()
+    model, ids = tiny_model(MODELS[family]), ordinary_ids()
     _, cache = in_pieces(model, ids, [30])
     hf_rfa.convert(model, SHORT, calibrate=False)
     with pytest.raises(UnsupportedModelError, match="filled before the model was converted"):
@@ -317,7 +309,7 @@ def test_a_cache_that_was_filled_as_softmax_is_refused(family, by_hand):
 
 @FAMILY
 def test_a_cache_of_another_conversion_is_refused(family):
-    model, ids = converted(family), ids_of()
+    model, ids = sharing(family), ordinary_ids()
     _, cache = in_pieces(model, ids, [30])
     hf_rfa.revert(model)
     with pytest.raises(StaleStateError):
@@ -331,7 +323,7 @@ def test_a_cache_of_another_conversion_is_refused(family):
 def test_keys_are_not_handed_out(family):
     """For an assistant that attends to its target's keys: the state holds none but the newest."""
     with pytest.raises(UnsupportedModelError, match="return_shared_kv_states"):
-        converted(family)(ids_of(), return_shared_kv_states=True)
+        sharing(family)(ordinary_ids(), return_shared_kv_states=True)
 
 
 # --- a model that runs its layers in a loop --------------------------------------------------------------------------
@@ -342,7 +334,7 @@ SINCE_5_24 = pytest.mark.skipif(DORY not in all_cases(), reason="this Transforme
 
 @SINCE_5_24
 def test_each_turn_of_a_loop_has_a_state_of_its_own():
-    model, ids = hf_rfa.convert(tiny_model(DORY), SHORT, calibrate=False), ids_of(2)
+    model, ids = hf_rfa.convert(tiny_model(DORY), SHORT, calibrate=False), ordinary_ids(2)
     pieces, cache = in_pieces(model, ids, [23, 1, 1, 25])
     assert len(cache.layers) == 6  # two of the four layers run twice
     assert_close(pieces, whole(model, ids), atol=1e-4, rtol=0)
@@ -351,9 +343,9 @@ def test_each_turn_of_a_loop_has_a_state_of_its_own():
 @SINCE_5_24
 def test_turns_that_read_the_keys_of_the_last_one_are_refused_beside_a_cache():
     model = hf_rfa.convert(tiny_model(DORY, recurrent_kv_cache_mode="last_loop"), SHORT, calibrate=False)
-    assert torch.isfinite(whole(model, ids_of())).all()
+    assert torch.isfinite(whole(model, ordinary_ids())).all()
     with pytest.raises(UnsupportedModelError, match="last_loop"):
-        generate(model, ids_of(), 3)
+        generate(model, ordinary_ids(), 3)
 
 
 # --- images, whose tokens see each other in the sliding layers of the larger Gemma 4 ---------------------------------
@@ -361,7 +353,7 @@ def test_turns_that_read_the_keys_of_the_last_one_are_refused_beside_a_cache():
 
 def seeing(with_examples):
     """The model, converted with or without having seen image tokens, a text, and which of it are image tokens."""
-    model, ids = tiny_model(Case("", "gemma4", "Gemma4ForConditionalGeneration")), ids_of()
+    model, ids = tiny_model(Case("", "gemma4", "Gemma4ForConditionalGeneration")), ordinary_ids()
     model.config.text_config.use_bidirectional_attention = "vision"
     kinds = {"mm_token_type_ids": ((torch.arange(50) >= 5) & (torch.arange(50) < 15)).long()[None]}
     examples = {"input_ids": ids, "use_cache": False, **kinds} if with_examples else None
@@ -402,7 +394,7 @@ def test_image_tokens_that_the_conversion_did_not_see_are_refused_beside_a_cache
 
 @FAMILY
 def test_saved_and_loaded(family, tmp_path):
-    model, ids = converted(family, "exact heads"), ids_of()
+    model, ids = sharing(family, "exact heads"), ordinary_ids()
     hf_rfa.save_pretrained(model, tmp_path)
     again = hf_rfa.from_pretrained(tmp_path).eval()
     assert torch.equal(whole(again, ids), whole(model, ids))
@@ -412,7 +404,7 @@ def test_saved_and_loaded(family, tmp_path):
 
 @FAMILY
 def test_a_copy_and_the_original_after_reverting(family):
-    model, ids = tiny_model(MODELS[family]), ids_of()
+    model, ids = tiny_model(MODELS[family]), ordinary_ids()
     before, tokens = whole(model, ids), generate(model, ids, 5)
     hf_rfa.convert(model, SHORT, calibrate=False)
     twin = copy.deepcopy(model)

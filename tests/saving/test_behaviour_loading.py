@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from conversions import converted
 from families import SHORT, build, inputs_for, outputs_of, token_ids
 from packaging.version import Version
 
@@ -18,10 +19,6 @@ CPU = torch.device("cpu")
 EVERYTHING_TO_DISK = pytest.mark.skipif(
     Version(accelerate.__version__) < Version("1.15"), reason="Accelerate refuses a device map that leaves nothing"
 )
-
-
-def converted(family):
-    return hf_rfa.convert(build(family), SHORT, calibrate=False)
 
 
 def to_disk(model):
@@ -118,7 +115,7 @@ def test_an_offloaded_model_calibrates_itself_and_generates(tmp_path):
 
 
 def test_adapters_that_were_offloaded_themselves_are_refused():
-    model = converted("llama")
+    model = converted()
     cpu_offload(model, execution_device=CPU, offload_buffers=True)
     with pytest.raises(UnsupportedModelError, match="offload_buffers"):
         outputs_of(model, inputs_for(model))

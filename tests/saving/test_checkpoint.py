@@ -1,7 +1,6 @@
 """Saving and loading: identical logits, never a silent redraw, and a clear word about every kind of damage."""
 
 import copy
-import dataclasses
 import json
 import logging
 import shutil
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conversions import converted
 from families import PEFT_ASKS, SHORT, attention_modules, build, inputs_for, lora, outputs_of, token_ids
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -29,7 +29,7 @@ SAVES = {"ours": hf_rfa.save_pretrained, "its own": lambda model, folder: model.
 
 def altered(family="llama", **changes):
     """A converted model that no seed gives back: a redraw instead of a load cannot pass for it."""
-    return alter(hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False))
+    return alter(converted(family, **changes))
 
 
 def alter(model):
@@ -145,7 +145,7 @@ def test_exact_heads_layers_and_every_field_come_back(tmp_path):
 
 
 def test_a_calibrated_model_comes_back(tmp_path):
-    model = hf_rfa.convert(build("llama"), dataclasses.replace(SHORT, softmax_heads=0.25), calibrate=False)
+    model = converted("llama", softmax_heads=0.25)
     report = hf_rfa.calibrate(model, token_ids(2, 60))
     hf_rfa.resample(model, draw=3)
     hf_rfa.save_pretrained(model, tmp_path)
@@ -274,7 +274,7 @@ def test_a_lora_and_a_conversion_share_a_folder(converted_first, tmp_path):
 
 @PEFT_ASKS
 def test_a_merged_lora_saves_as_a_whole_model(tmp_path):
-    model = alter(lora(hf_rfa.convert(build("llama"), SHORT, calibrate=False)).merge_and_unload())
+    model = alter(lora(converted()).merge_and_unload())
     hf_rfa.save_pretrained(model, tmp_path)
     assert_same_model(hf_rfa.from_pretrained(tmp_path), model)
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from conversions import converted
 from families import SHORT, build
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,7 +44,7 @@ def test_the_conversion_beside_weights_and_without(tmp_path):
 
 
 def test_nothing_of_a_save_stays_in_the_model(tmp_path):
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     before = model.config.to_dict()
     model.save_pretrained(tmp_path)
     after = model.config.to_dict()
@@ -52,7 +53,7 @@ def test_nothing_of_a_save_stays_in_the_model(tmp_path):
 
 
 def test_saving_the_same_model_twice_gives_the_same_files(tmp_path):
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     for folder in ("one", "two"):
         model.save_pretrained(tmp_path / folder)
     names = sorted(os.listdir(tmp_path / "one"))
@@ -62,7 +63,7 @@ def test_saving_the_same_model_twice_gives_the_same_files(tmp_path):
 
 def test_adapters_that_are_spread_come_from_the_gathered_tensors(one_process, tmp_path):
     """Under FSDP each process holds a part of a learned omega; the caller hands all of it over."""
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapter = model.model.layers[0].self_attn.rfa
     adapter.omega = distribute_tensor(adapter.omega, one_process)

@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 import torch
-from families import PEFT_ASKS, SHORT, lora, outputs_of, token_ids
+from conversions import redrawn, same_outputs
+from families import PEFT_ASKS, llama, lora, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,24 +42,19 @@ def registered():
     del AutoModelForCausalLM._model_mapping._extra_content[OwnConfig]
 
 
-def convert(model):
-    hf_rfa.resample(hf_rfa.convert(model.eval(), SHORT, calibrate=False), draw=3)
-    return model
-
-
 def own():
     torch.manual_seed(0)
-    return OwnLlama(OwnConfig(**SIZE))
+    return OwnLlama(OwnConfig(**SIZE)).eval()
 
 
 def assert_same(loaded, model):
     assert type(loaded) is type(model)
-    assert torch.equal(outputs_of(loaded, INPUTS), outputs_of(model, INPUTS))
+    assert same_outputs(loaded, model)
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_registered_class_is_found(tmp_path):
-    model = convert(own())
+    model = redrawn(own())
     hf_rfa.save_pretrained(model, tmp_path)
     assert_same(hf_rfa.from_pretrained(tmp_path), model)
 
@@ -68,14 +64,14 @@ def test_a_registered_class_is_found(tmp_path):
 @pytest.mark.parametrize("adapter_only", [True, False])
 def test_a_registered_class_without_its_weights_is_found(adapter_only, tmp_path):
     own().save_pretrained(tmp_path / "base")
-    model = convert(OwnLlama.from_pretrained(tmp_path / "base"))
+    model = redrawn(OwnLlama.from_pretrained(tmp_path / "base").eval())
     model = model if adapter_only else lora(model)
     hf_rfa.save_pretrained(model, tmp_path / "saved", adapter_only=adapter_only)
     assert_same(hf_rfa.from_pretrained(tmp_path / "saved"), model)
 
 
 def test_a_class_that_nobody_knows_is_asked_for(tmp_path):
-    model = convert(own())
+    model = redrawn(own())
     hf_rfa.save_pretrained(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"(?s)test_model_class\.OwnLlama.*model_class=OwnLlama.*register"):
         hf_rfa.from_pretrained(tmp_path)
@@ -84,7 +80,7 @@ def test_a_class_that_nobody_knows_is_asked_for(tmp_path):
 
 def test_a_class_with_the_name_of_one_of_transformers_is_not_taken_for_it(tmp_path):
     namesake = type("LlamaForCausalLM", (OwnLlama,), {"__module__": "mine"})
-    model = convert(namesake(OwnConfig(**SIZE)))
+    model = redrawn(namesake(OwnConfig(**SIZE)).eval())
     hf_rfa.save_pretrained(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"mine\.LlamaForCausalLM"):
         hf_rfa.from_pretrained(tmp_path)
@@ -92,7 +88,7 @@ def test_a_class_with_the_name_of_one_of_transformers_is_not_taken_for_it(tmp_pa
 
 
 def test_the_model_class_may_be_another_one_of_the_same_weights(tmp_path):
-    model = convert(LlamaForCausalLM(LlamaConfig(**SIZE)))
+    model = redrawn(llama())
     hf_rfa.save_pretrained(model, tmp_path)
 
     class Traced(LlamaForCausalLM):
@@ -126,7 +122,7 @@ def remote(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "remote"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZE)).save_pretrained(folder)
+    llama().save_pretrained(folder)
     (folder / "modeling_remote.py").write_text(textwrap.dedent(CODE))
     config = (folder / "config.json").read_text().replace('"llama"', '"remote_llama"').replace("LlamaFor", "RemoteFor")
     auto = '{"AutoConfig": "modeling_remote.RemoteConfig", "AutoModelForCausalLM": "modeling_remote.RemoteLlama"}'
@@ -139,7 +135,7 @@ def remote(tmp_path, monkeypatch):
 @PEFT_ASKS
 @pytest.mark.parametrize("kind", ["whole", "alone", "lora"])
 def test_remote_code_is_loaded_when_it_is_trusted(kind, remote, tmp_path):
-    model = convert(AutoModelForCausalLM.from_pretrained(remote, trust_remote_code=True))
+    model = redrawn(AutoModelForCausalLM.from_pretrained(remote, trust_remote_code=True).eval())
     model = lora(model) if kind == "lora" else model
     folder = tmp_path / "saved"
     hf_rfa.save_pretrained(model, folder, adapter_only=kind == "alone")
@@ -148,6 +144,6 @@ def test_remote_code_is_loaded_when_it_is_trusted(kind, remote, tmp_path):
     if kind == "whole":  # nothing is left of the folder that it came from
         shutil.rmtree(remote)
     loaded = hf_rfa.from_pretrained(folder, trust_remote_code=True)
-    assert torch.equal(outputs_of(loaded, INPUTS), outputs_of(model, INPUTS))
+    assert same_outputs(loaded, model)
     base = loaded.get_base_model() if kind == "lora" else loaded
     assert type(base).__name__ == "RemoteLlama"

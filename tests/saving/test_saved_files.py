@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from families import PEFT_ASKS, SHORT, build, lora, outputs_of, token_ids
+from conversions import redrawn, same_outputs
+from families import PEFT_ASKS, lora, outputs_of, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -20,19 +21,8 @@ STALE = "saved over it later|changed after the conversion was saved"
 
 
 @pytest.fixture
-def base(tmp_path):
-    build("llama").save_pretrained(tmp_path / "base")
-    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-
-
-@pytest.fixture
 def folder(tmp_path):
     return tmp_path / "used again"
-
-
-def converted(model, draw=3):
-    hf_rfa.resample(hf_rfa.convert(model, SHORT, calibrate=False), draw=draw)
-    return model
 
 
 def scaled(model, by=1.5):
@@ -40,10 +30,6 @@ def scaled(model, by=1.5):
     with torch.no_grad():
         model.model.norm.weight.mul_(by)
     return model
-
-
-def loads_as(folder, model):
-    return torch.equal(outputs_of(hf_rfa.from_pretrained(folder), INPUTS), outputs_of(model, INPUTS))
 
 
 def files(folder):
@@ -56,23 +42,23 @@ def files(folder):
 @PEFT_ASKS
 def test_a_lora_saved_beside_another_full_model(base, folder):
     scaled(base()).save_pretrained(folder)
-    model = lora(converted(base()))
+    model = lora(redrawn(base()))
     hf_rfa.save_pretrained(model, folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 @PEFT_ASKS
 def test_a_lora_saved_beside_another_converted_model(base, folder):
-    converted(scaled(base()), draw=7).save_pretrained(folder)
-    model = lora(converted(base()))
+    redrawn(scaled(base()), draw=7).save_pretrained(folder)
+    model = lora(redrawn(base()))
     model.save_pretrained(folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 @PEFT_ASKS
 @pytest.mark.parametrize("save", [hf_rfa.save_pretrained, LlamaForCausalLM.save_pretrained.__name__])
 def test_a_merged_model_saved_over_its_lora(save, base, folder):
-    model = lora(converted(base()))
+    model = lora(redrawn(base()))
     hf_rfa.save_pretrained(model, folder)
     merged = model.merge_and_unload()
     if save is hf_rfa.save_pretrained:
@@ -80,60 +66,60 @@ def test_a_merged_model_saved_over_its_lora(save, base, folder):
     else:
         getattr(merged, save)(folder)
     assert not LORA & files(folder)
-    assert loads_as(folder, merged)
+    assert same_outputs(hf_rfa.from_pretrained(folder), merged)
 
 
 @PEFT_ASKS
 def test_a_lora_saved_into_the_folder_of_its_own_converted_base(base, folder):
-    converted(base()).save_pretrained(folder)
+    redrawn(base()).save_pretrained(folder)
     model = lora(hf_rfa.from_pretrained(folder))
     hf_rfa.resample(model, draw=8)
     hf_rfa.save_pretrained(model, folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_a_conversion_alone_beside_the_weights_of_its_base(base, tmp_path):
-    model = converted(base())
+    model = redrawn(base())
     hf_rfa.save_pretrained(model, tmp_path / "base", adapter_only=True)
-    assert loads_as(tmp_path / "base", model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "base"), model)
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    assert loads_as(tmp_path / "moved", model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "moved"), model)
 
 
 def test_a_conversion_alone_beside_another_model(base, folder):
     scaled(base()).save_pretrained(folder)
-    model = converted(base())
+    model = redrawn(base())
     hf_rfa.save_pretrained(model, folder, adapter_only=True)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_a_whole_model_over_a_conversion_alone(base, folder):
-    hf_rfa.save_pretrained(converted(base(), draw=9), folder, adapter_only=True)
-    model = converted(scaled(base()))
+    hf_rfa.save_pretrained(redrawn(base(), draw=9), folder, adapter_only=True)
+    model = redrawn(scaled(base()))
     hf_rfa.save_pretrained(model, folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_a_config_that_the_converted_model_writes_again_belongs_to_it(base, folder):
-    model = converted(base())
+    model = redrawn(base())
     model.save_pretrained(folder)
     model.config.save_pretrained(folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_a_config_that_was_edited_is_still_the_models(base, folder):
-    model = converted(base())
+    model = redrawn(base())
     model.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"use_cache": False, "note": "edited"}))
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 # --- what was saved over it without a word to us ---------------------------------------------------------------------
 
 
 def test_a_reverted_model_saved_over_its_conversion(base, folder):
-    model = converted(base())
+    model = redrawn(base())
     model.save_pretrained(folder)
     hf_rfa.revert(model).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=STALE):
@@ -143,7 +129,7 @@ def test_a_reverted_model_saved_over_its_conversion(base, folder):
 
 def test_a_model_trained_as_softmax_saved_over_its_conversion(base, folder):
     """Who insists on softmax gets it; the config then still names the conversion, but not the attention."""
-    converted(base()).save_pretrained(folder)
+    redrawn(base()).save_pretrained(folder)
     plain = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     scaled(plain).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=STALE):
@@ -153,7 +139,7 @@ def test_a_model_trained_as_softmax_saved_over_its_conversion(base, folder):
 @pytest.mark.parametrize("adapter_only", [True, False])
 @PEFT_ASKS
 def test_a_plain_model_saved_over_what_had_no_weights(adapter_only, base, folder):
-    model = converted(base()) if adapter_only else lora(converted(base()))
+    model = redrawn(base()) if adapter_only else lora(redrawn(base()))
     hf_rfa.save_pretrained(model, folder, adapter_only=adapter_only)
     scaled(base()).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=rf"(?s)config\.json.*{STALE}"):
@@ -162,7 +148,7 @@ def test_a_plain_model_saved_over_what_had_no_weights(adapter_only, base, folder
 
 @PEFT_ASKS
 def test_a_lora_of_a_reverted_model_saved_over_its_conversion(base, folder):
-    model = lora(converted(base()))
+    model = lora(redrawn(base()))
     hf_rfa.save_pretrained(model, folder)
     hf_rfa.revert(model)
     with torch.no_grad():
@@ -176,7 +162,7 @@ def test_a_lora_of_a_reverted_model_saved_over_its_conversion(base, folder):
 
 @PEFT_ASKS
 def test_a_lora_saved_over_a_whole_converted_model_by_somebody_else(base, folder):
-    converted(base()).save_pretrained(folder)
+    redrawn(base()).save_pretrained(folder)
     lora(base()).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=STALE):
         hf_rfa.from_pretrained(folder)
@@ -184,24 +170,24 @@ def test_a_lora_saved_over_a_whole_converted_model_by_somebody_else(base, folder
 
 @PEFT_ASKS
 def test_a_conversion_alone_is_not_put_beside_a_lora(base, folder):
-    hf_rfa.save_pretrained(lora(converted(base())), folder)
+    hf_rfa.save_pretrained(lora(redrawn(base())), folder)
     before = files(folder)
     with pytest.raises(CheckpointError, match="holds a LoRA"):
-        hf_rfa.save_pretrained(converted(base()), folder, adapter_only=True)
+        hf_rfa.save_pretrained(redrawn(base()), folder, adapter_only=True)
     assert files(folder) == before
 
 
 def test_the_two_files_of_different_saves(base, folder, tmp_path):
-    converted(base()).save_pretrained(folder)
-    converted(base(), draw=9).save_pretrained(tmp_path / "other")
+    redrawn(base()).save_pretrained(folder)
+    redrawn(base(), draw=9).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "rfa_model.safetensors", folder)
     with pytest.raises(CheckpointError, match="different saves"):
         hf_rfa.from_pretrained(folder)
 
 
 def test_a_conversion_of_another_model(base, folder, tmp_path):
-    converted(base()).save_pretrained(folder)
-    converted(base(), draw=9).save_pretrained(tmp_path / "other")
+    redrawn(base()).save_pretrained(folder)
+    redrawn(base(), draw=9).save_pretrained(tmp_path / "other")
     for name in PAIR:
         shutil.copy(tmp_path / "other" / name, folder)
     with pytest.raises(CheckpointError, match=STALE):
@@ -219,7 +205,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
     def save(model):
         hf_rfa.save_pretrained(lora(model) if kind == "lora" else model, folder, adapter_only=kind == "alone")
 
-    save(converted(base()))
+    save(redrawn(base()))
     replace, room = os.replace, []
 
     def limited(*paths):
@@ -234,17 +220,17 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
         for allowed in range(writes):
             room[:] = [None] * allowed
             with pytest.raises(CheckpointError, match="no space left"):
-                save(scaled(converted(base(), draw=9)))
+                save(scaled(redrawn(base(), draw=9)))
             assert not list(folder.glob("*.partial"))
             with pytest.raises(CheckpointError, match="holds no conversion"):
                 hf_rfa.from_pretrained(folder)
         room[:] = [None] * writes
-        save(scaled(converted(base(), draw=9)))
+        save(scaled(redrawn(base(), draw=9)))
     assert {a.draw_number for a in hf_rfa.runtime.adapter.require_adapters(hf_rfa.from_pretrained(folder))} == {9}
 
 
 def test_a_save_that_transformers_does_not_finish_leaves_no_conversion(base, folder, monkeypatch):
-    model = converted(base())
+    model = redrawn(base())
     model.save_pretrained(folder)
 
     def fails(*args, **kwargs):
@@ -277,31 +263,31 @@ def as_format_1(folder, name_or_path=None):
 
 
 def test_an_old_folder_with_weights_loads(base, folder):
-    model = converted(base())
+    model = redrawn(base())
     hf_rfa.save_pretrained(model, folder)
     as_format_1(folder)
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_an_old_conversion_alone_loads(base, folder, tmp_path):
-    model = converted(base())
+    model = redrawn(base())
     hf_rfa.save_pretrained(model, folder, adapter_only=True)
     as_format_1(folder, str(tmp_path / "base"))
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
     shutil.copytree(tmp_path / "base", folder, dirs_exist_ok=True)  # beside the weights, as was possible too
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 @PEFT_ASKS
 def test_an_old_lora_loads(base, folder, tmp_path):
-    model = lora(converted(base()))
+    model = lora(redrawn(base()))
     hf_rfa.save_pretrained(model, folder)
     as_format_1(folder, str(tmp_path / "base"))
-    assert loads_as(folder, model)
+    assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 def test_an_old_folder_that_another_conversion_was_saved_over_is_refused(base, folder):
-    hf_rfa.save_pretrained(converted(base()), folder)
+    hf_rfa.save_pretrained(redrawn(base()), folder)
     as_format_1(folder)
     config = json.loads((folder / "config.json").read_text())
     config["rfa_config"]["seed"] = 99

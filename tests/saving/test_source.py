@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from families import PEFT_ASKS, SHORT, build, inputs_for, lora, outputs_of, token_ids
+from conversions import redrawn, same_outputs
+from families import PEFT_ASKS, SHORT, build, inputs_for, lora, outputs_of
 from transformers import LlamaForCausalLM
 from transformers.utils import cached_file
 
@@ -31,17 +32,12 @@ def snapshot(cache, repo, revision):
     return folder
 
 
-def converted(seed, model=None):
+def version(seed, model=None):
     """A model of its own weights and its own draw."""
     model = build("llama") if model is None else model
     with torch.no_grad():
         model.model.norm.weight.mul_(1 + seed)
-    return hf_rfa.resample(hf_rfa.convert(model, SHORT, calibrate=False), draw=seed + 1) and model
-
-
-def same(loaded, model):
-    inputs = {"input_ids": token_ids(), "use_cache": False}
-    return torch.equal(outputs_of(loaded, inputs), outputs_of(model, inputs))
+    return redrawn(model, draw=seed + 1)
 
 
 @pytest.fixture
@@ -50,8 +46,8 @@ def published(cache):
     models = {}
     for number, revision in enumerate(SHA):
         folder = snapshot(cache, "me/repo", revision)
-        models[revision, None] = converted(2 * number)
-        models[revision, "inner"] = converted(2 * number + 1)
+        models[revision, None] = version(2 * number)
+        models[revision, "inner"] = version(2 * number + 1)
         models[revision, None].save_pretrained(folder)
         models[revision, "inner"].save_pretrained(folder / "inner")
     return models
@@ -67,14 +63,14 @@ def test_revision_subfolder_and_cache_hold_for_every_file(load, revision, subfol
     others = [model for model in published.values() if model is not want]
     assert holds_conversion("me/repo", **options)
     loaded = load("me/repo", **options)
-    assert same(loaded, want)
-    assert not any(same(loaded, other) for other in others)
+    assert same_outputs(loaded, want)
+    assert not any(same_outputs(loaded, other) for other in others)
 
 
 def test_a_subfolder_of_a_folder(published, cache):
     folder = snapshot(cache, "me/repo", "v1")
-    assert same(hf_rfa.from_pretrained(folder, subfolder="inner"), published["v1", "inner"])
-    assert same(hf_rfa.from_pretrained(folder), published["v1", None])
+    assert same_outputs(hf_rfa.from_pretrained(folder, subfolder="inner"), published["v1", "inner"])
+    assert same_outputs(hf_rfa.from_pretrained(folder), published["v1", None])
 
 
 def test_every_option_reaches_every_file(published, cache, monkeypatch):
@@ -107,7 +103,7 @@ def test_a_branch_that_moves_meanwhile_does_not_mix_two_states(published, cache,
     monkeypatch.setattr("hf_rfa.saving.source.cached_file", moving)
     loaded = hf_rfa.from_pretrained("me/repo", cache_dir=cache, local_files_only=True)
     assert len(moved) > 1
-    assert same(loaded, published["main", None])
+    assert same_outputs(loaded, published["main", None])
 
 
 @pytest.mark.parametrize("load", [hf_rfa.from_pretrained, load_any])
@@ -122,7 +118,7 @@ def test_a_revision_without_a_conversion_is_named(published, cache):
         hf_rfa.from_pretrained("me/repo", revision="v1", cache_dir=cache, local_files_only=True)
     with pytest.raises(CheckpointError, match=r"'me/repo' \(revision 'v1'\) was converted"):
         load_any("me/repo", revision="v1", cache_dir=cache, local_files_only=True)
-    assert same(load_any("me/repo", cache_dir=cache, local_files_only=True), published["main", None])
+    assert same_outputs(load_any("me/repo", cache_dir=cache, local_files_only=True), published["main", None])
 
 
 @pytest.fixture
@@ -150,12 +146,12 @@ def test_a_conversion_alone_has_its_own_revision_and_its_base_model_another(base
     hf_rfa.save_pretrained(other, snapshot(cache, "me/conversion", "v1"), adapter_only=True)
     options = {"cache_dir": cache, "local_files_only": True}
     loaded = hf_rfa.from_pretrained("me/conversion", **options)
-    assert same(loaded, model)
-    assert same(hf_rfa.from_pretrained("me/conversion", revision="v1", **options), other)
-    assert not same(model, other)
+    assert same_outputs(loaded, model)
+    assert same_outputs(hf_rfa.from_pretrained("me/conversion", revision="v1", **options), other)
+    assert not same_outputs(model, other)
     # What we have loaded remembers where from.
     hf_rfa.save_pretrained(loaded, snapshot(cache, "me/again", "main"), adapter_only=True)
-    assert same(hf_rfa.from_pretrained("me/again", **options), model)
+    assert same_outputs(hf_rfa.from_pretrained("me/again", **options), model)
 
 
 @PEFT_ASKS
@@ -175,7 +171,7 @@ def test_a_lora_is_found_where_its_conversion_is(place, based, cache):
     want = models[place.get("revision", "main"), place.get("subfolder", "")]
     loaded = hf_rfa.from_pretrained("me/lora", cache_dir=cache, local_files_only=True, **place)
     assert type(loaded) is type(want)
-    assert [same(loaded, model) for model in models.values()] == [model is want for model in models.values()]
+    assert [same_outputs(loaded, model) for model in models.values()] == [model is want for model in models.values()]
 
 
 def test_lm_eval_passes_the_options_on(published, cache, monkeypatch):
@@ -188,7 +184,7 @@ def test_lm_eval_passes_the_options_on(published, cache, monkeypatch):
     monkeypatch.setattr("hf_rfa.lm_eval.AutoTokenizer.from_pretrained", lambda name, **more: seen.update(tokens=more))
     hub = {"revision": "v1", "cache_dir": cache, "local_files_only": True}
     hf_rfa.lm_eval.evaluate("me/repo", ["nothing"], hub=hub)
-    assert same(seen["model"].cpu(), published["v1", None])
+    assert same_outputs(seen["model"].cpu(), published["v1", None])
     assert seen["tokens"] == hub
 
 
@@ -203,6 +199,6 @@ def test_what_a_source_takes_of_keyword_arguments():
 
 def test_a_copied_snapshot_is_a_folder_like_others(published, cache, tmp_path):
     shutil.copytree(snapshot(cache, "me/repo", "v1"), tmp_path / "copy")
-    assert same(hf_rfa.from_pretrained(tmp_path / "copy"), published["v1", None])
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "copy"), published["v1", None])
     model = published["v1", None]
     assert torch.equal(outputs_of(model, inputs_for(model)), outputs_of(model, inputs_for(model)))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import types
 
-import paths
 import pytest
 import torch
 from families import CACHE
@@ -14,21 +13,12 @@ from families import CACHE
 import hf_rfa
 from hf_rfa.runtime.arguments import cache_of
 
-SCRIPTS = paths.SCRIPTS
 LLAMA = {"heads": 4, "key_heads": 1, "head_dim": 16, "num_features": 8, "window": 16}
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """The script's `main`, imported as it is when it is run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import benchmark
-
-    threads = torch.get_num_threads()
-    yield benchmark
-    torch.set_num_threads(threads)
-    for name in [n for n in sys.modules if n == "benchmark" or n.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+def benchmark(imported):
+    return imported("benchmark")
 
 
 def run(benchmark, folder, *options):

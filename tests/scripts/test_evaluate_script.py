@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from conversions import adapters
+from families import llama
 from processes import ROOT
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers_of_tests import word_tokenizer, write_words
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
 from hf_rfa.checkpoint import load_any
@@ -36,25 +38,14 @@ def run_script(monkeypatch, *arguments):
 def setting(tmp_path_factory):
     """A folder with an original, a checkpoint of a conversion whose weights were changed, and documents."""
     folder = tmp_path_factory.mktemp("setting")
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": WORDS}
-    model = LlamaForCausalLM(
-        LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1)
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)  # attention that looks somewhere, so that no two columns are the same
+    # Attention that looks somewhere, so that no two columns are the same.
+    model = llama(gain=8, vocab_size=WORDS, hidden_size=64, intermediate_size=64, max_position_embeddings=2048)
     model.save_pretrained(folder / "original")
-    tokenizer = Tokenizer(models.WordLevel(vocab={f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder / "original")
+    word_tokenizer(WORDS).save_pretrained(folder / "original")
     generator = torch.Generator().manual_seed(0)
+    (folder / "data").mkdir()
     for split, lengths in (("train", (600, 500)), ("validation", (900, 700))):
-        texts = [" ".join(f"w{i}" for i in torch.randint(WORDS, (n,), generator=generator)) for n in lengths]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "data").mkdir(exist_ok=True)
-        (folder / "data" / f"{split}.jsonl").write_text(lines)
+        write_words(folder / "data" / f"{split}.jsonl", lengths, generator, WORDS)
     trained = hf_rfa.convert(
         AutoModelForCausalLM.from_pretrained(folder / "original"),
         hf_rfa.RFAConfig(num_features=8, window=16, sink_tokens=2, softmax_heads=[(1, 1)]),
@@ -194,10 +185,6 @@ def test_untrained_columns_share_the_weights_and_leave_the_calibrated_model_alon
     assert not torch.allclose(logits[WINDOW_ONLY][:, 64:], logits[ORIGINAL][:, 64:], atol=1e-3)
     hf_rfa.set_softmax_heads(calibrated, [])
     assert list(untrained_columns(original, calibrated)) == [ORIGINAL, WINDOW_ONLY, LINEAR]
-
-
-def adapters(model):
-    return [layer.self_attn.rfa for layer in model.model.layers]
 
 
 def column(name, **figures):

@@ -26,13 +26,8 @@ runs:
 
 
 @pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import run
-
-    yield run
-    for name in ("run", "recipe", "table", "plots"):
-        sys.modules.pop(name, None)
+def study(imported):
+    return imported("run", SCRIPTS)
 
 
 def test_a_study_is_a_table_and_goes_on_where_it_was(study, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import yaml
 from families import PEFT_ASKS
 from processes import ENVIRONMENT, ROOT, command, launch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers_of_tests import word_tokenizer, write_words
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_rfa
@@ -44,14 +44,9 @@ def in_this_process(arguments: list[str]) -> None:
 @pytest.fixture
 def run(tiny_llama, tmp_path):
     """Folders and a YAML file of a run that takes a second a step or less."""
-    words = {f"w{i}": i for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     tiny_llama.save_pretrained(tmp_path / "model")
-    generator = torch.Generator().manual_seed(0)
-    texts = [" ".join(f"w{i}" for i in torch.randint(128, (n,), generator=generator)) for n in (400, 900, 650, 700)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_words(tmp_path / "data.jsonl", (400, 900, 650, 700), torch.Generator().manual_seed(0))
     options = {
         "model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl"), "output": str(tmp_path / "run"),
         "context": 128, "window": 16, "sink_tokens": 2, "num_features": 8, "feature_map": "positive", "steps": 6,

@@ -1,24 +1,11 @@
 """The profile's command: everything that a call does is in its table, and its products are counted right."""
 
-import sys
-
-import paths
 import pytest
-import torch
-
-SCRIPTS = paths.SCRIPTS
 
 
 @pytest.fixture
-def profile_operator(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import profile_operator
-
-    threads = torch.get_num_threads()
-    yield profile_operator
-    torch.set_num_threads(threads)
-    for name in [n for n in sys.modules if n == "profile_operator" or n.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+def profile_operator(imported):
+    return imported("profile_operator")
 
 
 def test_the_rows_of_each_table_sum_up(profile_operator, capsys):

@@ -4,13 +4,13 @@ The operator alone is in test_graph.py. The default run stops before code is gen
 Inductor, which needs a C++ compiler.
 """
 
-import dataclasses
 import functools
 import shutil
 
 import pytest
 import torch
 import transformers
+from conversions import converted
 from families import SHORT, build, inputs_for, outputs_of, token_ids
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -22,9 +22,9 @@ GENERATE = ["llama", "gemma3", "gpt_oss"]
 EXACT_HEAD = {"softmax_heads": [(1, 0)]}
 
 
-def converted(family, **changes):
+@pytest.fixture(autouse=True)
+def fresh_compiler():
     torch._dynamo.reset()
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
 
 
 def compiled(model, backend="aot_eager"):
@@ -141,7 +141,6 @@ WAYS = ["model.compile()", "torch.compile(model)", "layers compiled", "an inner 
 
 def compiled_first(way, **options):
     """What is called of a tiny Llama that was compiled and has run, so that its graph is of softmax; its answer."""
-    torch._dynamo.reset()
     model = build("llama")
     called = model
     options = {"backend": "eager", **options}  # guards are what matters here
@@ -211,8 +210,7 @@ def test_it_is_compiled_afterwards():
 @pytest.mark.parametrize("change", [None, "heads", "resample", "load", "kernel"])
 def test_one_graph_without_an_eager_forward_before(change, tmp_path):
     """What Python knows of an adapter's tensors is known before a graph is made, which cannot ask."""
-    torch._dynamo.reset()
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=token_ids(2, 90))
+    model = converted("llama", calibrate=token_ids(2, 90))
     if change == "heads":
         hf_rfa.set_softmax_heads(model, [(0, 1)])
     elif change == "resample":

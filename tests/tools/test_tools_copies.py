@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from families import CACHE, SHORT, build, inputs_for, outputs_of, token_ids
+from conversions import converted
+from families import CACHE, build, inputs_for, outputs_of, token_ids
 from torch.testing import assert_close
 
 import hf_rfa
@@ -27,7 +28,7 @@ COPY = pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 @COPY
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "gpt2"])
 def test_a_cache_in_the_middle_of_a_text(family, make):
-    model, ids = hf_rfa.convert(build(family), SHORT, calibrate=False), token_ids()
+    model, ids = converted(family), token_ids()
     with torch.no_grad():
         cache = cache_of(model(ids[:, :40], use_cache=True))
         twin = make(cache)
@@ -42,7 +43,7 @@ def test_a_cache_in_the_middle_of_a_text(family, make):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_whole_model_through_torch_save(family):
-    model = hf_rfa.convert(build(family), SHORT, calibrate=False)
+    model = converted(family)
     hf_rfa.resample(model, 5)
     loaded = through_torch_save(model)
     assert torch.equal(outputs_of(loaded, inputs_for(model)), outputs_of(model, inputs_for(model)))
@@ -53,8 +54,8 @@ def test_a_whole_model_through_torch_save(family):
 
 def test_a_state_dict_loaded_in_place_of_the_tensors():
     """`assign=True` puts other tensors there: what the adapter keeps of the old ones must not stay."""
-    model = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
-    other = hf_rfa.convert(build("llama"), SHORT, calibrate=False)
+    model = converted()
+    other = converted()
     hf_rfa.resample(other, 3)
     hf_rfa.set_softmax_heads(other, [(0, 1)])
     model.load_state_dict(other.state_dict(), assign=True)

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from families import CACHE, PEFT_ASKS, SHORT, build, outputs_of, token_ids
+from conversions import converted, redrawn, same_outputs
+from families import CACHE, PEFT_ASKS, SHORT, build, lora, outputs_of, token_ids, wrap
 from packaging.version import Version
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, BertModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_rfa
@@ -16,14 +17,6 @@ from hf_rfa.runtime.adapter import require_adapters
 
 peft = pytest.importorskip("peft")
 
-TARGETS = {
-    "llama": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-    "gemma3": ["q_proj", "k_proj"],
-    "gpt_oss": ["q_proj", "v_proj"],
-    "deepseek_v3": ["q_b_proj", "kv_b_proj"],
-    "bert": ["query", "value"],
-}
 METHODS = {
     "lora": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
     "dora": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
@@ -48,30 +41,17 @@ PAIR = {"rfa_config.json", "rfa_model.safetensors"}
 IGNORED_POSITIONS = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 
 
-def wrap(model, config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return peft.get_peft_model(model, config).eval()
-
-
-def converted(family, **changes):
-    return hf_rfa.convert(build(family), dataclasses.replace(SHORT, **changes), calibrate=False)
-
-
 def gradients_of(model):
     model.train()(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @PEFT_ASKS
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "bert"])
 def test_a_lora_trains_merges_and_is_taken_off(family):
     model, inputs = converted(family), {"input_ids": token_ids()}
     plain = outputs_of(model, inputs)
-    config = peft.LoraConfig(
-        r=2, target_modules=TARGETS[family], init_lora_weights=False, fan_in_fan_out=family == "gpt2"
-    )
-    wrapped = wrap(model, config)
+    wrapped = lora(model, family, task=None)
     tuned = outputs_of(wrapped, inputs)
     assert (tuned - plain).abs().max() > 1e-3
     with wrapped.disable_adapter():
@@ -85,7 +65,7 @@ def test_a_lora_trains_merges_and_is_taken_off(family):
 @PEFT_ASKS
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_train_and_merge(method):
-    wrapped, inputs = wrap(converted("llama"), METHODS[method]()), {"input_ids": token_ids(), "use_cache": False}
+    wrapped, inputs = wrap(converted(), METHODS[method]()), {"input_ids": token_ids(), "use_cache": False}
     tuned = outputs_of(wrapped, inputs)
     assert any(grad.abs().max() > 0 for grad in gradients_of(wrapped).values())
     assert_close(outputs_of(wrapped.eval().merge_and_unload(), inputs), tuned, atol=1e-4, rtol=0)
@@ -94,7 +74,7 @@ def test_other_methods_train_and_merge(method):
 @PEFT_ASKS
 def test_all_linear_layers_are_the_models_own():
     """PEFT looks for linear layers by itself: an adapter has none."""
-    with_rfa = wrap(converted("llama"), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with_rfa = wrap(converted(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     without = wrap(build("llama"), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     names = [{name for name, _ in model.named_parameters()} for model in (with_rfa, without)]
     assert names[0] == names[1]
@@ -135,7 +115,7 @@ def test_a_prefix_in_the_window_is_the_prefix_of_softmax(family, converted_first
     want = outputs_of(with_prefix(build(family)), inputs)
     config = dataclasses.replace(SHORT, window=80)
     if converted_first:
-        model = with_prefix(hf_rfa.convert(build(family), config, calibrate=False))
+        model = with_prefix(converted(family, config))
     else:
         model = hf_rfa.convert(with_prefix(build(family)), config, calibrate=False)
     assert_close(outputs_of(model, inputs), want, atol=2e-5, rtol=0)
@@ -165,7 +145,7 @@ def test_a_prefix_out_of_the_window_is_estimated_trained_and_generated_from(soft
 @PEFT_SAYS_PAST
 @PEFT_ASKS
 def test_a_prefix_before_padded_rows():
-    wrapped, ids = with_prefix(converted("llama")), token_ids()
+    wrapped, ids = with_prefix(converted()), token_ids()
     mask = (torch.arange(70) >= torch.tensor([[23], [0]])).long()
     position = 6 + (mask.cumsum(1) - 1).clamp_min(0)
     padded = outputs_of(wrapped.get_base_model(), {
@@ -187,22 +167,6 @@ def test_a_prefix_of_a_bidirectional_layer_is_refused():
 # --- saved with the conversion ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def base(tmp_path):
-    build("llama").save_pretrained(tmp_path / "base")
-    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-
-
-def redrawn(model, draw=3):
-    hf_rfa.resample(hf_rfa.convert(model, SHORT, calibrate=False), draw=draw)
-    return model
-
-
-def same(loaded, model):
-    inputs = {"input_ids": token_ids(), "use_cache": False}
-    return torch.equal(outputs_of(loaded, inputs), outputs_of(model, inputs))
-
-
 def files(folder):
     return {path.name for path in folder.iterdir() if path.is_file()}
 
@@ -215,11 +179,11 @@ def test_pefts_own_saving_holds_the_conversion(method, converted_first, base, tm
     model = wrap(redrawn(base()), config) if converted_first else redrawn(wrap(base(), config))
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") >= PAIR
-    assert same(hf_rfa.from_pretrained(tmp_path / "saved"), model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "saved"), model)
     fresh = hf_rfa.convert(base(), SHORT, calibrate=False)
-    assert not same(wrap(fresh, METHODS[method]()), model)
+    assert not same_outputs(wrap(fresh, METHODS[method]()), model)
     again = peft.PeftModel.from_pretrained(hf_rfa.convert(base(), SHORT, calibrate=False), tmp_path / "saved")
-    assert same(again, model)
+    assert same_outputs(again, model)
 
 
 @PEFT_ASKS
@@ -231,7 +195,7 @@ def test_peft_around_other_models_is_what_it_was(base, tmp_path):
     model = wrap(base(), METHODS["lora"]())
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert same(peft.PeftModel.from_pretrained(base(), tmp_path / "saved"), model)
+    assert same_outputs(peft.PeftModel.from_pretrained(base(), tmp_path / "saved"), model)
 
 
 @PEFT_ASKS
@@ -252,9 +216,9 @@ def test_each_of_several_adapters_has_the_conversion_beside_it(base, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") >= PAIR
     assert files(tmp_path / "saved" / "second") >= PAIR
-    assert same(hf_rfa.from_pretrained(tmp_path / "saved"), model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "saved"), model)
     model.set_adapter("second")
-    assert same(hf_rfa.from_pretrained(tmp_path / "saved" / "second"), model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "saved" / "second"), model)
     model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
     assert not files(tmp_path / "one") & PAIR
     with pytest.raises(CheckpointError, match=r"sub-folders \['second'\]"):
@@ -299,7 +263,7 @@ def test_within_a_distributed_wrapper_the_lora_is_saved(base, tmp_path):
     model = wrap(redrawn(base()), METHODS["lora"]())
     hf_rfa.save_pretrained(Wrapper(Wrapper(model)), tmp_path / "saved")
     assert "model.safetensors" not in files(tmp_path / "saved")
-    assert same(hf_rfa.from_pretrained(tmp_path / "saved"), model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "saved"), model)
 
 
 @pytest.mark.skipif(
@@ -315,7 +279,7 @@ def test_an_adapter_that_transformers_attached_itself(base, tmp_path):
         folder = tmp_path / str(number)
         save(model, folder) if save is hf_rfa.save_pretrained else model.save_pretrained(folder)
         assert "model.safetensors" not in files(folder)
-        assert same(hf_rfa.from_pretrained(folder), model)
+        assert same_outputs(hf_rfa.from_pretrained(folder), model)
 
 
 # --- models that are not their base model any more -------------------------------------------------------------------
@@ -361,11 +325,11 @@ def test_new_tokens_and_labels_come_back_without_further_arguments(kind, change,
     model = saved_as(kind, change(base), tmp_path / "saved")
     torch.manual_seed(7)  # what is initialised at random is not what it was
     loaded = hf_rfa.from_pretrained(tmp_path / "saved")
-    assert same(loaded, model)
+    assert same_outputs(loaded, model)
     assert (loaded.config.vocab_size, loaded.config.num_labels) == (model.config.vocab_size, model.config.num_labels)
     if kind != "alone":
         with loaded.disable_adapter(), model.disable_adapter():
-            assert same(loaded, model) or change is labelled  # the head under PEFT's copy of it was never used
+            assert same_outputs(loaded, model) or change is labelled  # the head under PEFT's copy of it was never used
 
 
 @PEFT_ASKS
@@ -373,9 +337,9 @@ def test_new_tokens_and_labels_come_back_without_further_arguments(kind, change,
 def test_new_tokens_that_peft_does_not_save_are_kept_by_the_conversion(base, tmp_path):
     """`save_embedding_layers=False`, or a hub that PEFT cannot reach to compare sizes."""
     model = saved_as("pefts own", resized(base), tmp_path / "saved", save_embedding_layers=False)
-    assert same(hf_rfa.from_pretrained(tmp_path / "saved"), model)
+    assert same_outputs(hf_rfa.from_pretrained(tmp_path / "saved"), model)
     again = peft.PeftModel.from_pretrained(redrawn(resized(base), draw=0), tmp_path / "saved")
-    assert same(again, model)
+    assert same_outputs(again, model)
 
 
 @PEFT_ASKS
@@ -385,7 +349,7 @@ def test_further_arguments_still_do(change, base, tmp_path):
     model = saved_as("ours", change(base), tmp_path / "saved")
     given = {"vocab_size": 104} if change is resized else {"num_labels": 5}
     loaded = hf_rfa.from_pretrained(tmp_path / "saved", ignore_mismatched_sizes=True, dtype=torch.float32, **given)
-    assert same(loaded, model)
+    assert same_outputs(loaded, model)
 
 
 def test_a_head_that_the_base_model_never_had_comes_back(tmp_path):
@@ -408,5 +372,5 @@ def test_settings_of_the_config_come_back_without_weights(base, tmp_path):
     assert files(tmp_path / "saved") == PAIR
     loaded = hf_rfa.from_pretrained(tmp_path / "saved")
     assert loaded.config.pad_token_id == 7
-    assert same(loaded, model)
-    assert not same(redrawn(base()), model)
+    assert same_outputs(loaded, model)
+    assert not same_outputs(redrawn(base()), model)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from conversions import converted
 from families import SHORT, build, inputs_for, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
@@ -22,10 +23,6 @@ def tokenizer(side="right"):
     return PreTrainedTokenizerFast(
         tokenizer_object=whole, padding_side=side, model_input_names=["input_ids", "attention_mask"], **names
     )
-
-
-def converted(family):
-    return hf_rfa.convert(build(family), SHORT, calibrate=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba"])
@@ -57,7 +54,7 @@ def test_fill_mask():
 
 def test_feature_extraction_of_a_padded_batch():
     config = build("bert").config
-    model = hf_rfa.convert(build(lambda: transformers.BertModel(config)), SHORT, calibrate=False)
+    model = converted(lambda: transformers.BertModel(config))
     run = pipeline("feature-extraction", model=model, tokenizer=tokenizer(), return_tensors=True)
     alone = [run(text) for text in TEXTS]
     for one, padded in zip(alone, run(TEXTS, batch_size=3), strict=True):

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from conversions import converted
 from families import PEFT_ASKS, SHORT, build, inputs_for, outputs_of, token_ids
+from trainers import Texts, arguments, losses
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import hf_rfa
@@ -13,35 +15,6 @@ from hf_rfa.runtime.adapter import require_adapters
 # Transformers 5.23 renamed it.
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
-
-
-class Texts(torch.utils.data.Dataset):
-    def __init__(self, count=8):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        ids = token_ids(1, 40, seed=index)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
-def converted(family, **changes):
-    return hf_rfa.convert(build(family), SHORT, calibrate=False)
-
-
-def arguments(folder, kind=TrainingArguments, **options):
-    settings = {
-        "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }  # fmt: skip
-    return kind(output_dir=str(folder), **{**settings, **options})
-
-
-def losses(run):
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 def train(family, folder, **options):
@@ -78,7 +51,7 @@ def test_bfloat16_is_near_float32_and_leaves_the_adapters_alone(tmp_path):
 
 def test_the_best_checkpoint_comes_back_with_its_conversion(tmp_path):
     """A learning rate that ruins the model in its second step: the first checkpoint is the best."""
-    model = converted("llama")
+    model = converted()
     options = {"learning_rate": 0.5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
     args = arguments(tmp_path, save_steps=1, load_best_model_at_end=True, max_steps=3, **options)
     run = Trainer(model=model, args=args, train_dataset=Texts(), eval_dataset=Texts(3))

@@ -8,7 +8,7 @@ import paths
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CACHE
+from families import CACHE, checkpoint_activations
 from processes import launch
 
 import hf_rfa
@@ -144,6 +144,6 @@ def test_carrying_what_cannot_be_carried_is_refused(tiny_llama):
         finetune(tiny_llama, walk, FinetuneConfig(steps=1, progress=False))
     hf_rfa.revert(tiny_llama)
     hf_rfa.convert(tiny_llama, hf_rfa.RFAConfig(), calibrate=False)
-    (getattr(tiny_llama, "activation_checkpointing_enable", None) or tiny_llama.gradient_checkpointing_enable)()
+    checkpoint_activations(tiny_llama, use_reentrant=False)
     with pytest.raises(ConfigError, match="activation checkpointing"):
         finetune(tiny_llama, walk, FinetuneConfig(steps=1, progress=False))
