@@ -10,10 +10,10 @@ from hf_rfa.distillation.distill import distill
 from hf_rfa.errors import CheckpointError, ConfigError, RFAError, StaleStateError, UnsupportedModelError
 from hf_rfa.ops.attention import rfa_attention, rfa_attention_reference
 from hf_rfa.report import CalibrationReport
-from hf_rfa.runtime.adapter import far_statistics
 from hf_rfa.runtime.attention import register
 from hf_rfa.runtime.backends import backend, set_backend
 from hf_rfa.runtime.cache import cache_bytes
+from hf_rfa.runtime.far_statistics import far_statistics
 from hf_rfa.runtime.record import calibration_report
 from hf_rfa.runtime.resampling import ResampleCallback, resample
 from hf_rfa.runtime.softmax_heads import set_softmax_heads

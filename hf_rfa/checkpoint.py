@@ -1,5 +1,6 @@
-"""Saving and loading a converted model. What was added to it has a small pair of files of its own (see `pair`), beside
-or without the model's weights; a converted model's own `save_pretrained`, and so a `Trainer`, writes the pair too.
+"""Saving and loading a converted model. What was added to it has two small files of its own (see
+`saving.conversion_files`), beside the model's weights or without them; a converted model's own `save_pretrained`, and
+so a `Trainer`, writes them too.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from hf_rfa.runtime.devices import execution_device
 from hf_rfa.runtime.record import CONFIG_FIELD, RECORD, base_model, conversion_config
 from hf_rfa.saving.adapter_loading import load_adapters
 from hf_rfa.saving.base_model import describe_base, load_base, not_in_base, saved_nowhere
-from hf_rfa.saving.pair import SavedPair, read_pair, write_pair
+from hf_rfa.saving.conversion_files import SavedConversion, read_conversion, write_conversion
 from hf_rfa.saving.peft_files import save_peft
 from hf_rfa.saving.saved_files import CONFIG_FILE, PEFT_CONFIG, WEIGHTS_FILE, naming
 from hf_rfa.saving.source import HUB_OPTIONS, Source
@@ -32,7 +33,7 @@ def save_pretrained(
     Args:
         model: A converted model. Of a PEFT model the LoRA is saved beside the conversion, not the base weights.
         folder: Made if it does not exist.
-        adapter_only: Only the conversion's pair of files (a few kB a layer; with new heads and resized embeddings,
+        adapter_only: Only the conversion's two files (a few kB per layer; with new heads and resized embeddings,
             which the base model does not have, but not with other changes to its weights). The base model is then
             found again under the name or path that it was loaded from.
         base_revision: Of the base model, where the weights are left out: Transformers does not remember which one it
@@ -63,7 +64,7 @@ def save_pretrained(
             "the hub. Save the whole model: `save_pretrained(model, folder)`, for PEFT after `merge_and_unload()`."
         )
     if adapter_only:
-        _save_pair_alone(base, folder, base_revision)
+        _save_conversion_alone(base, folder, base_revision)
         return
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +101,9 @@ def from_pretrained(
 
     Example: see `save_pretrained`.
     """
-    pair, source = read_pair(Source.of(folder_or_id, kwargs))
-    loaded = load_base(pair, source, model_class, kwargs)
-    model: Any = _converted(loaded.model, pair, source)
+    saved, source = read_conversion(Source.of(folder_or_id, kwargs))
+    loaded = load_base(saved, source, model_class, kwargs)
+    model: Any = _converted(loaded.model, saved, source)
     lora = source.find(PEFT_CONFIG)
     if lora is not None and not getattr(model, "_hf_peft_config_loaded", False):
         from peft import PeftModel
@@ -144,18 +145,18 @@ def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder_or_id, **kwargs).eval()
 
 
-def _converted(model: PreTrainedModel, pair: SavedPair, source: Source) -> PreTrainedModel:
+def _converted(model: PreTrainedModel, saved: SavedConversion, source: Source) -> PreTrainedModel:
     try:
-        given = pair.scope.get("example_inputs")
+        given = saved.scope.get("example_inputs")
         inputs = None if given is None else rebuild(given, execution_device(model))
-        swap_attention(model, pair.config, example_inputs=inputs, submodels=pair.scope.get("parts"))
+        swap_attention(model, saved.config, example_inputs=inputs, submodels=saved.scope.get("parts"))
     except ConfigError as error:
         raise CheckpointError(f"The conversion in {source} does not fit the model: {error}") from error
-    load_adapters(model, pair, source)
+    load_adapters(model, saved, source)
     return model
 
 
-def _save_pair_alone(base: PreTrainedModel, folder: Path, revision: str | None) -> None:
+def _save_conversion_alone(base: PreTrainedModel, folder: Path, revision: str | None) -> None:
     described = describe_base(base, folder, revision)
     if (folder / PEFT_CONFIG).exists():
         raise CheckpointError(
@@ -165,7 +166,7 @@ def _save_pair_alone(base: PreTrainedModel, folder: Path, revision: str | None) 
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         weights = saved_nowhere(base, folder, not_in_base(base, described, folder))
-        write_pair(base, getattr(base, RECORD), folder, base=described, weights=weights)
+        write_conversion(base, getattr(base, RECORD), folder, base=described, weights=weights)
 
 
 def _peft_model(model: Any) -> Any:

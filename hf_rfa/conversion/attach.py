@@ -22,8 +22,8 @@ from hf_rfa.conversion.packing import keeps_documents_apart
 from hf_rfa.conversion.probe import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
 from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
-from hf_rfa.runtime.attention import stash_cache
 from hf_rfa.runtime.devices import execution_device
+from hf_rfa.runtime.layer_cache import stash_cache
 from hf_rfa.runtime.mask import RFAMask
 from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import CONFIG_FIELD, RECORD, Conversion, base_model, is_converted, store_config

@@ -20,10 +20,10 @@ from hf_rfa.runtime.forward import ARGUMENTS, converted_forward
 from hf_rfa.runtime.generation import generate, prepare_cache
 from hf_rfa.runtime.record import INSIDE, ORIGINAL, RECORD, original_class
 from hf_rfa.saving.peft_files import teach_peft
-from hf_rfa.saving.saver import save_with_pair
+from hf_rfa.saving.saver import save_with_conversion
 
 #: What answers in place of a class's own methods: it gets the method, bound to the model, then the call's arguments.
-_MODEL_METHODS: dict[str, Callable[..., Any]] = {"forward": converted_forward, "save_pretrained": save_with_pair}
+_MODEL_METHODS: dict[str, Callable[..., Any]] = {"forward": converted_forward, "save_pretrained": save_with_conversion}
 _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "_prepare_cache_for_generation": prepare_cache,

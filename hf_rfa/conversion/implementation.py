@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.runtime.attention import IMPLEMENTATION
-from hf_rfa.runtime.record import Implementations
+from hf_rfa.runtime.record import IMPLEMENTATION, Implementations
 
 
 class OwnConfigs:

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter
-from hf_rfa.runtime.attention import IMPLEMENTATION, mask_of_its_own, shares_keys
+from hf_rfa.runtime.attention_call import mask_of_its_own, shares_keys
 from hf_rfa.runtime.calls import Interception, intercept, layer_call
 from hf_rfa.runtime.quiet import quiet_eval
+from hf_rfa.runtime.record import IMPLEMENTATION
 
 
 @dataclass

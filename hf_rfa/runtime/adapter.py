@@ -1,9 +1,8 @@
 """`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +13,8 @@ from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import FEATURE_MAPS, optimal_proposal
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.runtime.fingerprint import digest_of
+from hf_rfa.runtime.float32 import Float32Module
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
 ADAPTER_NAME = "rfa"
@@ -26,9 +27,11 @@ LEARNED = ("omega", *GEOMETRY)
 GATE = ("gate_weight", "gate_bias")
 #: Its bias before training: sigmoid(8) forgets 28 % in a thousand tokens, and still has a gradient.
 OPEN_GATE = 8.0
+#: How a layer attends; `hf_rfa.runtime.attention` has a function for each.
+LayerKind = Literal["linear", "softmax", "masked", "cross"]
 
 
-class RFAAdapter(nn.Module):
+class RFAAdapter(Float32Module):
     """Random features of one attention layer. Its tensors stay float32 whatever the model is cast to.
 
     Attributes:
@@ -103,6 +106,14 @@ class RFAAdapter(nn.Module):
         return self.omega.shape[0]
 
     @property
+    def kind(self) -> LayerKind:
+        """How the layer attends: "softmax" as soon as every key head is exact."""
+        if "kind" not in self._python:
+            own: LayerKind = "softmax" if len(self.softmax_heads) == self.key_heads else "linear"
+            self._python["kind"] = "cross" if self.cross else "masked" if self.masked else own
+        return self._python["kind"]
+
+    @property
     def kernel(self) -> FarKernel:
         """The far kernel of all key heads: one object, until one of the adapter's methods changes a tensor of it.
 
@@ -142,18 +153,9 @@ class RFAAdapter(nn.Module):
             return known[1]
         own = (*self._parameters.values(), *self._buffers.values())
         versions = tuple((id(t), t._version) for t in own if t is not None and not t.is_inference())
-        if known is not None and known[0] == versions:
-            return known[1]
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(repr((self.config.window, self.config.sink_tokens, self.converted, self.layer)).encode())
-        for name, tensor in self.state_dict().items():
-            if name != "draw":  # what was drawn counts, not how often
-                numbers = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-                plain = torch.func.debug_unwrap(numbers)  # inside a transform of `torch.func` every tensor is wrapped
-                data = plain.numpy().tobytes() if plain is numbers else bytes(plain.tolist())
-                digest.update(name.encode() + data)
-        self._python["fingerprint"] = versions, digest.hexdigest()
-        return digest.hexdigest()
+        if known is None or known[0] != versions:
+            known = self._python["fingerprint"] = versions, digest_of(self)
+        return known[1]
 
     @property
     def feature_maps(self) -> tuple[str, ...]:
@@ -264,17 +266,7 @@ class RFAAdapter(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RFAAdapter":
-        # `model.to(bfloat16)` moves the adapter but does not round it: features are computed in float32.
-        own = [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
-        kept = {name: tensor.detach() for name, tensor in own}
         super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                if isinstance(moved, nn.Parameter):
-                    moved.data = tensor.to(moved.device)
-                else:
-                    setattr(self, name, tensor.to(moved.device))
         self._known_kernel = None
         return self
 
@@ -287,11 +279,17 @@ class RFAAdapter(nn.Module):
         self._read()
 
 
+def adapter_of(module: nn.Module) -> RFAAdapter | None:
+    """The adapter of an attention module; None if it has none."""
+    adapter = module._modules.get(ADAPTER_NAME)
+    return adapter if isinstance(adapter, RFAAdapter) else None
+
+
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
     """(name of the attention module, the module, its adapter) of every layer, in the model's order."""
     for name, module in model.named_modules():
-        adapter = module._modules.get(ADAPTER_NAME)
-        if isinstance(adapter, RFAAdapter):
+        adapter = adapter_of(module)
+        if adapter is not None:
             yield name, module, adapter
 
 
@@ -304,19 +302,3 @@ def require_adapters(model: nn.Module) -> list[RFAAdapter]:
             "`hf_rfa.convert(model)` first."
         )
     return adapters
-
-
-def far_statistics(model: nn.Module) -> dict[int, float]:
-    """Per converted layer, the share of far estimates that were not positive and so were dropped (since conversion).
-
-    Only the trigonometric map can drop any; the positive maps always answer 0.
-
-    Example:
-        >>> import hf_rfa
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        >>> model = hf_rfa.convert(LlamaForCausalLM(LlamaConfig(**size)), calibrate=False)
-        >>> hf_rfa.far_statistics(model)
-        {0: 0.0}
-    """
-    return {a.layer: a.statistics.dropped_fraction for a in require_adapters(model) if a.converted}

@@ -1,32 +1,17 @@
 """The cache of a converted model: one `RFAState` a layer, whose linear heads need the same bytes at any length."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
-from hf_rfa.features.far_kernel import FarKernel
-from hf_rfa.ops.attention import attend
-from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.state import RFAState
+from hf_rfa.runtime.attention_call import AttendInputs
 from hf_rfa.runtime.calls import is_called_with
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One forward that `crop` can take back: the state before it and what it added."""
-
-    before: RFAState | None
-    key: torch.Tensor
-    value: torch.Tensor
-    kernel: FarKernel
-    settings: AttentionSettings
-    layout: TokenLayout
+from hf_rfa.runtime.recorded_steps import RecordedStep, state_after
 
 
 class RFACacheLayer(CacheLayerMixin):
@@ -57,7 +42,7 @@ class RFACacheLayer(CacheLayerMixin):
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
         self.took_over = False  # tokens of a plain cache, which layers that share these keys have never seen
         self.companions: dict[Any, RFACacheLayer] = {}
-        self._steps: list[_Step] = []
+        self._steps: list[RecordedStep] = []
 
     @property
     def state(self) -> RFAState | None:
@@ -117,55 +102,39 @@ class RFACacheLayer(CacheLayerMixin):
         for companion in self.companions.values():
             companion.hand_on()
 
-    def absorb(
-        self, new_key: torch.Tensor, new_value: torch.Tensor, token_mask: torch.Tensor | None, kernel: FarKernel,
-        settings: AttentionSettings,
-    ) -> None:  # fmt: skip
-        """Make the state of what was `given`; `token_mask` (B, seen) is False for padding among it."""
+    def absorb(self, new: AttendInputs, token_mask: torch.Tensor | None) -> None:
+        """Make the state of what was `given`, before `new` tokens; `token_mask` (B, seen) is False for padding."""
         if self.given is None:
             return
         key, value = self.given
-        if any(a.shape[1::2] != b.shape[1::2] for a, b in ((key, new_key), (value, new_value))):
+        if any(a.shape[1::2] != b.shape[1::2] for a, b in ((key, new.key), (value, new.value))):
             raise UnsupportedModelError(
                 f"This cache holds {self.seen} tokens, but not as the keys and values of the attention (it has "
-                f"{tuple(key.shape)}, the attention {tuple(new_key.shape)}). Start with an empty cache."
+                f"{tuple(key.shape)}, the attention {tuple(new.key.shape)}). Start with an empty cache."
             )
         self.given = None
         layout = TokenLayout(None if token_mask is None else token_mask[:, -key.shape[2] :])
-        self.state = _state_after(key, value, kernel, settings, layout, None)
+        self.state = state_after(key, value, new.kernel, new.settings, layout, None)
 
-    def advance(
-        self,
-        state: RFAState,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kernel: FarKernel,
-        settings: AttentionSettings,
-        layout: TokenLayout,
-    ) -> None:
-        """Store the state after new tokens; the other arguments are `attend`'s, for taking steps back."""
+    def extend(self, new: AttendInputs) -> torch.Tensor:
+        """The attention (B, H, N, M) of new tokens, and the state after them."""
+        before = self.state
+        output, state = new.attend(before, output_final_state=True)
         if self.record_past:
-            self._steps.append(_Step(self.state, key, value, kernel, settings, layout))
+            self._steps.append(RecordedStep(before, new.key, new.value, new.kernel, new.settings, new.layout))
         self.state = state
-        self.seen += key.shape[2]
+        self.seen += new.key.shape[2]
+        return output
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kernel: FarKernel,
-        settings: AttentionSettings,
-        layout: TokenLayout,
-        statistics: FarStatistics | None,
-    ) -> torch.Tensor:
+    def decode(self, new: AttendInputs) -> torch.Tensor:
         """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
         self.seen += 1
-        with torch.autocast(query.device.type, enabled=False):
-            if self._decoder is None or not self._decoder.continues(query, key, value, kernel, settings):
-                self._decoder = Decoder(query, key, value, kernel, settings, self.state)
+        tokens, kernel, settings = new.tokens, new.kernel, new.settings
+        with torch.autocast(new.query.device.type, enabled=False):
+            if self._decoder is None or not self._decoder.continues(*tokens, kernel, settings):
+                self._decoder = Decoder(*tokens, kernel, settings, self.state)
                 self._state = None
-            return self._decoder.step(query, key, value, layout, statistics)
+            return self._decoder.step(*tokens, new.layout, new.statistics)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -206,7 +175,7 @@ class RFACacheLayer(CacheLayerMixin):
         if remove and remove >= self.seen:
             self.reset()
             return
-        recorded = sum(step.key.shape[2] for step in self._steps)
+        recorded = sum(step.length for step in self._steps)
         if remove > recorded:
             raise RuntimeError(
                 f"`crop` can take back what was recorded since the last `crop`: {recorded} tokens. Got {remove}. A "
@@ -215,13 +184,10 @@ class RFACacheLayer(CacheLayerMixin):
             )
         while remove:
             step = self._steps.pop()
-            length = step.key.shape[2]
-            kept = max(0, length - remove)
-            self.state = step.before
-            self.seen -= length - kept
-            remove -= length - kept
-            if kept:
-                self.state = _replay(step, kept)
+            kept = max(0, step.length - remove)
+            self.state = step.replay(kept)
+            self.seen -= step.length - kept
+            remove -= step.length - kept
         self._steps.clear()
         for companion in self.companions.values():
             companion.crop(tokens_to_remove)
@@ -255,24 +221,6 @@ class RFACacheLayer(CacheLayerMixin):
         self._steps.clear()
         for companion in self.companions.values():
             companion._select(rows)
-
-
-def _replay(step: _Step, kept: int) -> RFAState:
-    """The state after the first `kept` tokens of a forward."""
-    token_mask = None if step.layout.token_mask is None else step.layout.token_mask[:, :kept]
-    key, value = step.key[:, :, :kept], step.value[:, :, :kept]
-    return _state_after(key, value, step.kernel, step.settings, TokenLayout(token_mask), step.before)
-
-
-def _state_after(
-    key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout,
-    before: RFAState | None,
-) -> RFAState:  # fmt: skip
-    """The state after these keys and values; what the queries are does not matter to it."""
-    settings = settings.replace(sink_logits=None)
-    _, state = attend(key, key, value, kernel, settings, layout, before, output_final_state=True)
-    assert state is not None
-    return state
 
 
 def cache_bytes(cache: Cache) -> int:

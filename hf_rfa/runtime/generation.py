@@ -12,8 +12,9 @@ from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.runtime.adapter import named_adapters
 from hf_rfa.runtime.adopted_cache import adopt_cache_layer, has_place
 from hf_rfa.runtime.arguments import CACHE_NAMES
-from hf_rfa.runtime.attention import attends_here, shares_keys
+from hf_rfa.runtime.attention_call import shares_keys
 from hf_rfa.runtime.cache import RFACacheLayer
+from hf_rfa.runtime.layer_cache import attends_here
 from hf_rfa.runtime.record import INSIDE
 
 #: The caches of the `generate` that this thread is in.

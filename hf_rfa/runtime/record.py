@@ -10,6 +10,8 @@ from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.report import CalibrationReport
 
+#: The name of the attention implementation in Transformers.
+IMPLEMENTATION = "rfa"
 #: Where the conversion is noted in the model's own config, which its `save_pretrained` writes.
 CONFIG_FIELD = "rfa_config"
 #: Config objects, outer ones first, with the implementation that each has: setting an outer one sets the inner ones.

@@ -10,18 +10,18 @@ from hf_rfa.errors import CheckpointError
 from hf_rfa.runtime.adapter import ADAPTER_NAME, named_adapters
 from hf_rfa.runtime.record import conversion_config, store_config, store_report
 from hf_rfa.saving.base_model import restore_weights
-from hf_rfa.saving.pair import SavedPair, adapter_tensors
+from hf_rfa.saving.conversion_files import SavedConversion, adapter_tensors
 from hf_rfa.saving.saved_files import digest
 from hf_rfa.saving.source import Source
 
 
-def load_adapters(model: PreTrainedModel, pair: SavedPair, source: Source) -> None:
-    """Put the pair's tensors and what calibration found into a model that was converted with the pair's config.
+def load_adapters(model: PreTrainedModel, saved: SavedConversion, source: Source) -> None:
+    """Load the saved tensors and calibration report into a model that was converted with the saved config.
 
     Raises:
-        CheckpointError: The tensors are not those of this model, or not those that the pair was saved with.
+        CheckpointError: The tensors are not those of this model, or not those that the conversion was saved with.
     """
-    wanted, tensors = adapter_shapes(model), pair.tensors
+    wanted, tensors = adapter_shapes(model), saved.tensors
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise CheckpointError(
@@ -38,7 +38,7 @@ def load_adapters(model: PreTrainedModel, pair: SavedPair, source: Source) -> No
             raise CheckpointError(
                 f"{key} in {source} holds values that are not finite. The file is damaged: save the model again."
             )
-    if not pair.is_whole:
+    if not saved.is_whole:
         raise CheckpointError(
             f"The two files of the conversion in {source} are of different saves, or damaged: the digest of the "
             "tensors is another one. Copy both again, or save the model again."
@@ -46,11 +46,11 @@ def load_adapters(model: PreTrainedModel, pair: SavedPair, source: Source) -> No
     for module_name, _, adapter in named_adapters(model):
         prefix = f"{module_name}.{ADAPTER_NAME}."
         adapter.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
-    restore_weights(model, pair.weights)
-    store_report(model, pair.report)
+    restore_weights(model, saved.weights)
+    store_report(model, saved.report)
 
 
-def take_over(model: PreTrainedModel, pair: SavedPair, source: Source, *, replace: bool) -> None:
+def take_over(model: PreTrainedModel, saved: SavedConversion, source: Source, *, replace: bool) -> None:
     """Give a converted model the draw, the kernel and the exact heads that a LoRA for it was saved with.
 
     Args:
@@ -59,20 +59,20 @@ def take_over(model: PreTrainedModel, pair: SavedPair, source: Source, *, replac
     Raises:
         CheckpointError: The LoRA was trained on another conversion. The model is then as it was.
     """
-    ours, theirs = (dataclasses.asdict(config) for config in (conversion_config(model), pair.config))
+    ours, theirs = (dataclasses.asdict(config) for config in (conversion_config(model), saved.config))
     differing = [name for name in ours if ours[name] != theirs[name] and name != "softmax_heads"]
     if differing:
         raise CheckpointError(
             f"{source} was trained on another conversion: {_listed(differing, theirs)}; the model has "
             f"{_listed(differing, ours)}. Load it with `hf_rfa.from_pretrained`, or convert with the same config."
         )
-    if not replace and digest(pair.tensors) != digest(adapter_tensors(model)):
+    if not replace and digest(saved.tensors) != digest(adapter_tensors(model)):
         raise CheckpointError(
             f"{source} was trained with another draw, kernel or other exact heads than the adapters that the model "
             "has already, and they share one conversion. Load it alone."
         )
-    load_adapters(model, pair, source)
-    store_config(model, pair.config)
+    load_adapters(model, saved, source)
+    store_config(model, saved.config)
 
 
 def adapter_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""The model under a conversion: its weights beside the pair, or those of a base model found again elsewhere."""
+"""The model under a conversion: its weights beside the conversion, or those of a base model found elsewhere."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from hf_rfa.errors import CheckpointError
 from hf_rfa.runtime.adapter import ADAPTER_NAME
 from hf_rfa.runtime.record import original_class
+from hf_rfa.saving.conversion_files import Base, SavedConversion, as_json
 from hf_rfa.saving.model_class import find_class
-from hf_rfa.saving.pair import Base, SavedPair, as_json
 from hf_rfa.saving.saved_files import MODEL_CONFIG, PEFT_WEIGHTS, read_json
 from hf_rfa.saving.source import HUB_OPTIONS, Source
 
@@ -35,36 +35,38 @@ class Loaded:
     weights: Source
 
 
-def load_base(pair: SavedPair, source: Source, model_class: type[PreTrainedModel] | None, kwargs: Any) -> Loaded:
-    """The model that the pair in `source` belongs to, in evaluation mode, not converted yet.
+def load_base(
+    saved: SavedConversion, source: Source, model_class: type[PreTrainedModel] | None, kwargs: Any
+) -> Loaded:
+    """The model that the conversion in `source` belongs to, in evaluation mode, not converted yet.
 
     Raises:
         CheckpointError: The class or the weights cannot be found or read, or the base model lacks weights that were
             not saved either.
     """
-    weights = _weights(pair, source)
-    cls: Any = find_class(pair.architecture, pair.module, weights) if model_class is None else model_class
+    weights = _weights(saved, source)
+    cls: Any = find_class(saved.architecture, saved.module, weights) if model_class is None else model_class
     options = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
     options.setdefault("attn_implementation", None)  # config.json may say "rfa", which is nothing without adapters
     code = {key: weights.code[key] for key in ("trust_remote_code",) if key in weights.code}
-    rebuilt = pair.base is not None and pair.base.config is not None
+    rebuilt = saved.base is not None and saved.base.config is not None
     with _naming(weights), _expecting_adapters(cls), _unreported() if rebuilt else nullcontext():
         if rebuilt and "config" not in options:
-            config, options = _config(cls, pair, weights, options)
+            config, options = _config(cls, saved, weights, options)
             options["config"] = config
             options.setdefault("ignore_mismatched_sizes", True)  # what that leaves out is looked at below
         model, info = cls.from_pretrained(weights.name, **weights.options, **code, **options, output_loading_info=True)
     if rebuilt:
-        _refuse_lacking(model, info, pair, weights, source)
+        _refuse_lacking(model, info, saved, weights, source)
     setattr(model, _PLACE, {key: weights.options.get(key) for key in ("revision", "subfolder")})
     return Loaded(model.eval(), info, weights)
 
 
 def describe_base(model: PreTrainedModel, folder: Path, revision: str | None = None) -> Base:
-    """What the pair of a model without weights has to say of them.
+    """Where the weights of a model that is saved without them are, and the config that they need.
 
     Args:
-        folder: Where the pair will be.
+        folder: Where the conversion will be.
         revision: Of the base model; None: the one that it was loaded from, as far as it is known.
     """
     name = getattr(model.config, "_name_or_path", "") or None
@@ -145,25 +147,25 @@ def _in_lora(source: Source, names: set[str]) -> set[str]:
     return {name for name in names if {f"base_model.model.{name}", f"base_model.{name}"} & keys}
 
 
-def _weights(pair: SavedPair, source: Source) -> Source:
-    if pair.base is None or pair.base.name == ".":
+def _weights(saved: SavedConversion, source: Source) -> Source:
+    if saved.base is None or saved.base.name == ".":
         return source
-    if pair.base.name is None:
+    if saved.base.name is None:
         raise CheckpointError(
             f"{source} holds a conversion without weights and does not say which base model it belongs to. Load that "
             "model yourself and call `hf_rfa.convert`; `PeftModel.from_pretrained` then takes the saved draw over."
         )
-    return source.elsewhere(pair.base.name, pair.base.revision, pair.base.subfolder)
+    return source.elsewhere(saved.base.name, saved.base.revision, saved.base.subfolder)
 
 
 def _place(base: Base) -> dict[str, str]:
     return {key: value for key in ("revision", "subfolder") if (value := getattr(base, key))}
 
 
-def _config(cls: Any, pair: SavedPair, weights: Source, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _config(cls: Any, saved: SavedConversion, weights: Source, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config of the model as it was saved; how the weights are quantised is the base model's own business."""
-    assert pair.base is not None
-    values = dict(pair.base.config or {})
+    assert saved.base is not None
+    values = dict(saved.base.config or {})
     values.pop("quantization_config", None)
     path = weights.find(MODEL_CONFIG)
     original = {} if path is None else read_json(path)
@@ -187,10 +189,10 @@ def _lacking(info: dict[str, Any]) -> set[str]:
 
 
 def _refuse_lacking(
-    model: PreTrainedModel, info: dict[str, Any], pair: SavedPair, weights: Source, source: Source
+    model: PreTrainedModel, info: dict[str, Any], saved: SavedConversion, weights: Source, source: Source
 ) -> None:
-    """What the base model does not have was initialised at random: it must come with the pair or the LoRA."""
-    lost = _lacking(info) - set(pair.weights)
+    """Refuse weights that the base model lacks and so were initialised at random, unless they were saved elsewhere."""
+    lost = _lacking(info) - set(saved.weights)
     lost -= _in_lora(source, lost)
     if lost:
         raise CheckpointError(

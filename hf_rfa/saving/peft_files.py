@@ -1,4 +1,4 @@
-"""PEFT models around a converted base save and load the conversion's pair beside their adapters.
+"""PEFT models around a converted base save and load its conversion beside their adapters.
 
 `PeftModel.save_pretrained` and `load_adapter` call no method of the base model that is told of a folder, so a
 `Trainer`, which calls them, would lose the draw. `teach_peft` wraps the two once a process; they do what they did for
@@ -18,8 +18,8 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.record import RECORD, base_model
 from hf_rfa.saving.adapter_loading import take_over
 from hf_rfa.saving.base_model import describe_base, not_in_base, saved_nowhere
-from hf_rfa.saving.pair import read_pair, write_pair
-from hf_rfa.saving.saved_files import CONFIG_FILE, forget_pair
+from hf_rfa.saving.conversion_files import read_conversion, write_conversion
+from hf_rfa.saving.saved_files import CONFIG_FILE, forget_conversion
 from hf_rfa.saving.source import Source
 
 logger = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ def teach_peft() -> None:
 
 
 def save_peft(model: Any, folder: Path, base_revision: str | None) -> None:
-    """Save a PEFT model around a converted base with its pair."""
+    """Save a PEFT model around a converted base with its conversion."""
     model.save_pretrained(folder)
     if base_revision is not None:
-        _write_pairs(model, base_model(model), _folders(model, folder, None), base_revision, None)
+        _write_conversions(model, base_model(model), _folders(model, folder, None), base_revision, None)
 
 
 def _folders(model: Any, folder: Path, selected: list[str] | None) -> dict[str, Path]:
@@ -50,7 +50,7 @@ def _folders(model: Any, folder: Path, selected: list[str] | None) -> dict[str, 
     return {name: folder if name == "default" else folder / name for name in names}
 
 
-def _write_pairs(
+def _write_conversions(
     model: Any, base: PreTrainedModel, folders: dict[str, Path], revision: str | None, state_dict: Any
 ) -> None:
     lacking = None
@@ -59,7 +59,7 @@ def _write_pairs(
         if lacking is None:  # the same for all of them
             lacking = not_in_base(base, whence, folder)
         weights = saved_nowhere(base, folder, lacking)
-        write_pair(base, getattr(base, RECORD), folder, base=whence, weights=weights, state_dict=state_dict)
+        write_conversion(base, getattr(base, RECORD), folder, base=whence, weights=weights, state_dict=state_dict)
 
 
 def _saving(original: Any) -> Any:
@@ -75,9 +75,9 @@ def _saving(original: Any) -> Any:
             return original(self, *args, **kwargs)
         folders = _folders(self, Path(values["save_directory"]), values["selected_adapters"])
         for folder in folders.values():
-            forget_pair(folder)
+            forget_conversion(folder)
         result = original(self, *args, **kwargs)
-        _write_pairs(self, base, folders, None, values["kwargs"].get("state_dict"))
+        _write_conversions(self, base, folders, None, values["kwargs"].get("state_dict"))
         return result
 
     save_pretrained._hf_rfa = True  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ def _loading(original: Any) -> Any:
             else:
                 # An adapter that is loaded again (a Trainer resumes) and the first one bring their conversion along;
                 # another one has to fit those that are there.
-                take_over(base, *read_pair(source), replace=values["adapter_name"] in self.peft_config)
+                take_over(base, *read_conversion(source), replace=values["adapter_name"] in self.peft_config)
         return original(self, *args, **kwargs)
 
     return load_adapter

@@ -18,7 +18,7 @@ from hf_rfa.saving.source import Source
 
 logger = logging.getLogger(__name__)
 
-#: The pair that holds a conversion.
+#: The two files that hold a conversion.
 CONFIG_FILE, WEIGHTS_FILE = "rfa_config.json", "rfa_model.safetensors"
 #: What Transformers writes of a model, and PEFT of an adapter.
 MODEL_CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
@@ -91,7 +91,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def fingerprints(source: Source, *, model: bool) -> dict[str, str]:
-    """SHA-256 by name of the files that decide what loads beside a pair.
+    """SHA-256 by name of the files that decide what loads beside a conversion.
 
     Args:
         model: Also that of the config of a whole model, where there is one, weights and all. Without weights the
@@ -104,8 +104,8 @@ def fingerprints(source: Source, *, model: bool) -> dict[str, str]:
     return {name: _sha256(path) for name, path in found.items() if path is not None}
 
 
-def forget_pair(folder: Path) -> None:
-    """Until a new pair is whole the folder has none: an interrupted save is no model, not a mixture of two."""
+def forget_conversion(folder: Path) -> None:
+    """Remove the conversion from a folder until a new one is whole: an interrupted save leaves none, not a mixture."""
     with naming(folder):
         (folder / CONFIG_FILE).unlink(missing_ok=True)
 

@@ -8,17 +8,17 @@ from typing import Any
 from hf_rfa.runtime.adapter import ADAPTER_NAME
 from hf_rfa.runtime.record import RECORD
 from hf_rfa.saving.base_model import describe_base, not_in_base, saved_nowhere
-from hf_rfa.saving.pair import write_pair
-from hf_rfa.saving.saved_files import forget_pair, remove_lora
+from hf_rfa.saving.conversion_files import write_conversion
+from hf_rfa.saving.saved_files import forget_conversion, remove_lora
 
 #: Arguments of a model's `save_pretrained` that concern the upload.
 _UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
-def save_with_pair(
+def save_with_conversion(
     model: Any, own: Callable[..., Any], save_directory: str | Path, *args: Any, **kwargs: Any
 ) -> None:  # fmt: skip
-    """`save_pretrained` of a converted model: its class's own, then the pair of files beside what that wrote."""
+    """`save_pretrained` of a converted model: its class's own, then the conversion's files beside what that wrote."""
     kwargs |= dict(zip(list(inspect.signature(own).parameters)[1:], args, strict=False))  # given by position
     is_main_process, push_to_hub = kwargs.pop("is_main_process", True), kwargs.pop("push_to_hub", False)
     record, folder = model.__dict__.get(RECORD), Path(save_directory)
@@ -27,7 +27,7 @@ def save_with_pair(
         return
     upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
     if is_main_process:
-        forget_pair(folder)
+        forget_conversion(folder)
     gathered = _of_adapters(kwargs.get("state_dict"))  # now: Transformers empties the dictionary as it saves
     own(save_directory, is_main_process=is_main_process, **kwargs)
     if not is_main_process:
@@ -37,8 +37,8 @@ def save_with_pair(
         remove_lora(folder)
     base = describe_base(model, folder) if only_lora else None
     weights = None if base is None else saved_nowhere(model, folder, not_in_base(model, base, folder))
-    write_pair(model, record, folder, base=base, weights=weights, state_dict=gathered)
-    if push_to_hub:  # only now: the class's own upload would leave the pair behind
+    write_conversion(model, record, folder, base=base, weights=weights, state_dict=gathered)
+    if push_to_hub:  # only now: the class's own upload would leave the conversion behind
         model.push_to_hub(upload.pop("repo_id", folder.name), **upload)
 
 

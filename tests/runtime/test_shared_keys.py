@@ -21,7 +21,7 @@ from transformers import DynamicCache
 import hf_rfa
 from hf_rfa import RFAConfig, StaleStateError, UnsupportedModelError
 from hf_rfa.runtime.arguments import cache_of
-from hf_rfa.runtime.attention import shares_keys
+from hf_rfa.runtime.attention_call import shares_keys
 from hf_rfa.training.loss import LossModule
 
 MODELS = {

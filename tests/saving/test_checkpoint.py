@@ -19,7 +19,7 @@ import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
 from hf_rfa.conversion.implementation import IMPLEMENTATION
 from hf_rfa.runtime.record import conversion_config
-from hf_rfa.saving.pair import MARK
+from hf_rfa.saving.conversion_files import MARK
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
 FAMILIES = pytest.mark.parametrize("family", NAMES)
@@ -72,7 +72,7 @@ def rewrite(path, **changes):
 
 
 def retensor(folder, change):
-    """Rewrite the pair's tensors by a function of their dictionary."""
+    """Rewrite the conversion's tensors by a function of their dictionary."""
     path = folder / "rfa_model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -375,7 +375,7 @@ def test_the_undamaged_folder_loads(folder):
     hf_rfa.from_pretrained(folder)
 
 
-def test_the_pair_of_a_copy_is_its_own(tmp_path):
+def test_the_conversion_of_a_copy_is_its_own(tmp_path):
     model = altered()
     twin = copy.deepcopy(model)
     for module in attention_modules(twin):
@@ -385,7 +385,7 @@ def test_the_pair_of_a_copy_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", PAIR)
-def test_without_its_pair_of_files_a_folder_does_not_load(name, folder):
+def test_without_one_of_its_two_files_a_folder_does_not_load(name, folder):
     """Not even by drawing omega again."""
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
@@ -543,7 +543,7 @@ def test_a_folder_that_was_reverted_before_saving_is_a_plain_one(tmp_path, trans
     assert "rfa" not in (tmp_path / "config.json").read_text()
 
 
-def test_the_upload_of_the_models_own_save_holds_the_pair(tmp_path, monkeypatch):
+def test_the_upload_of_the_models_own_save_holds_the_conversion(tmp_path, monkeypatch):
     model, uploads = altered(), []
 
     def upload(repo_id, **options):
@@ -556,7 +556,7 @@ def test_the_upload_of_the_models_own_save_holds_the_pair(tmp_path, monkeypatch)
     assert set(PAIR) | {"config.json", "model.safetensors"} <= set(files)
 
 
-def test_a_pair_that_cannot_be_written_by_the_models_own_save_is_named(tmp_path):
+def test_a_conversion_that_cannot_be_written_by_the_models_own_save_is_named(tmp_path):
     (tmp_path / "rfa_model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="Cannot write"):
         altered().save_pretrained(tmp_path)

@@ -185,7 +185,7 @@ def test_the_two_files_of_different_saves(base, folder, tmp_path):
         hf_rfa.from_pretrained(folder)
 
 
-def test_a_pair_of_another_model(base, folder, tmp_path):
+def test_a_conversion_of_another_model(base, folder, tmp_path):
     redrawn(base()).save_pretrained(folder)
     redrawn(base(), draw=9).save_pretrained(tmp_path / "other")
     for name in PAIR:
@@ -214,7 +214,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
         room.pop()
         replace(*paths)
 
-    writes = 3 if kind == "whole" else 2  # the pair, and config.json beside weights
+    writes = 3 if kind == "whole" else 2  # the two files, and config.json beside weights
     with monkeypatch.context() as patch:
         patch.setattr("hf_rfa.saving.saved_files.os.replace", limited)
         for allowed in range(writes):

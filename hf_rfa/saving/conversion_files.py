@@ -1,27 +1,28 @@
-"""The pair of files that holds a conversion, and nothing else of the model.
+"""The two files that hold a conversion, and nothing else of the model.
 
 | file                    | holds                                                                             |
 |-------------------------|-----------------------------------------------------------------------------------|
 | `rfa_config.json`       | format version, the `RFAConfig`, the model's class, where its weights are, what    |
-|                         | calibration found, what the dry run was told, what the pair was saved beside      |
+|                         | calibration found, what the dry run was told, which files lay beside              |
 | `rfa_model.safetensors` | the adapters: omega, its draw number, alpha, gamma, proposal, exact heads; where   |
 |                         | the weights lie elsewhere also those that are not there (new heads, resized        |
 |                         | embeddings)                                                                        |
 
 Format 2. A folder never answers with something that was not saved last, and never as softmax in silence:
 
-- *Whole model*: the pair beside `config.json` and weights. In `config.json` the field `rfa_config` repeats the
-  conversion and names the digest of the pair's tensors, so that a config which Transformers wrote later (of a reverted
-  model) shows that the pair is stale. `attn_implementation: "rfa"` stands there too: Transformers refuses to load
-  the folder without hf_rfa (it knows no such attention), and with hf_rfa imported the attention function refuses to
-  run without adapters. Transformers drops that key from every config that it writes itself.
+- *Whole model*: both files beside `config.json` and weights. In `config.json` the field `rfa_config` repeats the
+  conversion and names the digest of its tensors, so that a config which Transformers wrote later (of a reverted
+  model) shows that the conversion is stale. `attn_implementation: "rfa"` stands there too: Transformers refuses to
+  load the folder without hf_rfa (it knows no such attention), and with hf_rfa imported the attention function refuses
+  to run without adapters. Transformers drops that key from every config that it writes itself.
 - *Without weights*, alone or beside a LoRA: `base` says where the base model is and what its config must be when it is
   built again; `beside` holds the hashes of a LoRA and of a whole model's config that lay there at the time.
-- The pair's JSON is removed before anything is written and written last, so that an interrupted save has no pair.
+- `rfa_config.json` is removed before anything is written and written last, so that an interrupted save leaves no
+  conversion.
 
 Loading by the Auto classes can build on this: a model that they have built with `rfa` attention knows its folder
-(`name_or_path`), and the pair there says what to hang in. Format 1 had neither `base`, `beside`, `digest` nor the mark
-in `config.json`; it is read as it was.
+(`name_or_path`), and the conversion there says which adapters it needs. Format 1 had neither `base`, `beside`,
+`digest` nor the mark in `config.json`; it is read as it was.
 """
 
 import json
@@ -45,7 +46,7 @@ from hf_rfa.saving.saved_files import (
     WEIGHTS_FILE,
     digest,
     fingerprints,
-    forget_pair,
+    forget_conversion,
     naming,
     read_json,
     read_tensors,
@@ -54,7 +55,7 @@ from hf_rfa.saving.saved_files import (
 )
 from hf_rfa.saving.source import Source
 
-#: Within that field: the digest of the pair's tensors.
+#: Within that field: the digest of the conversion's tensors.
 DIGEST_FIELD = "pair"
 #: Before the names of the base model's own weights in the tensors' file.
 WEIGHT_PREFIX = "base_model:"
@@ -67,7 +68,7 @@ class Base:
     """Where a model without weights of its own gets them, and what its config must be then.
 
     Attributes:
-        name: A folder or hub id; "." for the place of the pair itself; None if the model was not loaded from anywhere.
+        name: A folder or hub id; "." for the folder of the conversion; None if the model was not loaded from anywhere.
         config: As in `config.json`; None in format 1, which did not keep it.
     """
 
@@ -78,16 +79,16 @@ class Base:
 
 
 @dataclass(frozen=True)
-class SavedPair:
-    """What the pair says.
+class SavedConversion:
+    """The contents of the two files.
 
     Attributes:
         architecture, module: The model's class and the module that defines it ("" in format 1).
         tensors: The adapters', named as in the model's state dict.
         weights: Those of the model's own that its base model does not have, named in the same way.
         scope: What the caller of `convert` said of its dry run.
-        base: Where the weights are; None: beside the pair.
-        beside: SHA-256 of the files that were saved with the pair or lay there, by name; None in format 1.
+        base: Where the weights are; None: beside the conversion.
+        beside: SHA-256 of the files that were saved with the conversion or lay there, by name; None in format 1.
         noted: The conversion as JSON.
         digest: Of the tensors; None in format 1.
     """
@@ -106,12 +107,12 @@ class SavedPair:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the tensors are those that the pair was saved with."""
+        """Whether the tensors are those that were saved with the config."""
         named = {f"{WEIGHT_PREFIX}{name}": tensor for name, tensor in self.weights.items()}
         return self.digest in (None, digest({**self.tensors, **named}))
 
 
-def write_pair(
+def write_conversion(
     model: PreTrainedModel,
     record: Any,
     folder: Path,
@@ -120,7 +121,7 @@ def write_pair(
     weights: dict[str, torch.Tensor] | None = None,
     state_dict: dict[str, Any] | None = None,
 ) -> None:
-    """Write the pair of files of a converted model into an existing folder, after all other files.
+    """Write the conversion of a model into an existing folder, after all other files.
 
     Args:
         record: The model's `Conversion`.
@@ -139,7 +140,7 @@ def write_pair(
     noted = record.config.to_dict()
     elsewhere = base is not None and base.name != "."
     with naming(folder):
-        forget_pair(folder)
+        forget_conversion(folder)
         write_whole(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         if base is None:
             config = read_json(folder / MODEL_CONFIG)
@@ -168,8 +169,8 @@ def adapter_tensors(model: PreTrainedModel, state_dict: dict[str, Any] | None = 
     }
 
 
-def read_pair(source: Source) -> tuple[SavedPair, Source]:
-    """The pair of files, and the source at the commit that they are of.
+def read_conversion(source: Source) -> tuple[SavedConversion, Source]:
+    """The conversion in `source`, and the source at the commit that it is of.
 
     Raises:
         CheckpointError: It is missing, damaged, newer, or not what was saved there last.
@@ -204,12 +205,12 @@ def read_pair(source: Source) -> tuple[SavedPair, Source]:
     tensors = read_tensors(file)
     names = [name for name in tensors if name.startswith(WEIGHT_PREFIX)]
     weights = {name.removeprefix(WEIGHT_PREFIX): tensors.pop(name) for name in names}
-    pair = SavedPair(
+    saved = SavedConversion(
         config, values["architecture"], values.get("module", ""), tensors, weights, report, values.get("scope", {}),
         base, values.get("beside"), values["rfa"], values.get("digest"),
     )  # fmt: skip
-    _refuse_stale(pair, source)
-    return pair, source
+    _refuse_stale(saved, source)
+    return saved, source
 
 
 def _base(values: dict[str, Any], source: Source) -> Base | None:
@@ -218,9 +219,9 @@ def _base(values: dict[str, Any], source: Source) -> Base | None:
     return None if source.find(MODEL_CONFIG) is not None else Base(values.get("base_model_name_or_path"))
 
 
-def _refuse_stale(pair: SavedPair, source: Source) -> None:
-    """What lies beside the pair must be what it was saved with."""
-    if pair.base is None:
+def _refuse_stale(saved: SavedConversion, source: Source) -> None:
+    """Refuse a conversion beside which other files lie than those it was saved with."""
+    if saved.base is None:
         path = source.find(MODEL_CONFIG)
         config = {} if path is None else read_json(path)
         field = dict(config.get(CONFIG_FIELD) or {})
@@ -228,18 +229,18 @@ def _refuse_stale(pair: SavedPair, source: Source) -> None:
         if path is None:
             raise CheckpointError(f"{source} lacks {MODEL_CONFIG} and so its model. Copy it there or save again.")
         if named is None:  # format 1, or `model.config.save_pretrained` of the converted model
-            current = field == pair.noted or (pair.digest is None and not field)
+            current = field == saved.noted or (saved.digest is None and not field)
         else:  # without the mark, Transformers loaded the model as softmax and saved it here
-            current = named == pair.digest and all(config.get(key) == value for key, value in MARK.items())
+            current = named == saved.digest and all(config.get(key) == value for key, value in MARK.items())
         if not current:
             raise CheckpointError(
                 f"{MODEL_CONFIG} in {source} does not belong to the conversion there: another model was saved over "
                 f"it later. Load that one with its own class (remove {CONFIG_FILE} and {WEIGHTS_FILE}), or save the "
                 "converted model again."
             )
-    if pair.beside is not None:
-        now = fingerprints(source, model=pair.base is not None and pair.base.name != ".")
-        changed = sorted(name for name in {*now, *pair.beside} if now.get(name) != pair.beside.get(name))
+    if saved.beside is not None:
+        now = fingerprints(source, model=saved.base is not None and saved.base.name != ".")
+        changed = sorted(name for name in {*now, *saved.beside} if now.get(name) != saved.beside.get(name))
         if changed:
             raise CheckpointError(
                 f"{changed} in {source} changed after the conversion was saved there, so {CONFIG_FILE} and "

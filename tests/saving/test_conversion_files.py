@@ -1,4 +1,4 @@
-"""The pair of files itself: what it says, and adapters that are spread over processes."""
+"""The conversion's two files: what they say, and adapters that are spread over processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_the_pair_beside_weights_and_without(tmp_path):
+def test_the_conversion_beside_weights_and_without(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     model = hf_rfa.convert(LlamaForCausalLM.from_pretrained(tmp_path / "base"), SHORT, calibrate=False)
     model.save_pretrained(tmp_path / "whole")
