@@ -90,6 +90,11 @@ class RFAConfig:
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
+    kept_keys: int = _help(
+        "Far keys that each linear key head goes on seeing exactly: those that took the largest share of attention, "
+        "chosen anew each time a chunk leaves the window. All others go through the features. Needs a window.",
+        0,
+    )
     softmax_heads: SoftmaxHeads = _help(
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
@@ -128,6 +133,12 @@ class RFAConfig:
         _check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
         _check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
         _check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
+        _check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
+        if self.kept_keys and not self.window:
+            raise ConfigError(
+                "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
+                f"kept_keys={self.kept_keys}, window=0. Set a window, for example 64, or kept_keys=0."
+            )
         if self.window and self.sink_tokens > self.window:
             raise ConfigError(
                 f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or "

@@ -103,7 +103,11 @@ class LayerFit:
             proposal=self._proposal(run), **vars(run.geometry),
         )  # fmt: skip
         settings = settings.replace(
-            window=config.window, sink_tokens=config.sink_tokens, softmax_heads=(), sliding_window=None
+            window=config.window,
+            sink_tokens=config.sink_tokens,
+            kept_keys=config.kept_keys,
+            softmax_heads=(),
+            sliding_window=None,
         )
         return OperatorCall.of(query, key, value, kernel, settings, layout)
 

@@ -60,10 +60,12 @@ class LayerTransfer:
             kernel = self._kernel()
             rng = np.random.default_rng((self.settings.seed, adapter.layer, self.step))
             dropped = rng.random() < self.settings.window_dropout
-            near = (0, 0) if dropped else (adapter.config.window, adapter.config.sink_tokens)
+            own = adapter.config
+            window, sinks, kept = (0, 0, 0) if dropped else (own.window, own.sink_tokens, own.kept_keys)
             settings = settings.replace(
-                window=near[0], sink_tokens=near[1], softmax_heads=adapter.softmax_heads, sliding_window=None
-            )
+                window=window, sink_tokens=sinks, kept_keys=kept, softmax_heads=adapter.softmax_heads,
+                sliding_window=None,
+            )  # fmt: skip
             output, _ = attend(query, key, value, kernel, settings, layout)
             loss = _relative_error(projection, output, exact)
             if self.settings.weight_loss and self.positive_heads:

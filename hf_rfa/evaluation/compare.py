@@ -169,7 +169,7 @@ def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[s
     """Three converted copies of the original, not calibrated yet."""
     config = dataclasses.replace(settings.conversion, softmax_heads=None)
     configs = {
-        WINDOW_ONLY: dataclasses.replace(config, gamma=0.0),
+        WINDOW_ONLY: dataclasses.replace(config, gamma=0.0, kept_keys=0),
         LINEAR: config,
         EXACT: settings.conversion,
     }

@@ -112,16 +112,24 @@ class RFACacheLayer(CacheLayerMixin):
                 f"This cache holds {self.seen} tokens, but not as the keys and values of the attention (it has "
                 f"{tuple(key.shape)}, the attention {tuple(new.key.shape)}). Start with an empty cache."
             )
+        if new.settings.kept_keys:
+            raise UnsupportedModelError(
+                f"This cache holds the keys and values of {self.seen} tokens, but not their queries, which decide "
+                "what a model with kept keys keeps of them. Start with an empty cache, or convert with "
+                "RFAConfig(kept_keys=0)."
+            )
         self.given = None
         layout = TokenLayout(None if token_mask is None else token_mask[:, -key.shape[2] :])
-        self.state = state_after(key, value, new.kernel, new.settings, layout, None)
+        # Without kept keys no query has a say in a state.
+        settings = new.settings.replace(sink_logits=None)
+        self.state = state_after(key, key, value, new.kernel, settings, layout, None)
 
     def extend(self, new: AttendInputs) -> torch.Tensor:
         """The attention (B, H, N, M) of new tokens, and the state after them."""
         before = self.state
         output, state = new.attend(before, output_final_state=True)
         if self.record_past:
-            self._steps.append(RecordedStep(before, new.key, new.value, new.kernel, new.settings, new.layout))
+            self._steps.append(RecordedStep(before, *new.tokens, new.kernel, new.settings, new.layout))
         self.state = state
         self.seen += new.key.shape[2]
         return output

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
 
 def digest_of(adapter: "RFAAdapter") -> str:
-    """Hash of an adapter's tensors, window, sinks and layer, the same in every process."""
+    """Hash of an adapter's tensors, window, sinks, kept keys and layer, the same in every process."""
     digest = hashlib.blake2b(digest_size=12)
     config = adapter.config
-    digest.update(repr((config.window, config.sink_tokens, adapter.converted, adapter.layer)).encode())
+    digest.update(
+        repr((config.window, config.sink_tokens, config.kept_keys, adapter.converted, adapter.layer)).encode()
+    )
     for name, tensor in adapter.state_dict().items():
         if name != "draw":  # what was drawn counts, not how often
             numbers = tensor.detach().cpu().reshape(-1).view(torch.uint8)

@@ -16,6 +16,7 @@ class RecordedStep:
     """One forward: the state before it and the tokens that it added."""
 
     before: RFAState | None
+    query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     kernel: FarKernel
@@ -32,16 +33,15 @@ class RecordedStep:
         if not kept:
             return self.before
         token_mask = None if self.layout.token_mask is None else self.layout.token_mask[:, :kept]
-        key, value = self.key[:, :, :kept], self.value[:, :, :kept]
-        return state_after(key, value, self.kernel, self.settings, TokenLayout(token_mask), self.before)
+        query, key, value = (x[:, :, :kept] for x in (self.query, self.key, self.value))
+        return state_after(query, key, value, self.kernel, self.settings, TokenLayout(token_mask), self.before)
 
 
 def state_after(
-    key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout,
-    before: RFAState | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings,
+    layout: TokenLayout, before: RFAState | None,
 ) -> RFAState:  # fmt: skip
-    """The state after these keys and values; what the queries are does not matter to it."""
-    settings = settings.replace(sink_logits=None)
-    _, state = attend(key, key, value, kernel, settings, layout, before, output_final_state=True)
+    """The state after these tokens."""
+    _, state = attend(query, key, value, kernel, settings, layout, before, output_final_state=True)
     assert state is not None
     return state

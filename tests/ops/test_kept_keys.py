@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, with_gradients
 from operator_states import assert_equal_states, run_in_pieces
-from test_operator_gate import gated_inputs, in_pieces
+from test_operator_gate import gated_inputs
 
 from hf_rfa import ConfigError, rfa_attention, rfa_attention_reference
 from hf_rfa.ops.arguments import operator_arguments
@@ -150,7 +150,7 @@ def test_gradients_flow_through_the_state(cuts):
 def test_a_gate_forgets_an_evicted_key_from_its_own_place_on(cuts, kept_keys):
     inputs, options = gated_inputs(N), {**OPTIONS, "kept_keys": kept_keys}
     want, final = rfa_attention_reference(**inputs, **options, output_final_state=True)
-    output, state = in_pieces(inputs, CUTS[cuts], **options)
+    output, state = run_in_pieces(inputs, CUTS[cuts], **options)
     assert_near(output, want, 1e-11)
     assert_equal_states(state, final)
 
@@ -159,7 +159,7 @@ def test_a_gate_forgets_an_evicted_key_from_its_own_place_on(cuts, kept_keys):
 def test_gradients_of_the_gate(cuts):
     inputs, options = gated_inputs(N), {**OPTIONS, "kept_keys": 6}
     _, want = with_gradients(rfa_attention_reference, inputs, **options)
-    run = rfa_attention if cuts is None else lambda **leaves: in_pieces(leaves, CUTS[cuts], **options)[0]
+    run = rfa_attention if cuts is None else lambda **leaves: run_in_pieces(leaves, CUTS[cuts], **options)[0]
     _, got = with_gradients(run, inputs, **({} if cuts else options))
     for name, gradient in want.items():
         assert_near(got[name], gradient, 1e-10, name)
