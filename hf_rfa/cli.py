@@ -53,7 +53,8 @@ def _takes(
         for name, each in options_of(settings).items():
             kinds[name] = Annotated[str | None, typer.Option(
                 option_flag(name), help=escape(each.help if name == filled else help_text(each)),
-                rich_help_panel=each.group or "Input and output", metavar=describe(each.kind, short=True), show_default=False,
+                rich_help_panel=each.group or "Input and output", metavar=describe(each.kind, short=True),
+                show_default=False,
             )]  # fmt: skip
         signature = inspect.Signature([
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
