@@ -32,9 +32,9 @@ def evaluate(
     """Results of the tasks, task -> metric -> value.
 
     Args:
-        folder: what `hf_rfa.save_pretrained` wrote, with its tokenizer; a folder or a hub id.
+        folder: a folder or hub id with a converted model (`hf_rfa.save_pretrained`) and its tokenizer.
         include_path: folder with task definitions of your own.
-        limit: only so many examples a task.
+        limit: at most so many examples per task.
         hub: `revision`, `subfolder`, `cache_dir`, `token`, ... of the model and its tokenizer.
 
     Raises:

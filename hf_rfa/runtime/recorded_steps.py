@@ -40,7 +40,7 @@ def state_after(
     key: torch.Tensor, value: torch.Tensor, kernel: FarKernel, settings: AttentionSettings, layout: TokenLayout,
     before: RFAState | None,
 ) -> RFAState:  # fmt: skip
-    """The state after these keys and values; what the queries are does not matter to it."""
+    """The state after these keys and values, which does not depend on the queries."""
     settings = settings.replace(sink_logits=None)
     _, state = attend(key, key, value, kernel, settings, layout, before, output_final_state=True)
     assert state is not None
