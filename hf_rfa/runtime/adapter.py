@@ -81,9 +81,8 @@ class RFAAdapter(Float32Module):
         self.register_buffer("query_radius", ones * 0)
         self.register_buffer("key_radius", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
-        self.register_buffer(
-            "map_codes", torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8, device="cpu")
-        )
+        codes = torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8, device="cpu")
+        self.register_buffer("map_codes", codes)
         self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
         if config.gate and converted:
