@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.causal.near import windows
-from hf_rfa.ops.causal.passes import ChunkedPass
+from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
 from hf_rfa.ops.chunks import take
 from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.state import RFAState
@@ -71,12 +71,14 @@ class _Selection:
     def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         query, key, value, sink_key, sink_logits, kept_key, kept_value, position, mass = tensors
         whole = self.chunked
-        inputs = dataclasses.replace(
-            whole.inputs, query=query, key=key, value=key, sink_key=sink_key, sink_value=sink_key,
-            sink_logits=sink_logits, kept_key=None, kept_value=None,
-        )  # fmt: skip
-        chunked = ChunkedPass(inputs, whole.far, whole.plan, whole.window, whole.scaling, may_bound=False)
-        wide, missing = inputs.wide, chunked.plan.token_mask[0].numel() - value.shape[2]
+        # What has no part in a choice may belong to a transform, which is off in here.
+        wide, nothing = whole.inputs.wide, query.new_zeros(0, dtype=whole.inputs.wide)
+        inputs = PassInputs(
+            query, key, key, sink_key, sink_key, decay=None, sink_logits=sink_logits, kv_state=nothing, log_max=nothing
+        )
+        far = dataclasses.replace(whole.far, gamma=query.new_ones(query.shape[1], dtype=wide))
+        chunked = ChunkedPass(inputs, far, whole.plan, whole.window, whole.scaling, may_bound=False)
+        missing = chunked.plan.token_mask[0].numel() - value.shape[2]
         lengths = [
             torch.linalg.vector_norm(x, dim=-1, dtype=wide) for x in (kept_value, F.pad(value, (0, 0, 0, missing)))
         ]
