@@ -25,6 +25,7 @@ class FeatureMap:
         function: Makes the features of queries, and of keys unless `key_function` does.
         components: Components of psi per random feature.
         summary: A few words about it, for help texts.
+        signed: Whether its estimates can be negative.
         rows: Rows of omega per random feature.
         key_function: The function of keys, where it differs from that of queries.
     """
@@ -32,6 +33,7 @@ class FeatureMap:
     function: MapFunction
     components: int
     summary: str
+    signed: bool = False
     rows: int = 1
     key_function: MapFunction | None = None
 

@@ -18,6 +18,7 @@ def test_defaults():
         "omega": "sphere",
         "window": 64,
         "sink_tokens": 4,
+        "kept_keys": 0,
         "softmax_heads": None,
         "loss_budget": 0.005,
         "layers": "all",

@@ -8,6 +8,7 @@ from hf_rfa.calibration.head_errors import output_projection
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.features.maps import FEATURE_MAPS
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
@@ -44,7 +45,7 @@ class LayerTransfer:
     def positive_heads(self) -> list[int]:
         """Linear key heads whose estimated weights cannot be negative."""
         names, exact = self.adapter.feature_maps, self.adapter.softmax_heads
-        return [head for head, name in enumerate(names) if name != "trigonometric" and head not in exact]
+        return [head for head, name in enumerate(names) if not FEATURE_MAPS[name].signed and head not in exact]
 
     def begin(self, step: int) -> None:
         """Called before the forward of step `step`; all random choices depend on it."""

@@ -105,7 +105,7 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
 
 # The order is part of the saved format, which holds a map as its place in it: add at the end.
 FEATURE_MAPS.update({
-    "trigonometric": FeatureMap(trigonometric, 2, "sin and cos, unbiased, may be negative"),
+    "trigonometric": FeatureMap(trigonometric, 2, "sin and cos, unbiased, may be negative", signed=True),
     "positive": FeatureMap(positive, 1, "exp"),
     "hyperbolic": FeatureMap(hyperbolic, 2, "exp of plus and minus"),
     "optimal_positive": FeatureMap(optimal_positive, 1, "exp with the least variance, Likhosherstov et al. 2022"),

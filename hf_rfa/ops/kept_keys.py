@@ -48,12 +48,12 @@ def scores(
 
 
 def split(score: torch.Tensor, kept_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of those that go (..., L - K) and of those that stay (..., K), each in order, what is no key first."""
-    order = score.argsort(dim=-1, stable=True)
-    size, filled = score.shape[-1], (score > NOTHING).long()
-    order = order + size * filled.gather(-1, order)
+    """Indices of those that go (..., L - K) and of those that stay (..., K), the latter in order, no keys first."""
+    ascending, order = score.sort(dim=-1, stable=True)
+    size = score.shape[-1]
     going, staying = order.split([size - kept_keys, kept_keys], dim=-1)
-    return going.sort(-1).values % size, staying.sort(-1).values % size
+    filled = ascending[..., size - kept_keys :] > NOTHING
+    return going, (staying + size * filled).sort(-1).values % size
 
 
 def number_kept(count: int, window: int, sink_tokens: int, kept_keys: int) -> int:

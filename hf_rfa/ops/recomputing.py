@@ -30,6 +30,10 @@ class Recipe(Protocol):
     def constant(self) -> tuple[int, ...]:
         """Those of them that have no gradient."""
 
+    @property
+    def forward_only(self) -> tuple[int, ...]:
+        """The tensors that the backward pass does without; it gets None for them."""
+
     def forward(self, tensors: Tensors, followed: Flags) -> tuple[torch.Tensor, ...]:
         """The outputs and, if any of the tensors is `followed`, what else the backward pass needs, in new tensors."""
 
@@ -70,6 +74,7 @@ class _Again:
     autocast_dtype: torch.dtype
     outputs: int = 1
     constant: tuple[int, ...] = ()
+    forward_only: tuple[int, ...] = ()
 
     def forward(self, tensors: Tensors, followed: Flags) -> tuple[torch.Tensor, ...]:
         return (self.function(*tensors),)
@@ -132,6 +137,8 @@ class _Forward(torch.autograd.Function):
         ctx.mark_non_differentiable(*(output[i] for i in recipe.constant), *output[recipe.outputs :])
         if any(followed):
             ctx.recipe, ctx.followed = recipe, followed
+            left_out = set(recipe.forward_only)
+            tensors = [None if i in left_out else tensor for i, tensor in enumerate(tensors)]
             ctx.save_for_backward(*tensors, *output)
 
     @staticmethod

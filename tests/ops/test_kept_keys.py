@@ -287,7 +287,7 @@ def test_ties_and_what_is_not_a_number():
     score = scores(mass, length, position, 12, 4)  # queries from 4 tokens on: 8, 4, 6, 5, 2, 3
     assert score.tolist() == [NOTHING, 0.25, 0.25, -1.0, 0.0, 1.0, 0.5]
     going, staying = split(score, 3)
-    assert going.tolist() == [0, 1, 3, 4]  # of the equal ones, 1 and 2, the later one stays
+    assert sorted(going.tolist()) == [0, 1, 3, 4]  # of the equal ones, 1 and 2, the later one stays
     assert staying.tolist() == [2, 5, 6]
 
 

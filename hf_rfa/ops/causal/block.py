@@ -189,8 +189,14 @@ def block_sums(block: Block, psi: Features, log_max: torch.Tensor, scratch: Scra
     return Sums(weights, shrink, extended, key_scale, read_log_max, query_scale, end_log_max)
 
 
-def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch) -> Parts:
-    """Forward pass of a block: both parts of every query. The state S^T (A, M + 1, F) becomes that after the block."""
+def block_parts(
+    block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch,
+    near: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Parts:  # fmt: skip
+    """Forward pass of a block: both parts of every query. The state S^T (A, M + 1, F) becomes that after the block.
+
+    near: The exact part and its log, where they are known already.
+    """
     rows, chunks, queries = psi.query.shape[:3]
     far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # each chunk's in one piece
     steps = zip(
@@ -201,8 +207,8 @@ def block_parts(block: Block, psi: Features, sums: Sums, state: torch.Tensor, sc
         state.mul_(factor).baddbmm_(new, key)
     if block.delay:
         assert block.mask is not None
-        near, near_log = near_attention(block.query, *exact_rows(block, scratch), block.mask, block.scaling)
-        return Parts(near, near_log, far, sums.query_scale + sums.read_log_max.unsqueeze(-1))
+        near = near or near_attention(block.query, *exact_rows(block, scratch), block.mask, block.scaling)
+        return Parts(*near, far, sums.query_scale + sums.read_log_max.unsqueeze(-1))
     own = intra_chunk(block, psi, sums)
     far.mul_(own.lifted.unsqueeze(-1))
     far += (own.weights * own.scores) @ extend(block.value[:, 1:], None, scratch)

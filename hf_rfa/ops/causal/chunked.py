@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.causal.exact_pass import Choice, choose_keys
 from hf_rfa.ops.causal.function import PassSettings, causal_attention
 from hf_rfa.ops.causal.keeping import decay_of_evicted, with_kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
-from hf_rfa.ops.causal.selection import Choice, choose_keys
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import FarStatistics, Part
 from hf_rfa.ops.layout import Plan, PlanSpec
@@ -119,7 +119,7 @@ def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None 
     far_decay = None if decay is None else decay_of_evicted(choice, decay, state, plan)
     inputs = dataclasses.replace(
         inputs, kept=choice.kept, kept_mask=choice.kept_mask, evicted=choice.evicted,
-        evicted_mask=choice.evicted_mask, far_decay=far_decay,
+        evicted_mask=choice.evicted_mask, far_decay=far_decay, near=choice.near, near_log=choice.near_log,
     )  # fmt: skip
     return Aligned(inputs, plan, state, choice)
 

@@ -20,6 +20,8 @@ from hf_rfa.ops.recomputing import Flags, follows, recomputing
 KERNEL = tuple(
     f.name for f in dataclasses.fields(FarKernel) if f.name not in ("feature_maps", "gate_weight", "gate_bias")
 )
+#: The exact part is made again in the backward pass, where it shares a normaliser with the far part.
+FORWARD_ONLY = tuple(i for i, f in enumerate(dataclasses.fields(PassInputs)) if f.name in ("near", "near_log"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class _Recipe:
     settings: PassSettings
     constant: tuple[int, ...]
     outputs: int = 3
+    forward_only: tuple[int, ...] = FORWARD_ONLY
 
     def forward(self, tensors: Sequence[torch.Tensor | None], followed: Flags) -> tuple[torch.Tensor, ...]:
         output, kv_state, log_max, kept = _run(self._pass(tensors, followed), self.settings.statistics, any(followed))
@@ -244,7 +247,7 @@ class _Backward:
         exact = (x.view_as(y) for x, y in zip(flat, whole, strict=True))
         return [
             self.query, *exact, decay, self.logits, self.kv_state.view_as(inputs.kv_state), log_max, *of_kept, None,
-            None, None, None, self.far_decay, *(self.kernel.get(name) for name in KERNEL),
+            None, None, None, self.far_decay, None, None, *(self.kernel.get(name) for name in KERNEL),
         ]  # fmt: skip
 
 

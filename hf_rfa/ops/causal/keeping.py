@@ -5,9 +5,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from hf_rfa.ops.causal.exact_pass import Choice
 from hf_rfa.ops.causal.passes import PassInputs
 from hf_rfa.ops.causal.pool import Pool
-from hf_rfa.ops.causal.selection import Choice
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.state import RFAState
 

@@ -32,7 +32,7 @@ class PassInputs:
     None; sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1), log_max (B, Hk), the state before the first slot.
 
     Where keys are kept: kept_key, kept_value (B, Hk, K, D or M), those that the state remembers; the first fields of
-    `selection.Choice`; far_decay (A, n, C), log g summed behind the `evicted` ones, with a gate.
+    `exact_pass.Choice`; far_decay (A, n, C), log g summed behind the `evicted` ones, with a gate.
     """
 
     query: torch.Tensor
@@ -51,6 +51,8 @@ class PassInputs:
     evicted: torch.Tensor | None = None
     evicted_mask: torch.Tensor | None = None
     far_decay: torch.Tensor | None = None
+    near: torch.Tensor | None = None
+    near_log: torch.Tensor | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -163,7 +165,9 @@ class ChunkedPass:
             made = self.bounded_psi(block)
             psi = self.psi(block.query, block.far_key, self.far) if made is None else features_of(made)
             sums = block_sums(block, psi, log_max, self.scratch)
-            parts = block_parts(block, psi, sums, state, self.scratch)
+            near = self.inputs.near, self.inputs.near_log
+            known = None if near[0] is None or near[1] is None else (near[0][:, span], near[1][:, span])
+            parts = block_parts(block, psi, sums, state, self.scratch, known)
             log_max = sums.end_log_max
             yield span, block, parts, state, log_max
 

@@ -20,6 +20,16 @@ class Pool:
         """The rows (A, n, L, D) at `index` (A, n, L)."""
         return self._rows.index_select(0, pool_rows(index, self.shape)).view(*index.shape, self.shape[-1])
 
+    def put(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write what lies at `index` (A, L) into `rows` (L, A, D), one piece of memory."""
+        starts = torch.arange(len(index), device=index.device) * self.shape[2]
+        places = (index.T + starts).flatten()
+        flat = rows.view(-1, rows.shape[-1])
+        if rows.dtype == self._rows.dtype:
+            torch.index_select(self._rows, 0, places, out=flat)
+        else:
+            flat.copy_(self._rows.index_select(0, places))
+
 
 class PoolGradient:
     """The gradient of a pool's rows, gathered block by block."""

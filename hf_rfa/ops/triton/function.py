@@ -29,6 +29,7 @@ class _Recipe:
     settings: Settings
     outputs: int = 3
     constant: tuple[int, ...] = (2,)
+    forward_only: tuple[int, ...] = ()
 
     def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         launch = Launch(Inputs(*tensors), self.settings)

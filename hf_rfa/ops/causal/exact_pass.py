@@ -1,0 +1,256 @@
+"""The exact part of a call that keeps keys: what each chunk keeps, and its attention to that and to its near keys.
+
+One pass, since a choice needs the same logits as the attention: from chunk to chunk, C queries against 2C near keys,
+the sinks and K kept keys, and a number per key. The far part then needs nothing but the list of those that go. Choices
+are indices into a *pool* per row and key head: the K kept keys of the state that the call continues, then the aligned
+tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.ops import kept_keys
+from hf_rfa.ops.causal.block import Block
+from hf_rfa.ops.causal.passes import ChunkedPass
+from hf_rfa.ops.causal.pool import Pool
+from hf_rfa.ops.chunks import take
+from hf_rfa.ops.recomputing import Flags, recomputing
+from hf_rfa.ops.state import RFAState
+
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a call keeps, and its exact part. A = B * Hk rows, n chunks of C tokens, R = G * C queries, K kept keys.
+
+    Attributes:
+        kept, kept_mask: (A, n, K) int64 and bool: what the queries of each chunk see.
+        evicted, evicted_mask: (A, n, C): what is added to the far sums once each chunk has been answered.
+        near, near_log: (A, n, R, M), (A, n, R): softmax over the exact keys, and the log of its normaliser.
+        last: (A, K) int64: what is kept in the end, -1 where nothing is.
+        mass: (A, K + n * C): what the keys in `last`, then the tokens, have received.
+    """
+
+    kept: torch.Tensor
+    kept_mask: torch.Tensor
+    evicted: torch.Tensor
+    evicted_mask: torch.Tensor
+    near: torch.Tensor
+    near_log: torch.Tensor
+    last: torch.Tensor
+    mass: torch.Tensor
+
+
+def choose_keys(chunked: ChunkedPass, state: RFAState, history: bool) -> Choice:
+    """The exact part of a pass that continues `state`, whose near keys precede the new tokens if there is `history`.
+
+    Without gradients: those of the exact part come with the far part's, for they share a normaliser.
+    """
+    inputs, plan = chunked.inputs, chunked.plan
+    _, _, position, _, mass = state.kept
+    kept_count = position.shape[2]
+    token_mass = mass.new_zeros(*mass.shape[:2], plan.token_mask[0].numel())
+    if history:
+        near = mass[..., kept_count:].unsqueeze(-1)
+        remembered = (plan.token_mask & ~plan.asked).flatten(1).unsqueeze(1)
+        token_mass = take(near, plan.source.clamp_max(near.shape[2] - 1)).squeeze(-1).masked_fill(~remembered, 0.0)
+    tensors = [getattr(inputs, name) for name in _READ]
+    mass = torch.cat([mass[..., :kept_count], token_mass], dim=-1)
+    return Choice(*recomputing(_Recipe(chunked), *tensors, position, mass))
+
+
+#: The inputs that choices and the exact part depend on.
+_READ = ("query", "key", "value", "sink_key", "sink_value", "sink_logits", "kept_key", "kept_value")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """See `ops.recomputing`; nothing of it has a gradient."""
+
+    chunked: ChunkedPass
+    outputs: int = len(dataclasses.fields(Choice))
+    constant: tuple[int, ...] = tuple(range(outputs))
+    forward_only: tuple[int, ...] = ()
+
+    def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
+        *read, position, mass = tensors
+        whole = self.chunked
+        inputs = dataclasses.replace(whole.inputs, **dict(zip(_READ, read, strict=True)))
+        chunked = ChunkedPass(inputs, whole.far, whole.plan, whole.window, whole.scaling, may_bound=False)
+        return _ExactPass(chunked, position.flatten(0, 1), mass.flatten(0, 1)).run()
+
+    def backward(self, *_: object) -> Sequence[torch.Tensor | None]:
+        raise AssertionError("a choice has no gradient")
+
+
+class _ExactPass:
+    """Goes through the chunks; logits are in powers of two, which take a third of the time of powers of e.
+
+    What a chunk sees lies in tables `[kept | sinks | one chunk | the other chunk]` of W slots, in which each chunk takes
+    the place of the one before the one before it.
+    """
+
+    def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
+        inputs, plan, size = chunked.inputs, chunked.plan, chunked.chunk
+        assert inputs.kept_key is not None
+        assert inputs.kept_value is not None
+        self.chunked, self.plan, self.wide = chunked, plan, inputs.wide
+        self.count, self.heads, self.sinks = inputs.kept_key.shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
+        self.pools = Pool(inputs.kept_key, inputs.key), Pool(inputs.kept_value, inputs.value)
+        self.index = torch.arange(self.count, device=position.device).expand_as(position)
+        self.position = torch.where(self._rows(plan.segment_ids[:, :1] == 0), position, -1)
+        width = self.count + self.sinks + 2 * size
+        # Slots first, so that those of kept keys are one piece of memory; zeros, for nothing may be NaN under a mask.
+        self.tables = [
+            torch.zeros(width, len(position), pool.shape[-1], dtype=self.wide, device=position.device)
+            for pool in self.pools
+        ]
+        missing = plan.token_mask[0].numel() - inputs.value.shape[2]
+        norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
+        lengths = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
+        # Of each key that is kept, and of each token by chunk: what it has received, and |v|.
+        self.numbers = torch.stack([mass[:, : self.count], lengths[:, : self.count]])
+        self.tokens = torch.stack([mass[:, self.count :], lengths[:, self.count :]]).unflatten(2, (-1, size))
+        slots = torch.arange(size, device=position.device)
+        rival = plan.token_mask & ((plan.rank > 0).unsqueeze(-1) | (slots >= self.sinks))
+        places = torch.where(rival, plan.rank.unsqueeze(-1) * size + slots, -1)
+        self.places = self._rows(places).expand(len(position), -1, -1)
+        self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
+        self.counted = self._counted(slots)
+        self.full = False
+        self._masks: dict[int, torch.Tensor] = {}
+        self._take()
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, ...) as (1 or A, ...)."""
+        return x.repeat_interleave(self.heads, 0) if len(x) > 1 else x
+
+    def _take(self) -> None:
+        """Put the kept keys and values into their slots."""
+        for pool, table in zip(self.pools, self.tables, strict=True):
+            pool.put(self.index, table[: self.count])
+        self.full = self.full or bool((self.position >= 0).all())
+
+    def _counted(self, slots: torch.Tensor) -> torch.Tensor:
+        """(2, R, 2C) 1 where the queries of an even or odd chunk count for its near keys, far enough from them, else 0."""
+        distance, size, least = slots[:, None] - slots, len(slots), kept_keys.least_distance(len(slots))
+        own, before = distance >= least, distance + size >= least
+        counted = torch.stack([torch.cat([own, before], dim=1), torch.cat([before, own], dim=1)])
+        return counted.repeat(1, self.chunked.inputs.query.shape[2], 1).to(self.wide)
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """The fields of `Choice`."""
+        near = self.asked.new_empty(*self.places.shape[:2], self.asked.shape[2], self.pools[1].shape[-1])
+        near_log, lists = near.new_empty(near.shape[:-1]), []
+        for span in self.chunked.spans():
+            block = self.chunked.block(span)
+            query = block.query * (block.scaling * LOG2E)
+            for i, chunk in enumerate(range(span.start, span.stop)):
+                self._enter(block, i, chunk)
+                near_log[:, chunk] = self._attend(query[:, i], chunk, self._mask(block, i, chunk), near[:, chunk])
+                lists.append((self.index, self.position >= 0, *self._advance(chunk)))
+        last = torch.where(self.position >= 0, self.index, -1)
+        mass = torch.cat([self.numbers[0], self.tokens[0].flatten(1)], dim=1)
+        stacked = [torch.stack(x, dim=1) for x in zip(*lists, strict=True)]
+        return *stacked, near, near_log.mul_(LN2), last, mass
+
+    def _enter(self, block: Block, i: int, chunk: int) -> None:
+        """Put chunk `i` of a block and its sinks into their slots."""
+        first = self.count + self.sinks + chunk % 2 * self.chunked.chunk
+        pairs = ((block.key, block.sink_key), (block.value, block.sink_value))
+        for table, (own, sinks) in zip(self.tables, pairs, strict=True):
+            table[first : first + self.chunked.chunk] = own[:, i + 1].transpose(0, 1)
+            table[self.count : self.count + self.sinks] = sinks[:, i].transpose(0, 1)
+
+    def _mask(self, block: Block, i: int, chunk: int) -> torch.Tensor:
+        """(1 or A, R, W) 0 where the queries of the chunk see a slot, else -inf."""
+        regular = self.full and self.plan.regular[chunk]
+        if regular and chunk % 2 in self._masks:
+            return self._masks[chunk % 2]
+        assert block.mask is not None
+        near = block.mask[:, i if block.mask.shape[1] > 1 else 0]
+        sinks, before, _, own = near.split([self.sinks, self.chunked.chunk] * 2, dim=-1)
+        kept = near.new_zeros(1, 1, self.count)
+        if not self.full:
+            kept = near.new_zeros(self.position.shape).masked_fill_(self.position < 0, -torch.inf).unsqueeze(1)
+        parts = [kept, sinks, before, own] if chunk % 2 else [kept, sinks, own, before]
+        rows = max(len(part) for part in parts)
+        mask = torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
+        if regular:
+            self._masks[chunk % 2] = mask
+        return mask
+
+    def _attend(self, query: torch.Tensor, chunk: int, mask: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Attend from a chunk into `output` (A, R, M), and note what its queries give; the log2 of the normaliser."""
+        key, value = (table.transpose(0, 1) for table in self.tables)
+        weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
+        torch.baddbmm(mask, query, key.mT, out=weights)
+        highest = weights.amax(-1)
+        weights.sub_(highest.unsqueeze(-1)).exp2_()
+        total = weights.sum(-1)
+        share = total.reciprocal()
+        torch.mul(torch.bmm(weights, value), share.unsqueeze(-1), out=output)
+        log = highest + total.log2()
+        if self.chunked.inputs.sink_logits is not None:
+            share = 1 / (total + (self._sink_logits() - highest).exp2_())
+        first, size = self.count + self.sinks, self.chunked.chunk
+        weights[:, :, first:] *= self.counted[chunk % 2]
+        given = torch.bmm((share * self.asked[:, chunk]).unsqueeze(1), weights).squeeze(1)
+        self.numbers[0] += given[:, : self.count]
+        one, other = given[:, first : first + size], given[:, first + size :]
+        own, before = (other, one) if chunk % 2 else (one, other)
+        self.tokens[0, :, chunk] += own
+        if chunk:
+            self.tokens[0, :, chunk - 1] += before
+        return log
+
+    def _sink_logits(self) -> torch.Tensor:
+        """(A, R), times log2(e)."""
+        logits = self.chunked.inputs.sink_logits
+        assert logits is not None
+        rows = logits.repeat_interleave(self.chunked.chunk, dim=1) * LOG2E
+        return rows.repeat(len(self.position) // len(rows), 1)
+
+    def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose anew where the next chunk goes on with the document; what goes, and whether it is a key."""
+        size, window, boundaries = self.chunked.chunk, self.chunked.window, self.plan.boundaries
+        if not boundaries.any_advances[chunk]:
+            self._begin(chunk)
+            nothing = self.index.new_zeros(len(self.index), size)
+            return nothing, nothing.bool()
+        before = max(chunk - 1, 0)
+        leaving, advances = self.places[:, before], self._rows(boundaries.advances[:, chunk : chunk + 1])
+        if not chunk or not boundaries.all_advance[before]:  # nothing leaves where a document has just begun
+            joined = self._rows(boundaries.advances[:, before : before + 1]) if chunk else leaving[:1, :1] < -1
+            leaving = leaving.masked_fill(~joined, -1)
+        slots = torch.arange(self.count + before * size, self.count + (before + 1) * size, device=leaving.device)
+        index = torch.cat([self.index, slots.expand_as(leaving)], dim=1)
+        position = torch.cat([self.position, leaving], dim=1)
+        numbers = torch.cat([self.numbers, self.tokens[:, :, before]], dim=2)
+        count = (self._rows(self.plan.rank[:, chunk : chunk + 1]) + 1) * window
+        score = kept_keys.scores(numbers[0], numbers[1], position, count, window)
+        if not boundaries.all_advance[chunk]:  # other rows stay as they are
+            still = torch.arange(score.shape[1], device=score.device) < self.count
+            score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
+            position = torch.where(advances | still, position, -1)
+        going, staying = kept_keys.split(score, self.count)
+        evicted = index.gather(1, going), position.gather(1, going) >= 0
+        self.index, self.position = index.gather(1, staying), position.gather(1, staying)
+        self.numbers = numbers.gather(2, staying.expand(2, -1, -1))
+        self._begin(chunk)
+        self._take()
+        return evicted
+
+    def _begin(self, chunk: int) -> None:
+        """Forget everything in the rows where the next chunk is another document's."""
+        if self.plan.boundaries.any_begins[chunk]:
+            begins = self._rows(self.plan.boundaries.begins[:, chunk : chunk + 1])
+            self.position = self.position.masked_fill(begins, -1)
+            self.numbers = self.numbers.masked_fill(begins, 0.0)
+            self.full = False
