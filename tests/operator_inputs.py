@@ -46,9 +46,9 @@ def random_inputs(
 
 
 def tokens(inputs: Tensors, part: slice | torch.Tensor, rows: slice = slice(None)) -> Tensors:
-    """The same inputs with some of the tokens (and rows) only; omega and a gate stay whole."""
-    of_no_token = ("omega", "gate_weight", "gate_bias")
-    return {name: x if name in of_no_token else x[rows][:, :, part] for name, x in inputs.items()}
+    """The same inputs with some of the tokens (and rows) only; what belongs to heads stays whole."""
+    of_tokens = ("query", "key", "value")
+    return {name: x[rows][:, :, part] if name in of_tokens else x for name, x in inputs.items()}
 
 
 def with_gradients(function: Callable[..., Any], inputs: Tensors, **options: Any) -> tuple[torch.Tensor, Tensors]:

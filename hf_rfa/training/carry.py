@@ -98,6 +98,8 @@ def without_rows(state: RFAState, rows: Tensor) -> RFAState:
             )
         emptied = dataclasses.replace(state, exact_mask=token_mask).map(lambda tensor: cleared(tensor, 0))
         state = dataclasses.replace(emptied, log_max=cleared(state.log_max, -torch.inf))
+        if state.kept_position is not None:
+            state = dataclasses.replace(state, kept_position=cleared(state.kept_position, -1))
     if state.exact_key is None or state.exact_value is None or state.exact_mask is None:
         return state
     used = state.exact_mask.any(0).nonzero()

@@ -51,7 +51,7 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
 
     Raises:
         UnsupportedModelError: the model is not converted, or mixes tokens by convolutions as well.
-        ConfigError: pure RFA (window = 0), whose state is not aligned to chunks.
+        ConfigError: pure RFA (window = 0), whose state is not aligned to chunks, or kept keys.
     """
     adapters = require_adapters(model)
     mixing = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)), None)
@@ -63,6 +63,12 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
     if adapters[0].config.window == 0:
         raise ConfigError(
             "Sequence parallelism needs an exact window. Got window=0. Convert with RFAConfig(window=64)."
+        )
+    if adapters[0].config.kept_keys:
+        raise ConfigError(
+            "Which far keys are kept is decided chunk after chunk, and sequence parallelism cannot hand that on from "
+            f"process to process yet. Got kept_keys={adapters[0].config.kept_keys}. Convert with "
+            "RFAConfig(kept_keys=0), or use one process per document."
         )
     with intercept(Interception(shards={adapter: Shard(adapter, group) for adapter in adapters})):
         yield

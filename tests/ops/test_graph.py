@@ -1,5 +1,6 @@
 """The operator as one operation of a graph: compiled and exported, it gives eager's numbers."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gate": {"window": 16, **GATE},
     "bidirectional": {"window": 16, "causal": False, "token_mask": PADDING},
     "exact head": {"window": 16, "softmax_heads": (0,)},
+    "kept keys": {"window": 8, "kept_keys": 5, "token_mask": PADDING, **GATE},
     "centres": {"window": 16, "query_center": torch.full((2, 8), 0.2), "key_transform": torch.eye(8).repeat(2, 1, 1)},
 }
 
@@ -47,7 +49,11 @@ def test_a_compiled_call_gives_the_same_outputs_states_and_gradients(options):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
         output, state = function(*leaves)
         loss = output.square().sum() + state.kv_state.square().sum() / N
-        results.append([output, state.log_max, state.near_key, state.count, *torch.autograd.grad(loss, leaves)])
+        if state.kept_key is not None:
+            loss = loss + state.kept_key.square().sum() + state.kept_value.square().sum() + state.kept_decay.sum()
+        tensors = [getattr(state, field.name) for field in dataclasses.fields(state)]
+        found = [output, *(t for t in tensors if t is not None and t is not state.kv_state)]
+        results.append([*found, *torch.autograd.grad(loss, leaves)])
     for got, want in zip(results[1], results[0], strict=True):
         assert got.dtype == want.dtype
         assert_near(got.double(), want.double(), 1e-6)
@@ -93,17 +99,18 @@ def test_lengths_that_differ_share_a_graph():
     assert counter.frame_count <= 2  # the second one with a symbol for the length
 
 
-def test_decoding_steps_share_a_graph():
-    inputs = random_inputs(N, dtype=torch.float32)
+@pytest.mark.parametrize("kept_keys", [0, 5])
+def test_decoding_steps_share_a_graph(kept_keys):
+    inputs, options = random_inputs(N, dtype=torch.float32), {"window": 8, "sink_tokens": 2, "kept_keys": kept_keys}
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(state, **new):
-        return rfa_attention(**new, window=8, sink_tokens=2, initial_state=state, output_final_state=True)
+        return rfa_attention(**new, **options, initial_state=state, output_final_state=True)
 
     function = compiled(step, counter)
-    whole = rfa_attention(**inputs, window=8, sink_tokens=2)
-    _, state = rfa_attention(**tokens(inputs, slice(0, 1)), window=8, sink_tokens=2, output_final_state=True)
-    for number in range(1, N):  # sinks fill up, chunks fill up and move on
+    whole = rfa_attention(**inputs, **options)
+    _, state = rfa_attention(**tokens(inputs, slice(0, 1)), **options, output_final_state=True)
+    for number in range(1, N):  # sinks, chunks and kept keys fill up, chunks move on
         output, state = function(state, **tokens(inputs, slice(number, number + 1)))
         assert_near(output, whole[:, :, number : number + 1], 1e-5)
     assert counter.frame_count == 1

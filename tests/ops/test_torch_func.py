@@ -3,6 +3,7 @@
 import pytest
 import torch
 from operator_inputs import assert_near, random_inputs
+from operator_states import run_in_pieces
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_rfa
@@ -20,6 +21,8 @@ CALLS = {
     "an exact head": {"softmax_heads": (1,)},
     "an exact head, padding": {"softmax_heads": (1,), "token_mask": VALID},
     "an exact head, packing": {"softmax_heads": (1,), "segment_ids": (torch.arange(N) // 15).expand(2, -1)},
+    "kept keys": {"window": 4, "kept_keys": 5},
+    "kept keys, padding": {"window": 4, "kept_keys": 5, "token_mask": VALID},
     "one token": {"length": 1},
     "one token, padding": {"length": 1, "token_mask": torch.tensor([[True], [False]])},
     "the kernels of Triton": {"backend": "triton", "length": 25},
@@ -74,6 +77,24 @@ def test_gradients_of_each_example_and_of_all(name):
         return torch.func.vmap(loss, in_dims=(0, None))(examples, omega).sum()
 
     assert_near(torch.func.grad(together)(omega), sum(of_omega for _, of_omega in wanted), 1e-5)
+
+
+@pytest.mark.parametrize("over", ["query", "key", "value", "gate_weight", "gamma", "sink_logits"])
+def test_whatever_is_mapped_over_keys_are_kept_for_each(over):
+    inputs = random_inputs(N, value_dim=8) | {"gate_weight": torch.linspace(-0.4, 0.4, 16).double().view(2, 8)}
+    inputs |= {"gamma": torch.tensor([0.5, 2.0]).double(), "sink_logits": torch.linspace(-1, 1, 4).double()}
+    options = {"window": 4, "sink_tokens": 0, "kept_keys": 5, "alpha": 0.4, "gate_bias": torch.ones(2).double()}
+
+    def loss(x):  # the choices are handed on in a state, to a chunk, a token and more
+        output, _ = run_in_pieces(inputs | {over: x}, [22, 1, N - 23], **options)
+        return output.square().sum()
+
+    examples = torch.stack([inputs[over], 0.5 * inputs[over] + 0.1])
+    wanted = torch.stack([torch.func.grad(loss)(x) for x in examples])
+    assert float((wanted[0] - wanted[1]).abs().max()) > 1e-3
+    assert_near(torch.func.vmap(loss)(examples), torch.stack([loss(x) for x in examples]), 1e-12)
+    assert_near(torch.func.vmap(torch.func.grad(loss))(examples), wanted, 1e-12)
+    assert_near(torch.func.grad(lambda xs: torch.func.vmap(loss)(xs).sum())(examples), wanted, 1e-12)
 
 
 def test_padding_that_is_mapped_over_is_refused():

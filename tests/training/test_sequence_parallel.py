@@ -8,14 +8,18 @@ import paths
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CACHE, checkpoint_activations
+from families import CACHE, checkpoint_activations, llama
+from operator_inputs import random_inputs
+from operator_states import assert_equal_states
 from processes import launch
 
 import hf_rfa
+from hf_rfa import rfa_attention
 from hf_rfa.data.document_batches import IGNORED, Batch, carried_batches, packed_batches
 from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.ops.state import RFAState
 from hf_rfa.training import FinetuneConfig, finetune
-from hf_rfa.training.carry import Carry
+from hf_rfa.training.carry import Carry, without_rows
 from hf_rfa.training.sequence_parallel import sequence_parallel, shard_batch
 
 WORKER = str(paths.TESTS / "worker_sequence_parallel.py")
@@ -47,12 +51,18 @@ def test_shares_cover_the_document_once():
 
 
 def test_what_cannot_be_split_is_refused(tiny_llama):
-    with pytest.raises(ConfigError, match="one whole document a row"):
+    with pytest.raises(ConfigError, match="one whole document per row"):
         shard_batch(next(packed_batches([torch.arange(20)], context=8, batch_size=1)), 0, 2)
     with pytest.raises(UnsupportedModelError, match="not converted"), sequence_parallel(tiny_llama, None):
         pass
     pure = hf_rfa.convert(tiny_llama, hf_rfa.RFAConfig(window=0, sink_tokens=0), calibrate=False)
     with pytest.raises(ConfigError, match="exact window"), sequence_parallel(pure, None):
+        pass
+    keeping = hf_rfa.convert(llama(), hf_rfa.RFAConfig(window=8, kept_keys=4), calibrate=False)
+    with (
+        pytest.raises(ConfigError, match=r"Which far keys are kept .* Got kept_keys=4"),
+        sequence_parallel(keeping, None),
+    ):
         pass
     with pytest.raises(ConfigError, match="`sequence_parallel` must divide the 1 processes"):
         finetune(
@@ -78,9 +88,10 @@ def losses_of(model, batches, lanes=1) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("kept_keys", [0, 5])
 @pytest.mark.parametrize("heads", [[], [(0, 1), (1, 0)]])
-def test_pieces_with_the_state_carried_give_the_losses_of_whole_documents(tiny_llama, heads):
-    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=heads)
+def test_pieces_with_the_state_carried_give_the_losses_of_whole_documents(tiny_llama, heads, kept_keys):
+    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=heads, kept_keys=kept_keys)
     model = hf_rfa.convert(tiny_llama, config, calibrate=False)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(128, (n,), generator=generator) for n in (90, 37, 61)]
@@ -101,8 +112,19 @@ def test_pieces_with_the_state_carried_give_the_losses_of_whole_documents(tiny_l
             torch.testing.assert_close(nll[row][counted], whole[place], rtol=1e-4, atol=1e-4)
 
 
-def test_no_gradient_reaches_an_earlier_piece_and_memory_stays(tiny_llama):
-    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=[])
+def test_a_row_that_begins_anew_is_empty():
+    inputs, options = random_inputs(40), {"window": 4, "kept_keys": 5}
+    _, state = rfa_attention(**inputs, **options, output_final_state=True)
+    fresh = without_rows(state, torch.tensor([False, True]))
+    old, new = (fresh.select_rows(torch.tensor([row])) for row in (0, 1))
+    assert_equal_states(new, RFAState.empty(1, inputs["key"], inputs["value"], 16, 4, 4, 5), 0.0)
+    assert_equal_states(old, state.select_rows(torch.tensor([0])), 0.0)
+    assert bool((new.log_max == -torch.inf).all())
+
+
+@pytest.mark.parametrize("kept_keys", [0, 5])
+def test_no_gradient_reaches_an_earlier_piece_and_memory_stays(tiny_llama, kept_keys):
+    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=[], kept_keys=kept_keys)
     model = hf_rfa.convert(tiny_llama, config, calibrate=False).train()
     carry, sizes = Carry(), []
     walk = carried_batches([torch.arange(400) % 128], context=16, batch_size=1)
@@ -115,8 +137,9 @@ def test_no_gradient_reaches_an_earlier_piece_and_memory_stays(tiny_llama):
         assert number == 0 or sizes[-1] == sizes[0]
 
 
-def test_carried_training_resumes_in_the_middle_of_a_document(tiny_llama, tmp_path):
-    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=[(0, 0)])
+@pytest.mark.parametrize("kept_keys", [0, 5])
+def test_carried_training_resumes_in_the_middle_of_a_document(tiny_llama, tmp_path, kept_keys):
+    config = hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2, softmax_heads=[(0, 0)], kept_keys=kept_keys)
     model = hf_rfa.convert(tiny_llama, config, calibrate=False)
     documents = [torch.arange(n) % 128 for n in (90, 150)]
 
