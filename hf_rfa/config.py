@@ -19,6 +19,7 @@ SoftmaxHeads = Literal["auto"] | float | Sequence[HeadIndex] | None
 #: A string is a rule, see `RFAConfig.layers`.
 Layers = Literal["all"] | Sequence[int] | str
 LayerFeatures = Mapping[int, int] | Sequence[tuple[int, int]] | None
+HeadNumbers = Mapping[HeadIndex, int] | Sequence[tuple[HeadIndex, int]] | None
 #: "learned": drawn as "sphere", then trained by `distill` or found by `calibrate`, and never redrawn.
 OmegaDraw = Literal["sphere", "orthogonal", "gaussian", "learned"]
 OMEGA_DRAWS: tuple[str, ...] = get_args(OmegaDraw)
@@ -95,6 +96,11 @@ class RFAConfig:
         "chosen anew each time a chunk leaves the window. All others go through the features. Needs a window.",
         0,
     )
+    head_kept_keys: HeadNumbers = _help(
+        "Other numbers of kept keys for some key heads, as {(layer, key_head): number}: heads differ a lot in how "
+        "many far keys matter to them.",
+        None,
+    )
     softmax_heads: SoftmaxHeads = _help(
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
@@ -134,7 +140,7 @@ class RFAConfig:
         _check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
         _check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
         _check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
-        if self.kept_keys and not self.window:
+        if (self.kept_keys or self.head_kept_keys) and not self.window:
             raise ConfigError(
                 "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
                 f"kept_keys={self.kept_keys}, window=0. Set a window, for example 64, or kept_keys=0."
@@ -171,11 +177,23 @@ class RFAConfig:
             raise ConfigError(f"`gate` must be True or False. Got {self.gate!r}. Set RFAConfig(gate=False).")
         object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
+        object.__setattr__(self, "head_kept_keys", _normalise_kept(self.head_kept_keys))
         object.__setattr__(self, "layer_features", _normalise_features(self.layer_features))
 
     def features_of(self, layer: int) -> int:
         """Number of random features per key head of one layer."""
         return dict(self.layer_features or ()).get(layer, self.num_features)
+
+    def kept_of(self, layer: int, key_heads: int) -> int | tuple[int, ...]:
+        """The number of kept keys of one layer, or that of each of its key heads where they differ."""
+        others = dict(self.head_kept_keys or ())
+        numbers = tuple(others.get((layer, head), self.kept_keys) for head in range(key_heads))
+        return numbers if len(set(numbers)) > 1 else numbers[0]
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether any head keeps far keys."""
+        return self.kept_keys > 0 or any(number for _, number in self.head_kept_keys or ())
 
     def omega_rows(self, layer: int) -> int:
         """Number of rows of omega per key head of one layer."""
@@ -267,6 +285,22 @@ def _normalise_layers(layers: Any) -> str | tuple[int, ...]:
     raise ConfigError(
         "`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
         f"{layers!r}. Set RFAConfig(layers='all')."
+    )
+
+
+def _normalise_kept(kept: Any) -> tuple[tuple[HeadIndex, int], ...] | None:
+    """(((layer, key_head), number), ...) sorted; None if no head differs."""
+    if not kept:
+        return None
+    pairs = list(kept.items()) if isinstance(kept, Mapping) else kept
+    if isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (list, tuple)) and len(pair[0]) == 2
+        and all(_is_int(n) and n >= 0 for n in (*pair[0], pair[1])) for pair in pairs
+    ):  # fmt: skip
+        return tuple(sorted(((pair[0][0], pair[0][1]), pair[1]) for pair in pairs))
+    raise ConfigError(
+        f"`head_kept_keys` must be None or {{(layer, key_head): number of keys}}. Got {kept!r}. Set, for example, "
+        "{(3, 1): 512}."
     )
 
 

@@ -89,14 +89,15 @@ def _call(
 ) -> OperatorCall:  # fmt: skip
     given = dict(zip(names.split(","), tensors, strict=True))
     far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
-    state = RFAState(**{name: given[name] for name in _STATE if name in given}) if "count" in given else None
+    held: dict[str, Any] = {name: given[name] for name in _STATE if name in given}
+    state = RFAState(**held) if "count" in given else None
     causal, window, sink_tokens, kept_keys = numbers
     return OperatorCall(
         given["query"], given["key"], given["value"], far, scaling=scaling,
         causal=bool(causal), window=window, sink_tokens=sink_tokens,
         layout=TokenLayout(given.get("token_mask"), given.get("segment_ids")), softmax_heads=(), sliding_window=None,
         sink_logits=given.get("sink_logits"), state=state, backend=backend,
-        kept_keys=kept_keys,
+        kept_of_heads=(kept_keys,) * given["key"].shape[1],
     )  # fmt: skip
 
 

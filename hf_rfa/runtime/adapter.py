@@ -158,6 +158,13 @@ class RFAAdapter(Float32Module):
         return known[1]
 
     @property
+    def kept_keys(self) -> int | tuple[int, ...]:
+        """The number of far keys that stay exact, or that of each key head where they differ."""
+        if "kept" not in self._python:
+            self._python["kept"] = self.config.kept_of(self.layer, self.key_heads)
+        return self._python["kept"]
+
+    @property
     def feature_maps(self) -> tuple[str, ...]:
         """The map of each key head."""
         if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
