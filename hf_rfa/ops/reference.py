@@ -6,9 +6,9 @@ exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.
 that the document keeps, see `ops.kept_encoder_keys`.
 """
 
-import numpy as np
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_rfa.ops import kept_encoder_keys, kept_keys

@@ -385,7 +385,7 @@ def test_a_state_that_keeps_another_number_of_keys(change):
     _, state = rfa_attention(**inputs, **OPTIONS, kept_keys=6, output_final_state=True)
     with pytest.raises(ConfigError, match="another kind of call"):
         rfa_attention(**inputs, **OPTIONS, kept_keys=change, initial_state=state)
-    with pytest.raises(ConfigError, match="2 different numbers|different numbers of keys"):
+    with pytest.raises(ConfigError, match=r"different numbers of keys"):
         rfa_attention(**inputs, **OPTIONS, kept_keys=(6, 5), initial_state=state)
     _, state = rfa_attention(**inputs, **OPTIONS, output_final_state=True)
     with pytest.raises(ConfigError, match="another kind of call"):
