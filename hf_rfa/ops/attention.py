@@ -104,8 +104,9 @@ def rfa_attention(
         window: Chunk size, tokens; 0 = pure RFA (all keys estimated, no sinks).
         sink_tokens: At most `window`.
         kept_keys: K, the far keys of each key head that stay exact: those that took the largest mean weight from the
-            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`. 0 = none. Or
-            one number per key head.
+            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`; in the
+            bidirectional form once per document, see `hf_rfa.ops.kept_encoder_keys`. 0 = none. Or one number per key
+            head.
         alpha, gamma: A number, or one a key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
         query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
