@@ -28,7 +28,7 @@ def save_pretrained(
 ) -> None:
     """Save a converted model so that `hf_rfa.from_pretrained(folder)` gives identical logits.
 
-    What else of hf_rfa or PEFT lay in the folder and does not belong to this model is removed or refused.
+    Files of hf_rfa or PEFT in the folder that do not belong to this model are removed or refused.
 
     Args:
         model: A converted model. Of a PEFT model the LoRA is saved beside the conversion, not the base weights.
@@ -84,7 +84,8 @@ def from_pretrained(
     """Load a model with its conversion, from a folder or the hub.
 
     Args:
-        folder_or_id: What `hf_rfa.save_pretrained`, `model.save_pretrained`, a PEFT model or a `Trainer` wrote.
+        folder_or_id: A folder or hub id that `hf_rfa.save_pretrained`, `model.save_pretrained`, a PEFT model or a
+            `Trainer` wrote.
         model_class: Of a model whose class is neither of Transformers nor registered with the Auto classes.
         output_loading_info: Return `(model, info)` as Transformers does.
         kwargs: Passed to the model class's `from_pretrained` (dtype, device_map, ...). `revision`, `subfolder`,

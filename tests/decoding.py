@@ -1,14 +1,24 @@
 """Ways to decode a text, and the definition that they are held to."""
 
 import copy
+import dataclasses
 
+import pytest
 import torch
-from families import CACHE, outputs_of, token_ids
+from families import CACHE, SHORT, outputs_of, token_ids
 
 import hf_rfa
 from hf_rfa.runtime.arguments import cache_of
 
 NEW = 24  # tokens: three windows of 8
+#: Conversions that decode in different ways.
+CONFIGS = {
+    "linear": SHORT,
+    "exact head": dataclasses.replace(SHORT, softmax_heads=[(1, 0)]),
+    "pure": dataclasses.replace(SHORT, window=0),
+    "trigonometric": dataclasses.replace(SHORT, feature_map="trigonometric"),
+}
+CONFIG = pytest.mark.parametrize("config", CONFIGS)
 
 
 def positions(mask):

@@ -1,4 +1,4 @@
-"""Every public name explains itself by an example, and every example runs."""
+"""Every public name explains itself by an example. (The examples run as doctests, see conftest.py.)"""
 
 import doctest
 import inspect
@@ -17,16 +17,13 @@ def examples(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(hf_rfa.__all__) - WITHOUT_EXAMPLE))
-def test_the_examples_of_a_public_name_run(name, capsys):
+def test_a_public_name_has_an_example(name):
     thing = getattr(hf_rfa, name)
-    found = examples(name)
     # `from_pretrained` is shown where the folder is made.
-    shown = found or (name == "from_pretrained" and "hf_rfa.from_pretrained(" in hf_rfa.save_pretrained.__doc__)
+    shown = examples(name) or (
+        name == "from_pretrained" and "hf_rfa.from_pretrained(" in hf_rfa.save_pretrained.__doc__
+    )
     assert shown, f"hf_rfa.{name} has no example"
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
-    for test in found:
-        runner.run(test)
-    assert runner.failures == 0, capsys.readouterr().out
     assert callable(thing)
 
 

@@ -43,7 +43,7 @@ def swap_attention(
     example_inputs: Mapping[str, Any] | None = None,
     submodels: Sequence[str] | None = None,
 ) -> ModelT:
-    """`hf_rfa.convert` without its calibration: hang in the adapters, switch the implementation, verify, or undo all.
+    """`hf_rfa.convert` without calibration: attach the adapters, switch the implementation and verify, or undo it all.
 
     Raises:
         UnsupportedModelError, ConfigError: see `hf_rfa.convert`.
@@ -119,7 +119,7 @@ def revert(model: ModelT) -> ModelT:
 
 
 def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[DryRun, dict[str, Any]]:
-    """The dry run on the first of the inputs that the model takes."""
+    """The dry run on the first inputs that the model accepts."""
     first: Exception | None = None
     for inputs in candidates:
         try:
@@ -128,7 +128,7 @@ def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tupl
             raise
         except Exception as error:
             first = first or error
-    if RFAMask.__name__ in str(first):  # Python's own words for what a mask object is not
+    if RFAMask.__name__ in str(first):  # Python's own message about a mask object that is no tensor
         raise UnsupportedModelError(
             f"{type(model).__name__} works on its attention masks itself (attention of its own, masks that it joins, "
             f"or 4-D masks of numbers; Python says: {first}), which random features cannot follow. Keep softmax "
@@ -142,7 +142,7 @@ def _watch(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tupl
 
 
 def _refuse_sparse(model: PreTrainedModel) -> None:
-    """Layers that choose tokens by an indexer work on the mask itself, before they ever attend."""
+    """Refuse layers that choose tokens by an indexer: they work on the mask before they attend."""
     found = next(
         (type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Indexer")), None
     )
@@ -179,7 +179,7 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
         number = numbers.get(id(call.module), -1)
         local = call.sliding_window is not None or call.masked
         chosen = not call.cross and not local and config.converts_layer(number)
-        # Cross-attention has no number of its own; its adapter only says so.
+        # Cross-attention is not numbered; its adapter only marks it.
         adapter = RFAAdapter(
             config, max(number, 0), call.key_heads, call.head_dim, converted=chosen, cross=call.cross,
             masked=call.masked,
@@ -195,7 +195,7 @@ def _attach(model: PreTrainedModel, config: RFAConfig, calls: list[AttentionCall
 
 
 def _verify(model: PreTrainedModel, run: DryRun, inputs: Mapping[str, Any]) -> None:
-    """Run the converted model: every adapter must be called as often as the module it hangs in was."""
+    """Run the converted model: every adapter must be called as often as its module was."""
     adapters = {id(module): (name, adapter) for name, module, adapter in named_adapters(model)}
     counted = count_calls(model, inputs)
     for key, call in run.calls.items():

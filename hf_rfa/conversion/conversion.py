@@ -40,7 +40,7 @@ def convert(
     stay exact softmax. Parts that the dry run does not reach (the image tower of a model that is fed text) keep the
     attention that they have. The result is verified by a second dry run, then every head is calibrated
     (`hf_rfa.calibrate`); if anything fails, the model is put back as it was. `hf_rfa.calibration_report(model)` says
-    what each head became and what it lost.
+    how each head was fitted and what it costs.
 
     The model gets config objects of its own, so that another model of the same config is not touched: change
     `model.config` from then on, not a reference that was kept from before.
@@ -64,7 +64,7 @@ def convert(
         UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
             something that random features cannot express; the message names it.
         ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit: `calibrate` is
-            neither a bool nor batches, say.
+            neither a bool nor batches, for example.
 
     Example:
         >>> import torch, hf_rfa
@@ -85,7 +85,7 @@ def convert(
     config = RFAConfig() if config is None else config
     batches: Any = None
     with plain_torch():
-        # All that can be said of the arguments is said before anything is changed.
+        # Arguments are checked before anything is changed.
         if calibrate is True and isinstance(config, RFAConfig):
             check_can_write(base_model(model), config.window)
         elif not isinstance(calibrate, bool):
@@ -102,7 +102,7 @@ def convert(
 
 
 def _own_text(model: nn.Module) -> torch.Tensor:
-    """What the model writes while every head is exact, that is, as the original would."""
+    """A text that the model writes while every head is exact, as the original would."""
     config = conversion_config(model)
     converted = [adapter for _, _, adapter in named_adapters(model) if adapter.converted]
     set_softmax_heads(model, [(adapter.layer, head) for adapter in converted for head in range(adapter.key_heads)])

@@ -1,9 +1,9 @@
-"""The class of a converted model: its own class, with a few methods that know of the conversion.
+"""The class of a converted model: a subclass of its own class, with a few methods that know of the conversion.
 
-Methods and not hooks, because sentence-transformers calls `model.forward`, TRL the inner `model.model`, and nothing
-of that reaches the hooks of the outermost `__call__`. A class and not attributes of the instance, because those would
-keep the model alive after `del`, and would be those of another module in a copy or a replica. The class is a subclass
-of the model's own and bears its name; a pickle, a copy and `revert` know the original.
+Methods rather than hooks, because sentence-transformers calls `model.forward` and TRL the inner `model.model`, which
+never reach the hooks of the outermost `__call__`. A class rather than attributes of the instance, because those would
+keep the model alive after `del`, and would still refer to the first model in a copy or a replica. The subclass bears
+the name of the model's own class; pickling, copying and `revert` know the original.
 """
 
 import functools
@@ -22,7 +22,7 @@ from hf_rfa.runtime.record import INSIDE, ORIGINAL, RECORD, original_class
 from hf_rfa.saving.peft_files import teach_peft
 from hf_rfa.saving.saver import save_with_conversion
 
-#: What answers in place of a class's own methods: it gets the method, bound to the model, then the call's arguments.
+#: Replacements of a class's own methods: each gets the model, the own method bound to it, then the call's arguments.
 _MODEL_METHODS: dict[str, Callable[..., Any]] = {"forward": converted_forward, "save_pretrained": save_with_conversion}
 _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "generate": generate,
@@ -40,12 +40,12 @@ def enter(base: PreTrainedModel, adapted: set[int]) -> None:
             module.__dict__[INSIDE] = record
             module.__class__ = converted_class(type(module))
             replaced = module.__dict__.get("forward")
-            if replaced is not None:  # by Accelerate, for example, which keeps the class's method in its own
+            if replaced is not None:  # for example by Accelerate, whose forward holds the class's method
                 module.__dict__["forward"] = _forward_around(module, replaced)
 
 
 def leave(base: nn.Module) -> None:
-    """Give the models their own classes back. What others have put around a forward since then goes on working."""
+    """Give the models their own classes back. Wrappers that others have put around a forward keep working."""
     for module in base.modules():
         if module.__dict__.pop(INSIDE, None) is None:
             continue
@@ -59,7 +59,7 @@ _classes: dict[Any, Any] = {}
 
 
 def converted_class(original: Any) -> Any:
-    """The subclass of `original`, one for each, under its name."""
+    """The subclass of `original`, made once, under its name."""
     if original not in _classes:
         _classes[original] = _subclass(original)
     return _classes[original]

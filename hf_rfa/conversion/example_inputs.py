@@ -16,7 +16,7 @@ _WAVE, _FRAMES = 16000, 128  # sound: samples of a waveform, frames of a spectro
 
 
 def guess_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Inputs to try one after the other, the smallest first; `UnsupportedModelError` where none can be guessed."""
+    """Inputs to try in turn, the smallest first; `UnsupportedModelError` if none can be guessed."""
     config, name = model.config, model.main_input_name
     device = execution_device(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -26,7 +26,7 @@ def guess_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if name == "input_ids":
         inputs[name] = _token_ids(config.get_text_config(), TEXT_TOKENS, device)
         yield inputs
-        if accepts(model, "pixel_values"):  # two towers that are always run, as CLIP's
+        if accepts(model, "pixel_values"):  # two towers that always run, as in CLIP
             yield {**inputs, "pixel_values": torch.zeros(_image_shape(model), device=device, dtype=dtype)}
         return
     shape = _image_shape(model) if name == "pixel_values" else _sound_shape(model)
@@ -39,7 +39,7 @@ def guess_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def refuse_meta(model: PreTrainedModel) -> None:
-    """`UnsupportedModelError` for a model without values: there is nothing to run, and nothing to fit."""
+    """Raise `UnsupportedModelError` for a model on the meta device: it cannot be run or fitted."""
     if execution_device(model).type == "meta":
         raise UnsupportedModelError(
             f"The weights of this {type(model).__name__} are on the meta device: they have no values yet. Load them "
@@ -48,7 +48,7 @@ def refuse_meta(model: PreTrainedModel) -> None:
 
 
 def describe(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON of a batch: integers and plain values as they are, of other tensors the shape; `rebuild` reads it."""
+    """A batch as JSON, for `rebuild`: integers and plain values as they are, only the shape of other tensors."""
     if not isinstance(inputs, Mapping):
         raise ConfigError(
             f"`example_inputs` must be a dictionary of the model's arguments. Got {type(inputs).__name__}. Pass, for "

@@ -1,4 +1,4 @@
-"""Which attention runs where: the `_attn_implementation` of every config object in a model, switched part by part."""
+"""The `_attn_implementation` of every config object in a model, switched part by part."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from hf_rfa.runtime.record import IMPLEMENTATION, Implementations
 
 
 class OwnConfigs:
-    """Config objects of its own for a model: `AutoModel.from_config` gives the caller's one to every model it makes.
+    """Gives a model config objects of its own: `AutoModel.from_config` shares the caller's among all models it makes.
 
-    All modules of the model (and of what wraps it) that hold one of its config objects get the copy, so that they
-    still share one another's. `undo` puts the originals back, where a conversion fails.
+    All modules of the model (and of its wrappers) that hold one of its config objects get the same copy. `undo` puts
+    the originals back if a conversion fails.
     """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:
@@ -38,7 +38,7 @@ class OwnConfigs:
 
 
 def implementations(model: PreTrainedModel) -> Implementations:
-    """What every config object in the model says now."""
+    """Every config object in the model, with its current implementation."""
     found: dict[int, Any] = {}
     for module in [model, *model.modules()]:
         if isinstance(module, PreTrainedModel):
@@ -47,7 +47,7 @@ def implementations(model: PreTrainedModel) -> Implementations:
 
 
 def switch(model: PreTrainedModel, before: Implementations, submodels: Sequence[str] | None) -> None:
-    """Switch the model to "rfa", but for the sub-configs that `submodels` leaves out."""
+    """Switch the model to "rfa", except the sub-configs that `submodels` leaves out."""
     named = [name for name in model.config.sub_configs if getattr(model.config, name, None) is not None]
     unknown = [] if submodels is None else [name for name in submodels if name not in named]
     if unknown or (submodels is not None and (isinstance(submodels, str) or not submodels)):
@@ -63,7 +63,7 @@ def switch(model: PreTrainedModel, before: Implementations, submodels: Sequence[
 
 
 def keep_unreached(model: PreTrainedModel, before: Implementations, reached: Iterable[nn.Module]) -> list[str]:
-    """Give the parts that hold none of the `reached` attention modules their own attention back; the parts' names."""
+    """Restore the attention of the parts without any of the `reached` attention modules; returns their names."""
     inside = {id(module) for module in reached}
     names = {name for name, module in model.named_modules() if id(module) in inside}
     around = {name.rsplit(".", cut)[0] for name in names for cut in range(name.count(".") + 1)} | names | {""}

@@ -1,4 +1,4 @@
-"""Packed documents are kept apart or refused: not every model tells its layers where a document ends.
+"""Whether a model keeps packed documents apart: not every one tells its layers where a document ends.
 
 Transformers finds the documents of a row in `position_ids` that begin anew, where there is neither a mask nor a cache.
 Some models do not pass the positions on, and recurrent layers carry one document's state into the next.
@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from hf_rfa.runtime.arguments import accepts
 from hf_rfa.runtime.quiet import quiet_eval
 
-#: Largest change of a document's outputs, relative to the largest, that another one before it may make: rounding.
+#: Largest change of a document's outputs, relative to the largest output, that rounding explains.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_ROUNDING = 3e-2
 
 
 def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
-    """Whether the second of two documents packed by `position_ids` is blind to the first, tried on the dry run's ids.
+    """Whether the second of two documents packed by `position_ids` ignores the first, tried on the dry run's ids.
 
     True for models that take no `position_ids`: nothing can be packed there.
     """
@@ -36,7 +36,7 @@ def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> 
         with quiet_eval(model):
             one, two = (_token_outputs(model(input_ids=tokens, **more), length) for tokens in (ids, other))
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
-        return False  # such a call is not for this model, packed or not
+        return False  # the model rejects this call, packed or not
     if one is None or two is None:
         return False
     change = (one - two)[:, half:].abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
@@ -44,7 +44,7 @@ def keeps_documents_apart(model: PreTrainedModel, inputs: Mapping[str, Any]) -> 
 
 
 def _token_outputs(output: Any, length: int) -> torch.Tensor | None:
-    """The first output with one row of numbers a token."""
+    """The first output with one vector per token; None if there is none."""
     for value in output.values():
         if isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[1] == length:
             return value

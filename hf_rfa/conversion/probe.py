@@ -1,7 +1,7 @@
 """The dry run of `convert`: which modules really send their attention through the interface, and with what.
 
 On a model that does not use the interface, any registered `attn_implementation` loads without complaint and the
-model's own attention runs. So nothing is believed: a short forward is watched, and softmax elsewhere is noticed.
+model's own attention runs. So a short forward is watched, and softmax outside of the interface is noticed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from hf_rfa.runtime.record import IMPLEMENTATION
 
 @dataclass
 class AttentionCalls:
-    """What one attention module asked for."""
+    """The calls of one attention module in the dry run."""
 
     module: nn.Module
     key_heads: int
@@ -50,7 +50,7 @@ class DryRun:
     def call(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, extras: dict[str, Any]
     ) -> Iterator[None]:
-        """Note one call of the attention function; softmax in it is our own."""
+        """Note one call of the attention function; softmax inside it is expected."""
         self.lengths |= {query.shape[2], key.shape[2]}
         if id(module) not in self.calls:
             self.calls[id(module)] = AttentionCalls(
@@ -72,11 +72,11 @@ class DryRun:
             self.leave()
 
     def enter(self) -> None:
-        """From here on softmax is known of."""
+        """From here on softmax is expected."""
         self.inside += 1
 
     def leave(self) -> None:
-        """The end of what `enter` began."""
+        """End what `enter` began."""
         self.inside -= 1
 
     def foreign_attention(self) -> bool:
@@ -85,7 +85,7 @@ class DryRun:
 
 
 class _SoftmaxWatch(TorchFunctionMode):
-    """Notes the last two dimensions of every softmax over at least three, but for those of our own function."""
+    """Notes the last two dimensions of every softmax of a tensor with three or more, outside of our own function."""
 
     NAMES = (torch.softmax, torch.Tensor.softmax, F.softmax, F.scaled_dot_product_attention)
 
@@ -116,7 +116,7 @@ def watch(model: nn.Module, inputs: Mapping[str, Any]) -> DryRun:
 
 @dataclass
 class CallCount:
-    """How often each converted module attends while it is watched, and how often at most in one forward of its own."""
+    """How often each converted module attends in the dry run, and the most in one forward of its own."""
 
     exact = False
     total: dict[int, int] = field(default_factory=dict)
@@ -145,7 +145,7 @@ def count_calls(model: nn.Module, inputs: Mapping[str, Any]) -> CallCount:
 
 @contextmanager
 def _parts_left_out(model: nn.Module, run: DryRun) -> Iterator[None]:
-    """Softmax in the parts that are not to be converted is no surprise."""
+    """Softmax in the parts that are left out is expected."""
     handles = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != IMPLEMENTATION:

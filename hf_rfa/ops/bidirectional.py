@@ -1,7 +1,7 @@
 """The bidirectional operator in chunks, for encoders: far keys lie on both sides.
 
-Chunk c attends exactly to chunks c - 1, c, c + 1 and to the sinks. Far sums are prefix plus suffix sums: subtracting
-the near chunks from a total would cancel digits.
+Chunk c attends exactly to chunks c - 1, c, c + 1, to the sinks and to the keys that its document keeps. Far sums are
+prefix plus suffix sums: subtracting the near chunks from a total would cancel digits.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ from hf_rfa.ops.chunks import (
     to_chunks,
 )
 from hf_rfa.ops.combine import FarStatistics, Part, near_part
+from hf_rfa.ops.encoder_selection import choose_encoder_keys
+from hf_rfa.ops.kept_part import KeptPart
 from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.scan import chunk_sums, merge_states, scan_chunks
 from hf_rfa.ops.state import RFAState
@@ -35,7 +37,8 @@ def chunked_bidirectional(
     `short`.
 
     The keys of the initial state are far keys of the row's first document; the final state holds all keys of the row's
-    last document (and of the initial state, if that is the first) in its sums. Such a state has no near keys.
+    last document (and of the initial state, if that is the first) in its sums, kept ones too. Such a state has no near
+    keys.
     """
     run = BidirectionalPass(call, short)
     outputs = [finish(near, far, call, run.plan, span, statistics) for span, near, far in run.blocks()]
@@ -57,6 +60,8 @@ class BidirectionalPass:
         self.sink_keys = sink_table(self.keys, self.keys.new_zeros(batch, heads, sinks, dim), sinks)
         self.sink_values = sink_table(self.values, self.values.new_zeros(batch, heads, sinks, value_dim), sinks)
         self.features, self.log_scale = call.far.key_features(self.keys, call.scaling)
+        choice = choose_encoder_keys(call)
+        self.kept = None if choice is None else KeptPart(call, plan, choice)
         self.start = (state.kv_state.to(self.keys.dtype), state.log_max.to(self.keys.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
@@ -65,7 +70,8 @@ class BidirectionalPass:
         queries = queries_to_chunks(call.query, plan)
         nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
         near_chunks = 1 if call.window else -1  # chunks on each side that are exact; -1: not even the own one
-        sums = chunk_sums(self.features, self.log_scale, self.values, plan.fold)
+        log_scale = self.log_scale if self.kept is None else self.kept.without(self.log_scale)
+        sums = chunk_sums(self.features, log_scale, self.values, plan.fold)
         before = _running(sums, plan.segment_ids, near_chunks + 1, self.start)
         after = _running(_flip(sums), plan.segment_ids.flip(1), max(near_chunks + 1, 1), nothing)
         states, log_max = merge_states(before, _flip(after))
@@ -82,6 +88,8 @@ class BidirectionalPass:
                 scores = (block_queries * call.scaling) @ near_keys[number].mT
                 visible = _visible(plan, span, self.sinks, call.query.shape[2])
                 near = near_part(scores, near_values[number], visible)
+                if self.kept is not None:
+                    near = self.kept.joined(near, block_queries, span)
             features, log_scale = call.far.query_features(block_queries, call.scaling)
             products = features @ block_states
             yield span, near, Part(products[..., :-1], products[..., -1], log_scale + block_maxima.unsqueeze(-1))

@@ -65,10 +65,6 @@ class OperatorCall:
                 "`kept_keys` must be >= 0, and 0 without a window: where nothing is exact no key has a score. Got "
                 f"kept_keys={settings.kept_keys}, window={window}. Set a window, for example 64."
             )
-        if settings.kept_keys and not causal:
-            raise ConfigError(
-                f"Keys are kept in causal layers. Got kept_keys={settings.kept_keys}, causal=False. Set kept_keys=0."
-            )
         layout.check(batch, length)
         sink_logits = settings.sink_logits
         if sink_logits is not None:

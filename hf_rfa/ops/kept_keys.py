@@ -47,11 +47,16 @@ def scores(
     return score.masked_fill(position < 0, NOTHING)
 
 
-def split(score: torch.Tensor, kept_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of those that go (..., L - K) and of those that stay (..., K), the latter in order, no keys first."""
+def split(score: torch.Tensor, kept_keys: int, all_keys: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of those that go (..., L - K) and of those that stay (..., K), the latter in order, no keys first.
+
+    all_keys: Whether it is known that no entry is empty.
+    """
     ascending, order = score.sort(dim=-1, stable=True)
     size = score.shape[-1]
     going, staying = order.split([size - kept_keys, kept_keys], dim=-1)
+    if all_keys:
+        return going, staying.sort(-1).values
     filled = ascending[..., size - kept_keys :] > NOTHING
     return going, (staying + size * filled).sort(-1).values % size
 

@@ -2,12 +2,14 @@
 
 out_i = (sum_{j in exact(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_exact e_ij + gamma sum_far f_ij)
 e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j) prod_{t=j+1..i} g_t,    x' = x sqrt(scaling)
-exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.kept_keys`.
+exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.kept_keys`; without causality those
+that the document keeps, see `ops.kept_encoder_keys`.
 """
 
+import numpy as np
 import torch
 
-from hf_rfa.ops import kept_keys
+from hf_rfa.ops import kept_encoder_keys, kept_keys
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
 
@@ -57,7 +59,7 @@ class _Sequence:
         self.decay, self.forgotten = self._decay(0)
         if state is not None and window and self.causal:
             self._remember(state)
-        kept = torch.arange(self.rank.shape[1]) < (self.kept_keys if self.seen else 0)
+        kept = torch.arange(self.rank.shape[1]) < (self.kept_keys if self.seen and self.causal else 0)
         self.kept = kept & (self.rank >= 0)
 
     def _remember(self, state: RFAState) -> None:
@@ -100,7 +102,7 @@ class _Sequence:
         weights = (query @ keys.mT * scaling).exp()
         visible, near = self._visible(), self._near()
         if self.kept_keys:
-            near = near | self._choose(weights, visible, near)
+            near = near | (self._choose(weights, visible, near) if self.causal else self._choose_once(weights, near))
         visible, near = visible[:, None], (visible & near)[:, None]  # (Hk, 1, n, K)
         exact = torch.where(near, weights, 0.0)
         query_features, query_scale = far.query_features(query, scaling)
@@ -166,6 +168,20 @@ class _Sequence:
                 _, staying = kept_keys.split(score, min(self.kept_keys, score.shape[1]))
                 self.kept = torch.zeros_like(self.kept).scatter(1, staying, True) & rivals
         return kept
+
+    @torch.no_grad()
+    def _choose_once(self, weights: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        """(Hk, 1, K) which keys all queries see, of exp(s q.k) (1, Hk, G, n, K) and what is near (Hk, n, K)."""
+        ranks = kept_encoder_keys.asked_ranks(np.array([len(self.new_rank)]))[0]
+        share = weights[0, :, :, ranks]
+        total = share.sum(-1, keepdim=True)
+        if self.sink_logits is not None:
+            total = total + self.sink_logits.to(total).exp()[..., None, None]
+        counts = ~near[:, ranks]
+        mass = (share / total * counts[:, None]).sum((1, 2))
+        score = kept_encoder_keys.scores(mass, self.value[0].norm(dim=-1), counts.sum(1))
+        kept = kept_encoder_keys.best(score, self.kept_keys)
+        return (kept.unsqueeze(-1) == torch.arange(score.shape[1])).any(1).unsqueeze(1)
 
     def final_state(self) -> RFAState:
         """The state after the document's last token, its sums not rescaled."""

@@ -1,1 +1,1 @@
-"""What Transformers calls in a converted model."""
+"""The part of a converted model that Transformers calls."""

@@ -1,4 +1,4 @@
-"""`RFAAdapter`: what a converted attention module owns: omega and its draw number, the far kernel, the exact heads."""
+"""`RFAAdapter`: all that a converted attention module owns: omega and its draw, the far kernel, the exact heads."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -37,14 +37,14 @@ class RFAAdapter(Float32Module):
     Attributes:
         omega: (key_heads, rows, head_dim) rows N(0, I), a function of (config.seed, layer, draw); or centroids.
         alpha, gamma, proposal: (key_heads,) the far kernel (see `FarKernel`); calibration sets them.
-        query_center, key_center: (key_heads, head_dim) what the far kernel takes off; calibration sets them.
+        query_center, key_center: (key_heads, head_dim) subtracted by the far kernel; calibration sets them.
         query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
         query_radius, key_radius: (key_heads,) its bounds, 0 (none) before calibration.
         map_codes: (key_heads,) uint8, each head's map as an index into `MAP_CODES`; see `feature_maps`.
         gate_weight, gate_bias: (key_heads, head_dim), (key_heads,) Parameters of the forget gate, if there is one.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
-        statistics: How often the far part was dropped (trigonometric map only: the others are never negative).
+        statistics: Counts dropped far parts (trigonometric map only: the others are never negative).
         cross, masked: Whether the layer is cross-attention, or has a mask of its own: softmax with the cache it had.
     """
 
@@ -68,7 +68,7 @@ class RFAAdapter(Float32Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.layer, self.converted, self.cross, self.masked = config, layer, converted, cross, masked
-        # Explicit, so that a default dtype or device of the caller's has no say.
+        # Explicit, so that the caller's default dtype and device do not matter.
         like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         ones, eye = torch.ones(key_heads, **like), torch.eye(head_dim, **like)
         self.register_buffer("omega", torch.empty(key_heads, config.omega_rows(layer), head_dim, **like))
@@ -82,20 +82,20 @@ class RFAAdapter(Float32Module):
         self.register_buffer("query_radius", ones * 0)
         self.register_buffer("key_radius", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
-        code = MAP_CODES.index(name)
-        self.register_buffer("map_codes", torch.full((key_heads,), code, dtype=torch.uint8, device="cpu"))
+        codes = torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8, device="cpu")
+        self.register_buffer("map_codes", codes)
         self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
         if config.gate and converted:
             self.gate_weight = nn.Parameter(torch.zeros(key_heads, head_dim, **like))
             self.gate_bias = nn.Parameter(ones * OPEN_GATE)
         self.statistics = FarStatistics()
-        self.attends_twice = False  # in one forward of its module; `convert` finds out
+        self.attends_twice = False  # per forward of its module, as the dry run counts
         self.backend = "auto"  # see `hf_rfa.set_backend`; a property of the machine, so not saved
-        self.traced_call: Any = None  # holds something only while a tracer looks on, see `hf_rfa.runtime.calls`
+        self.traced_call: Any = None  # set only under a tracer, see `hf_rfa.runtime.calls`
         self._python: dict[str, Any] = {}
         self._known_kernel: tuple[FarKernel, tuple[tuple[str, torch.Tensor], ...]] | None = None
-        self._resting: set[str] = set()  # Parameters that are not trained only because every key head is exact
+        self._resting: set[str] = set()  # Parameters that are frozen only because every key head is exact
         self.omega.copy_(self.drawn(0))
         if config.omega == "learned" and converted:
             self.learn()
@@ -115,10 +115,10 @@ class RFAAdapter(Float32Module):
 
     @property
     def kernel(self) -> FarKernel:
-        """The far kernel of all key heads: one object, until one of the adapter's methods changes a tensor of it.
+        """The far kernel of all key heads: one object until a method of the adapter changes its tensors.
 
-        It holds the tensors themselves, Parameters with their gradients. Others may stand in for them (sharding,
-        `torch.func.functional_call`): it is then made anew.
+        It holds the adapter's own tensors, Parameters with their gradients. If others take their place (sharding,
+        `torch.func.functional_call`), it is made anew.
         """
         if torch.compiler.is_compiling():  # the tensors are the tracer's
             return self._make_kernel()
@@ -137,16 +137,16 @@ class RFAAdapter(Float32Module):
         return FarKernel(self.feature_maps, **{name: getattr(self, name) for name in names})
 
     def kernel_of(self, draw: int | None) -> FarKernel:
-        """`kernel` with omega as of draw number `draw`: a layer that runs again may have been redrawn since."""
+        """`kernel` with omega of draw number `draw`: a layer may be redrawn before it runs again (backward pass)."""
         if draw is None or draw == self.draw_number or not self.converted:
             return self.kernel
         return dataclasses.replace(self.kernel, omega=self.drawn(draw))
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two adapters whose states mean the same: of all tensors, the window and the sinks.
+        """A digest of all tensors, the window and the sinks: adapters that share it can continue each other's states.
 
-        A cache remembers it, also in another process. Worked out again only after a change.
+        A cache remembers it, also in another process. Computed again only after a change.
         """
         known = self._python.get("fingerprint")
         if known is not None and torch.compiler.is_compiling():  # a graph cannot ask which tensors these are
@@ -166,7 +166,7 @@ class RFAAdapter(Float32Module):
 
     @property
     def _calibrated(self) -> bool:
-        """Whether the changes of variable and the bounds say anything; they cost nothing where they do not."""
+        """Whether any change of variable or bound is set; if not, the kernel leaves them out and saves their cost."""
         if isinstance(self.query_transform, nn.Parameter):
             return True
         if "calibrated" not in self._python:
@@ -203,7 +203,7 @@ class RFAAdapter(Float32Module):
 
     @property
     def draw_number(self) -> int:
-        """The number of omega's draw, which a cache remembers."""
+        """The number of omega's draw."""
         if "draw" not in self._python:
             self._python["draw"] = int(self.draw)
         return self._python["draw"]
@@ -221,7 +221,7 @@ class RFAAdapter(Float32Module):
         self._read()
 
     def _read(self) -> None:
-        """Read what Python knows of the tensors anew, and now: a graph cannot ask for it."""
+        """Refresh the Python values that are read from tensors, at once: a graph cannot read them."""
         self._python.clear()
         self._known_kernel = None
         if not self.omega.is_meta:
@@ -229,9 +229,9 @@ class RFAAdapter(Float32Module):
             self._train_what_acts()
 
     def _train_what_acts(self) -> None:
-        """Where every key head is exact, no Parameter gets a gradient, which DDP takes for a fault: none is trained.
+        """Freeze the Parameters while every key head is exact: they would get no gradient, an error to DDP.
 
-        Those that were trained until then are trained again once a head is linear.
+        Those that were trained before are trained again once a head is linear.
         """
         if len(self.softmax_heads) == self.key_heads:
             trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
@@ -271,7 +271,7 @@ class RFAAdapter(Float32Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes a kernel of its own tensors, which may not be copied where others stand in for them.
+        # A copy makes a kernel of its own; tensors that stand in for the adapter's may not allow copying.
         return {**self.__dict__, "_known_kernel": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The layers of a plain Transformers cache that are replaced by those of a converted model."""
+"""Replacing the layers of a plain Transformers cache by those of a converted model."""
 
 import functools
 from typing import Any
@@ -16,12 +16,12 @@ from transformers.cache_utils import (
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.runtime.cache import RFACacheLayer
 
-#: What the recurrent part of a cache layer consists of.
+#: The attributes of the recurrent part of a cache layer.
 _RECURRENT = (
     "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
     "has_previous_state", "conv_kernel_size", "device", "dtype",
 )  # fmt: skip
-#: The layers of Transformers' own that are replaced.
+#: Transformers' own layers that are replaced.
 _DYNAMIC = (
     DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
@@ -29,7 +29,7 @@ _DYNAMIC = (
 
 
 class RFAHybridCacheLayer(LinearAttentionLayer, RFACacheLayer):  # type: ignore[misc, override]
-    """The same for a layer that runs a recurrence beside its attention, whose state lies in the same cache layer."""
+    """An `RFACacheLayer` that also holds the state of a recurrence which runs beside the attention."""
 
     is_compileable = False
 
@@ -65,8 +65,8 @@ class RFAHybridCacheLayer(LinearAttentionLayer, RFACacheLayer):  # type: ignore[
 def remember_recording() -> None:
     """Let a cache remember that it was asked to record its past before it had a converted layer.
 
-    Transformers asks the layers that are there then: none yet in a fresh `DynamicCache`, or plain ones, which keep
-    everything. Nothing else of the method changes, and a cache of a model that is not converted never reads it.
+    Transformers only tells the layers that exist at that time: none in a fresh `DynamicCache`, or plain ones, which
+    keep everything. The method is otherwise unchanged, and other models never read the note.
     """
     plain = Cache.activate_past_recording
     if getattr(plain, "remembers", False):
@@ -82,15 +82,15 @@ def remember_recording() -> None:
 
 
 def has_place(cache: Cache, index: int) -> bool:
-    """Whether there is a layer of that number in the cache, or will be."""
+    """Whether the cache has a layer of that number, or will make one."""
     return index < len(cache.layers) or cache.layer_class_to_replicate is not None
 
 
 def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFACacheLayer:
     """The `RFACacheLayer` number `index` of `cache`, put there in place of a dynamic layer.
 
-    Keys and values that the dynamic layer holds already (a learned prefix of PEFT; what the model saw as softmax
-    before it was converted) become the layer's state. A module that `shares` the keys of an earlier one has no layer
+    Keys and values that the dynamic layer holds already (a learned prefix of PEFT; tokens from before the conversion)
+    become the layer's state. A module that `shares` the keys of an earlier one has no layer
     in a cache of Transformers; here it has a state of its own, beside that of the layer before it.
     """
     if shares:
@@ -128,7 +128,7 @@ def adopt_cache_layer(cache: Cache, index: int, *, shares: bool = False) -> RFAC
 
 
 def _beside_earlier(cache: Cache, index: int) -> RFACacheLayer:
-    """The state of a module that attends to the keys of an earlier one, kept by the last converted layer before it."""
+    """The cache layer of a module that attends to earlier keys: a companion of the last converted layer before it."""
     earlier = [layer for layer in cache.layers[:index] if isinstance(layer, RFACacheLayer)]
     if not earlier:
         raise UnsupportedModelError(

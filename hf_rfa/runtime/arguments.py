@@ -16,7 +16,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what a model answered; None if it was called without one."""
+    """The cache in a model's output; None if it was called without one."""
     return next((output[name] for name in CACHE_NAMES if name in output), None)
 
 

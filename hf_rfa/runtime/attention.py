@@ -51,16 +51,16 @@ def rfa_attention_forward(
         dropout=dropout if module.training else 0.0,
         is_causal=is_causal, extras=kwargs, draw=None if forward is None else forward.draw, interception=interception,
     )  # fmt: skip
-    answer = _function_for(call)
+    attend_layer = _function_for(call)
     check_inputs(module, attention_mask, kwargs)
     recorder = interception.recorder
     with nullcontext() if recorder is None else recorder.call(module, query, key, attention_mask, kwargs):
-        output = answer(call)
+        output = attend_layer(call)
     return output[:, :, -query.shape[2] :].transpose(1, 2).contiguous(), None
 
 
 def _function_for(call: AttentionCall) -> Callable[[AttentionCall], torch.Tensor]:
-    """What answers the call: chosen by the kind of the module's adapter, which must be fit to answer."""
+    """The function for this kind of layer; an adapter that cannot be used is refused."""
     name, adapter = type(call.module).__name__, call.adapter
     if adapter is None:
         if call.interception.recorder is not None and call.interception.recorder.exact:
@@ -80,7 +80,7 @@ def _function_for(call: AttentionCall) -> Callable[[AttentionCall], torch.Tensor
             'model hands its layers no mask that could tell). With resample="forward" this model cannot be '
             "checkpointed: use RFAConfig(resample=k) with `hf_rfa.ResampleCallback`."
         )
-    return _ANSWERS[adapter.kind]
+    return _FUNCTIONS[adapter.kind]
 
 
 def _attend_linear(call: AttentionCall) -> torch.Tensor:
@@ -108,12 +108,12 @@ def _attend_linear(call: AttentionCall) -> torch.Tensor:
 
 
 def _attend_softmax(call: AttentionCall) -> torch.Tensor:
-    """A layer (B, H, N, M) with exact heads alone: left out of the conversion, local, or kept by calibration."""
+    """A layer (B, H, N, M) of exact heads only: not converted, local, or all of its heads kept exact."""
     adapter = call.adapter
     assert adapter is not None
     rows = call.rows
     if rows is not None:
-        # A sliding layer would answer exactly, but its state would go without these tokens.
+        # A sliding layer would be exact, but its state would lack these tokens.
         if adapter.converted or layer_call(adapter).cache_layer is not None:
             raise _unforeseen_mask(call.module)
         return _under_mask(call, rows)
@@ -134,7 +134,7 @@ def _attend_softmax(call: AttentionCall) -> torch.Tensor:
 
 
 def _attend_masked(call: AttentionCall) -> torch.Tensor:
-    """A layer (B, H, N, M) whose mask was one of its own in the dry run: softmax, with the cache that it had."""
+    """A layer (B, H, N, M) with a mask of its own in the dry run: softmax, with Transformers' own cache layer."""
     # A tracer cannot ask whether the mask is nothing but a window; the dry run did.
     rows = call.mask.rows if call.mask is not None and torch.compiler.is_compiling() else call.rows
     if rows is not None:
@@ -175,8 +175,8 @@ def _attend_as_before(call: AttentionCall) -> torch.Tensor:
     return _attend_cross(call) if call.over_another_sequence else _exact_inputs(call).attend()[0]
 
 
-#: What answers for a layer that has an adapter.
-_ANSWERS: dict[LayerKind, Callable[[AttentionCall], torch.Tensor]] = {
+#: By kind of layer, see `RFAAdapter.kind`.
+_FUNCTIONS: dict[LayerKind, Callable[[AttentionCall], torch.Tensor]] = {
     "linear": _attend_linear,
     "softmax": _attend_softmax,
     "masked": _attend_masked,
@@ -185,7 +185,7 @@ _ANSWERS: dict[LayerKind, Callable[[AttentionCall], torch.Tensor]] = {
 
 
 def _under_mask(call: AttentionCall, rows: MaskRows) -> torch.Tensor:
-    """Softmax under a mask that is made in blocks of rows."""
+    """Softmax (B, H, N, M) under a mask made in blocks of rows."""
     return masked_attention(
         call.query, call.key, call.value, rows.blocks(), scaling=call.scaling, sink_logits=call.sink_logits,
         dropout=call.dropout,
@@ -212,7 +212,7 @@ def _inputs(adapter: RFAAdapter, call: AttentionCall) -> AttendInputs:
 
 
 def _exact_inputs(call: AttentionCall) -> AttendInputs:
-    """The same with every key head exact, so that no far kernel is ever used."""
+    """The same with every key head exact; the far kernel is never used."""
     heads = call.key.shape[1]
     unused = far_kernel(
         call.key, heads, omega=call.key.new_zeros(heads, 1, call.key.shape[-1], dtype=torch.float32)
@@ -222,7 +222,7 @@ def _exact_inputs(call: AttentionCall) -> AttendInputs:
 
 
 def _observed(observer: Callable[..., None], call: AttentionCall) -> torch.Tensor:
-    """Answer exactly, and show the observer (calibration, distillation) what was answered."""
+    """Exact attention (B, H, N, M), shown to an observer (calibration, distillation)."""
     inputs = _exact_inputs(call)
     output, _ = inputs.attend()
     observer(call.adapter, call.module, *inputs.tokens, inputs.layout, inputs.settings, output)
@@ -230,7 +230,7 @@ def _observed(observer: Callable[..., None], call: AttentionCall) -> torch.Tenso
 
 
 def _decodes_in_place(cache_layer: RFACacheLayer, inputs: AttendInputs) -> bool:
-    """Whether the call is a decoding step after which nobody needs the state before it."""
+    """Whether the call is a decoding step and the state before it is not needed any more."""
     return (
         inputs.key.shape[2] == 1
         and inputs.settings.causal

@@ -1,5 +1,5 @@
-"""One call of the attention function: what Transformers passes (`AttentionCall`) and what the operator needs of it
-(`AttendInputs`).
+"""One call of the attention function: the arguments that Transformers passes (`AttentionCall`), and those of the
+operator that are made of them (`AttendInputs`).
 
 Neither is frozen, which would cost microseconds in every decoding step; nothing writes to them.
 """
@@ -26,11 +26,11 @@ from hf_rfa.runtime.mask import MaskRows, RFAMask
 
 @dataclass(eq=False)
 class AttendInputs:
-    """The arguments of `attend` for the new tokens of one layer, all but the state that it continues from.
+    """The arguments of `attend` for the new tokens of one layer, except the state to continue from.
 
     Attributes:
         query, key, value: (B, H, N, D), (B, Hk, N, D), (B, Hk, N, M).
-        statistics: Counts how often a far part was dropped; None where none can be.
+        statistics: Counts dropped far parts; None for feature maps that drop none.
     """
 
     query: torch.Tensor
@@ -58,18 +58,18 @@ class AttendInputs:
 
 @dataclass(eq=False)
 class AttentionCall:
-    """What Transformers passes to the attention function of one layer.
+    """The arguments that Transformers passes to the attention function of one layer.
 
     Attributes:
         adapter: The module's; None in the dry run of `convert`.
         query, key, value: (B, H, N, D), (B, Hk, T, D), (B, Hk, T, M).
-        mask: None if the model made none.
+        mask: None if no mask was given.
         scaling: Factor of q.k.
-        dropout: The rate that holds now: 0 outside of training.
-        is_causal: As the model passes it; None if it does not.
+        dropout: The rate; 0 outside of training.
+        is_causal: None if the model does not pass it.
         extras: The function's other arguments, by name.
-        draw: The draw of omega to use; None: the one that the adapter has.
-        interception: What answers in place of the random features.
+        draw: The draw of omega to use; None for the adapter's current one.
+        interception: See `Interception`.
     """
 
     module: nn.Module
@@ -106,16 +106,16 @@ class AttentionCall:
 
     @property
     def rows(self) -> MaskRows | None:
-        """The layer's mask, where only the mask itself can say what it hides; see `mask_of_its_own`."""
+        """The layer's mask if nothing simpler describes it; see `mask_of_its_own`."""
         return None if self.mask is None else mask_of_its_own(self.mask, self.extras)
 
     @property
     def over_another_sequence(self) -> bool:
-        """Whether the keys are those of other tokens than the queries."""
+        """Whether queries and keys are of different tokens."""
         return self.key.shape[2] != self.query.shape[2]
 
     def settings(self, **more: Any) -> AttentionSettings:
-        """The operator's settings: what the model says, and `more` fields."""
+        """The operator's settings: those that the model passes, and `more` of the adapter's."""
         causal, sliding_window = self.causal, self.extras.get("sliding_window")
         if sliding_window is not None and not causal:
             raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""What computes the linear heads of a converted model: PyTorch in chunks, or fused Triton kernels."""
+"""Backends of the linear heads of a converted model: PyTorch in chunks, or fused Triton kernels."""
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ from hf_rfa.runtime.adapter import RFAAdapter, named_adapters, require_adapters
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Choose what computes the causal layers of a converted model for more than one token at a time.
+    """Choose the backend of the causal layers of a converted model, for more than one token at a time.
 
-    Single tokens (decoding) and encoders have one form each. The choice is the machine's, and is not saved.
+    Single tokens (decoding) and encoders have one form each. The choice depends on the machine and is not saved.
 
     Args:
         model: A converted model, where it is to run: the kernels need a GPU.
@@ -40,7 +40,7 @@ def set_backend(model: nn.Module, name: str) -> None:
 
 
 def backend(model: nn.Module) -> dict[int, str]:
-    """What computes each layer: 'triton', 'chunked', 'bidirectional' (encoders), or 'softmax' (not converted).
+    """The backend of each layer: 'triton', 'chunked', 'bidirectional' (encoders), or 'softmax' (not converted).
 
     Raises:
         UnsupportedModelError: The model is not converted.

@@ -1,4 +1,4 @@
-"""The cache of a converted model: one `RFAState` a layer, whose linear heads need the same bytes at any length."""
+"""The cache of a converted model: one `RFAState` per layer, of constant size but for its exact heads."""
 
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from hf_rfa.runtime.recorded_steps import RecordedStep, state_after
 class RFACacheLayer(CacheLayerMixin):
     """Cache layer of a converted attention module, used by plain `model.generate`.
 
-    `update` hands the new keys and values through; the attention function reads `state` and calls `advance`. `given`
-    are keys and values that the layer took over from a plain cache, until `absorb` has made a state of them.
-    `companions` are layers that have no place of their own in the cache: that of a module's second call, where it
-    attends twice in a forward; those of modules that attend to the keys of an earlier one.
+    `update` returns the new keys and values unchanged; the attention function then calls `extend` or `decode`. `given`
+    are keys and values taken over from a plain cache, until `absorb` turns them into a state. `companions` are layers
+    without a place of their own in the cache: of a module's second call, if it attends twice in a forward, and of
+    modules that attend to the keys of an earlier one.
 
-    A cache belongs to one conversion: `filled_by` is the fingerprint of the adapter whose state it holds, and
-    `expected` says that the converted module, whose pre-hook sets it ("traced": while a tracer looked on, which cannot
-    read the context), is the one that brings new keys.
+    A cache belongs to one conversion: `filled_by` is the fingerprint of the adapter whose state it holds. `expected`
+    is set by the pre-hook of the converted module, so that `update` can tell that the new keys come from it ("traced"
+    under a tracer, which cannot read the context).
     """
 
     is_croppable = True
@@ -33,14 +33,14 @@ class RFACacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self._state: RFAState | None = None
-        self._decoder: Decoder | None = None  # has the state in place of `_state` while single tokens come
+        self._decoder: Decoder | None = None  # holds the state instead of `_state` during decoding
         self.seen = 0  # token slots, padding included
         self.filled_by: str | None = None
-        self.draw: int | None = None  # for the error's text
+        self.draw: int | None = None  # for the error message
         self.expected: Literal["", "called", "traced"] = ""
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.took_over = False  # tokens of a plain cache, which layers that share these keys have never seen
+        self.took_over = False  # tokens of a plain cache, unknown to layers that share these keys
         self.companions: dict[Any, RFACacheLayer] = {}
         self._steps: list[RecordedStep] = []
 
@@ -54,7 +54,7 @@ class RFACacheLayer(CacheLayerMixin):
         self._state, self._decoder = state, None
 
     def companion(self, name: Any) -> "RFACacheLayer":
-        """The layer of that name beside this one."""
+        """The companion of that name, made if there is none."""
         if name not in self.companions:
             self.companions[name] = RFACacheLayer()
             self.companions[name].record_past = self.record_past
@@ -62,7 +62,7 @@ class RFACacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Empty, for models that ask a layer whether it has any.
+        # Empty, for models that ask whether the layer holds any.
         self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in (key_states, value_states))
         self.is_initialized = True
 
@@ -83,7 +83,7 @@ class RFACacheLayer(CacheLayerMixin):
         """Raise `StaleStateError` if the cache was filled by another conversion, or by another draw of this one."""
         if self.filled_by is None or not self.seen:
             self.filled_by, self.draw = fingerprint, draw
-            self.state = self.state  # without what was worked out from the tensors of another
+            self.state = self.state  # drops the decoder, which was prepared from another adapter's tensors
         elif fingerprint != self.filled_by and self.draw != draw:
             raise StaleStateError(
                 f"This cache was filled with draw {self.draw} of omega; the model now has draw {draw}. Start a new "
@@ -97,13 +97,13 @@ class RFACacheLayer(CacheLayerMixin):
             )
 
     def hand_on(self) -> None:
-        """Let whichever conversion comes next continue the state: for training, which changes it step by step."""
+        """Let any conversion continue the state from here: training changes it between steps."""
         self.filled_by = self.draw = None
         for companion in self.companions.values():
             companion.hand_on()
 
     def absorb(self, new: AttendInputs, token_mask: torch.Tensor | None) -> None:
-        """Make the state of what was `given`, before `new` tokens; `token_mask` (B, seen) is False for padding."""
+        """Turn the `given` keys and values into a state before `new`; `token_mask` (B, seen) is False for padding."""
         if self.given is None:
             return
         key, value = self.given
@@ -125,7 +125,7 @@ class RFACacheLayer(CacheLayerMixin):
         self.state = state_after(key, key, value, new.kernel, settings, layout, None)
 
     def extend(self, new: AttendInputs) -> torch.Tensor:
-        """The attention (B, H, N, M) of new tokens, and the state after them."""
+        """The attention (B, H, N, M) of new tokens; the state then includes them."""
         before = self.state
         output, state = new.attend(before, output_final_state=True)
         if self.record_past:
@@ -135,7 +135,7 @@ class RFACacheLayer(CacheLayerMixin):
         return output
 
     def decode(self, new: AttendInputs) -> torch.Tensor:
-        """The attention (B, H, 1, M) of one new token, and the state after it; no step can be taken back."""
+        """The same (B, H, 1, M) for one token, in place and without gradients; it cannot be taken back."""
         self.seen += 1
         tokens, kernel, settings = new.tokens, new.kernel, new.settings
         with torch.autocast(new.query.device.type, enabled=False):
@@ -234,8 +234,8 @@ class RFACacheLayer(CacheLayerMixin):
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a Transformers cache holds, converted layers or not.
 
-    What a layer works out of the model's own tensors while it decodes (about the size of its omega, two or three times
-    that once it is calibrated) is no memory of the text and does not count.
+    Not counted are the tables that a layer prepares from the model's own tensors for decoding (about the size of its
+    omega, two or three times that once it is calibrated): they hold nothing of the text.
 
     Example:
         >>> import torch, hf_rfa
@@ -254,7 +254,7 @@ def _bytes(value: Any) -> int:
     """Of a tensor, a state, a decoder, a companion, or several of them."""
     if isinstance(value, torch.Tensor | RFAState):
         return value.nbytes
-    if isinstance(value, Decoder):  # without what it works out from the model's own tensors
+    if isinstance(value, Decoder):  # without the tables prepared from the model's own tensors
         return value.state().nbytes
     if isinstance(value, RFACacheLayer):
         return sum(_bytes(part) for part in vars(value).values())

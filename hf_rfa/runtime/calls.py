@@ -1,14 +1,14 @@
-"""What belongs to one call of a converted model, and how the attention function finds it.
+"""Records of one call of a converted model, and how the attention function finds them.
 
-Transformers hands its attention functions neither the cache nor anything else that a converted layer needs of the call
-that it is part of. None of it is kept in the modules: two threads may run one model, and each has its own calls.
+Transformers passes its attention functions neither the cache nor anything else that a converted layer must know of the
+call around it. None of it is kept in the modules, because two threads may run one model.
 
 | record        | of                                  | found by the attention function                         |
 |---------------|-------------------------------------|---------------------------------------------------------|
 | `ForwardCall` | one forward of the whole model      | on the mask, else in the context                        |
 | `LayerCall`   | one forward of an attention module  | in the context                                          |
 
-*The context* is a context variable, which every thread has of its own. Activation checkpointing runs layers again in
+*The context* is a context variable; every thread has its own. Activation checkpointing runs layers again in
 the backward pass, on a GPU in a thread of autograd's own: so the `ForwardCall` travels with the mask, which is an
 argument of the layers. A tracer cannot read context variables; while it traces, a `LayerCall` waits in its adapter.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Recorder(Protocol):
-    """Sees every call of the attention function while `convert` watches a model."""
+    """Is shown every call of the attention function in a dry run of `convert`."""
 
     #: Whether every head answers exactly, as before the conversion.
     exact: bool
@@ -44,12 +44,12 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Interception:
-    """What answers in place of the random features of a layer, for as long as a `with` block lasts.
+    """Replacements for the random features of layers, in force for a `with` block.
 
     Attributes:
-        recorder: Sees every call, see `Recorder`.
-        observers: By adapter: what sees q, k, v and the output of a layer, which answers with exact softmax.
-        shards: By adapter: what computes a layer whose tokens are split over processes.
+        recorder: Is shown every call, see `Recorder`.
+        observers: By adapter: called with q, k, v and the output of the layer, which is exact softmax meanwhile.
+        shards: By adapter: computes a layer whose tokens are split over processes.
     """
 
     recorder: Recorder | None = None
@@ -59,13 +59,13 @@ class Interception:
 
 _NOTHING = Interception()
 _interception: ContextVar[Interception] = ContextVar("interception", default=_NOTHING)
-#: Blocks of `intercept` that are open in any thread: what a tracer, which cannot read the context, asks for.
+#: Number of open `intercept` blocks in all threads, for tracers, which cannot read the context.
 _open_blocks = [0]
 
 
 @contextmanager
 def intercept(interception: Interception) -> Iterator[None]:
-    """Within the block this thread's calls of converted layers are answered as `interception` says."""
+    """Within the block, `interception` holds for the converted layers that this thread calls."""
     token = _interception.set(interception)
     _open_blocks[0] += 1
     try:
@@ -76,12 +76,12 @@ def intercept(interception: Interception) -> Iterator[None]:
 
 
 def current_interception() -> Interception:
-    """That of this thread; none for a tracer, which refuses to begin inside a block (`refuse_in_graph`)."""
+    """The interception of this thread. A tracer has none: it may not start inside a block (`refuse_in_graph`)."""
     return _NOTHING if torch.compiler.is_compiling() else _interception.get()
 
 
 def refuse_in_graph() -> None:
-    """Raise where a graph would be made of a call that something intercepts: it would leave that out."""
+    """Raise if a graph is traced while something intercepts calls: the graph would leave that out."""
     if _open_blocks[0]:
         raise UnsupportedModelError(
             "A compiled model cannot be calibrated, distilled, converted or run with sequence parallelism: its graph "
@@ -95,9 +95,9 @@ class ForwardCall:
 
     Attributes:
         record: id of the conversion of the model that was called, so that a model inside another begins its own.
-        draw: The draw of omega that all layers use, also when they run again in the backward pass; None where it is
-            whatever draw the adapters have.
-        interception: What answers in place of the random features.
+        draw: The draw of omega that all layers use, also when they run again in the backward pass; None for the
+            adapters' current one.
+        interception: The one in force when the forward began.
     """
 
     record: int
@@ -106,7 +106,7 @@ class ForwardCall:
 
     @property
     def travels(self) -> bool:
-        """Whether a layer that runs again in the backward pass must be told of it."""
+        """Whether a layer that runs again in the backward pass needs it."""
         return self.draw is not None or self.interception is not _NOTHING
 
 
@@ -116,7 +116,7 @@ _layer_call: "ContextVar[LayerCall | None]" = ContextVar("layer_call", default=N
 
 @contextmanager
 def forward_call(call: ForwardCall) -> Iterator[None]:
-    """Within the block the model's layers belong to `call`, and with it the calls of layers end, also by an error."""
+    """Within the block, the model's layers belong to `call`; their own calls end with it, also after an error."""
     token, layer = _forward_call.set(call), _layer_call.set(None)
     try:
         yield
@@ -126,18 +126,18 @@ def forward_call(call: ForwardCall) -> Iterator[None]:
 
 
 def current_forward() -> ForwardCall | None:
-    """The forward that this thread is in; None outside of one, and while tracing."""
+    """The forward that this thread is in; None outside of any, and while tracing."""
     return None if torch.compiler.is_compiling() else _forward_call.get()
 
 
 def travelling_call() -> ForwardCall | None:
-    """`current_forward`, where layers that run again in the backward pass must be told of it."""
+    """`current_forward` if layers that run again in the backward pass need it, else None."""
     call = current_forward()
     return call if call is not None and call.travels else None
 
 
-#: The number of the backward pass that this thread is in, -1 outside of one. Private, as all that torch has for it:
-#: where it is missing, a forward that runs again without its `ForwardCall` is not noticed.
+#: The number of the backward pass that this thread is in, -1 outside of any. Torch has nothing public for it; where
+#: this is missing, a forward that runs again without its `ForwardCall` goes unnoticed.
 _backward_pass = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
@@ -165,12 +165,12 @@ class LayerCall:
 
     @property
     def cache_layer(self) -> "RFACacheLayer | None":
-        """What the module was called with."""
+        """The cache layer that the module was called with; None if there is none, or if it no longer exists."""
         return None if self._cache_layer is None else self._cache_layer()
 
 
 class TracedLayerCall:
-    """The same while a tracer looks on, which cannot follow weak references."""
+    """A `LayerCall` under a tracer, which cannot follow weak references."""
 
     def __init__(self, cache_layer: "RFACacheLayer | None") -> None:
         self.turns = 0
@@ -178,20 +178,20 @@ class TracedLayerCall:
 
 
 def begin_layer(adapter: "RFAAdapter", cache_layer: "RFACacheLayer | None") -> None:
-    """A forward of the adapter's module begins."""
+    """Note that a forward of the adapter's module begins."""
     if torch.compiler.is_compiling():
         adapter.traced_call = TracedLayerCall(cache_layer)
         return
     _layer_call.set(LayerCall(adapter, cache_layer))
-    if adapter.traced_call is not None:  # of a traced call that an error ended
+    if adapter.traced_call is not None:  # left behind by a traced call that ended in an error
         adapter.traced_call = None
 
 
 def layer_call(adapter: "RFAAdapter") -> LayerCall | TracedLayerCall:
-    """The forward of its module that the adapter is asked to attend in; one without a cache if none was begun.
+    """The current forward of the adapter's module; one without a cache if none was begun.
 
     Raises:
-        UnsupportedModelError: It was begun where no tracer looked on, and now one does, which cannot read of it.
+        UnsupportedModelError: It was begun outside of the tracer that now asks for it and cannot read the context.
     """
     traced = adapter.traced_call
     if traced is not None:  # also where the graph breaks between the module's pre-hook and its attention
@@ -207,7 +207,7 @@ def layer_call(adapter: "RFAAdapter") -> LayerCall | TracedLayerCall:
 
 
 def is_called_with(cache_layer: "RFACacheLayer") -> bool:
-    """Whether the forward of a converted module that this thread is in got this cache; a tracer has to believe it."""
+    """Whether the module that this thread runs was called with this cache layer; tracers cannot ask and get True."""
     if torch.compiler.is_compiling():
         return True
     call = _layer_call.get()

@@ -1,4 +1,4 @@
-"""Where a module computes, which is not always where its weights lie."""
+"""The device on which a module computes, which is not always that of its weights."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def execution_device(module: nn.Module) -> torch.device:
     """
     for part in module.modules():
         hook: Any = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # several hooks hang in one that holds them
+        for one in getattr(hook, "hooks", (hook,)):  # one hook may hold several
             device = getattr(one, "execution_device", None)
             if device is not None:
                 return torch.device(device)

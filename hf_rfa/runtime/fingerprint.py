@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hf_rfa.runtime.adapter import RFAAdapter
 
 
+@torch.compiler.disable  # a graph that breaks here would trace what follows, which it cannot
 def digest_of(adapter: "RFAAdapter") -> str:
     """Hash of an adapter's tensors, window, sinks, kept keys and layer, the same in every process."""
     digest = hashlib.blake2b(digest_size=12)

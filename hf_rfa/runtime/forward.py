@@ -1,7 +1,7 @@
-"""The forward of a converted model: what has to happen once in each, whoever calls it and however.
+"""The forward of a converted model: everything that has to happen once per forward, however it is called.
 
-Every Transformers model in a converted one answers a forward by `converted_forward` (see `converted_class`); the first
-of them that a call reaches begins the `ForwardCall`.
+Every Transformers model in a converted one answers a forward by `converted_forward` (see `converted_class`); the
+outermost one begins the `ForwardCall`.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ ARGUMENTS = "_rfa_forward_arguments"
 
 
 def converted_forward(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A forward of a Transformers model that is a converted one, or lies in one; `own` is its class's, bound to it."""
+    """A forward of a converted model, or of a Transformers model inside one; `own` is its class's, bound to it."""
     record = model.__dict__.get(INSIDE)
-    if record is None:  # reverted, and called through something that was put around the forward before
+    if record is None:  # reverted, and called through a wrapper from before
         return own(*args, **kwargs)
     named = {**dict(zip(getattr(type(model), ARGUMENTS), args, strict=False)), **kwargs}
     _refuse_tracing(model)
@@ -52,7 +52,7 @@ def converted_forward(model: Any, own: Callable[..., Any], *args: Any, **kwargs:
 
 
 def _draw(model: nn.Module, record: Conversion) -> int | None:
-    """The draw of this forward: a new one in each training forward with `RFAConfig(resample="forward")`."""
+    """The draw of this forward: a new one per training forward with `RFAConfig(resample="forward")`, else None."""
     if record.config.resample != "forward" or not (model.training and torch.is_grad_enabled()):
         return None
     if in_backward_pass():

@@ -29,9 +29,9 @@ def prepare_cache(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`_prepare_cache_for_generation` of a converted model: its own, then the converted modules get their layers.
+    """`_prepare_cache_for_generation` of a converted model: its own, then converted modules get their cache layers.
 
-    Before assisted decoding asks these to record their past.
+    That is before assisted decoding asks the layers to record their past.
     """
     if INSIDE not in model.__dict__:
         return own(generation_config, model_kwargs, *args, **kwargs)
@@ -41,19 +41,19 @@ def prepare_cache(
     if cache is not None:
         records = adopt_cache(model, cache)
         prepared = _caches.get()
-        if generation_config.is_assistant:  # asked of the layers that were just replaced
+        if generation_config.is_assistant:  # Transformers asked the layers that were just replaced
             cache.activate_past_recording()
-        elif prepared is not None and not records:  # whoever asked for it before goes on from there
+        elif prepared is not None and not records:  # if it records already, the caller decides when that ends
             prepared.append(weakref.ref(cache))
     return result
 
 
 def generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a converted model: its own, and what has to be put right after it.
+    """`generate` of a converted model: its own, then clean-up.
 
-    Assisted decoding makes the cache record its past, which a state of constant size does by keeping every state:
-    that ends with the call. A model that drafts with its first layers alone (`assistant_early_exit`) sets its config
-    to that number of layers, where an error would leave it.
+    Assisted decoding makes the cache record its past, for which a state of constant size keeps every earlier state:
+    recording ends with the call. A model that drafts with its first layers (`assistant_early_exit`) sets its config to
+    that number of layers; an error would leave it so.
     """
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", None)
@@ -74,7 +74,7 @@ def adopt_cache(model: GenerationMixin, cache: Cache) -> bool:
     """Put an `RFACacheLayer` into `cache` for every self-attention module of a converted model.
 
     Returns:
-        Whether one of them records its past: somebody has asked the cache for it already.
+        Whether one of them records its past already.
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     records = False

@@ -1,4 +1,4 @@
-"""Which layer of a cache an attention module fills: noted by the module's pre-hook, found by its attention."""
+"""Which layer of a cache an attention module fills: its pre-hook notes it, its attention function looks it up."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from hf_rfa.runtime.record import IMPLEMENTATION
 
 
 def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention module: note the cache, which the function is not handed."""
+    """Forward pre-hook of a converted attention module: note its cache layer for the attention function."""
     adapter = adapter_of(module)
     assert adapter is not None
     if adapter.kind in ("masked", "cross"):
-        if not torch.compiler.is_compiling():  # such a layer never asks for its call, which would wait in the adapter
+        if not torch.compiler.is_compiling():  # else the call would stay in the adapter: such layers never look it up
             begin_layer(adapter, None)
         return
     interception = current_interception()
@@ -35,7 +35,7 @@ def stash_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ):
         begin_layer(adapter, None)
         return
-    # A module that several layers share is told which one it is; one that runs in a loop, which turn it is.
+    # A module that several layers share is told which layer it is; one that runs in a loop, which turn.
     index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     if index is None:
         raise UnsupportedModelError(
@@ -60,7 +60,7 @@ def attends_here(module: nn.Module) -> bool:
 
 
 def cache_layer_of(adapter: RFAAdapter) -> RFACacheLayer | None:
-    """The layer's place in the cache; None without a cache. A module that attends twice has a second one beside it."""
+    """The cache layer that the module fills now; None without a cache. A second call in a forward has its own."""
     turn = layer_call(adapter)
     turn.turns += 1
     # Called past its pre-hook (`module.forward`), a module would find its last call here, and that one's cache.
@@ -76,7 +76,7 @@ def cache_layer_of(adapter: RFAAdapter) -> RFACacheLayer | None:
 def prepare_cache_layer(
     cache_layer: RFACacheLayer, adapter: RFAAdapter, call: AttentionCall, inputs: AttendInputs
 ) -> None:
-    """Make the cache layer one that this adapter can continue, or refuse it."""
+    """Turn keys of a plain cache into a state, and refuse a state that is not this adapter's."""
     name = type(call.module).__name__
     if cache_layer.given is not None:
         if adapter.attends_twice:

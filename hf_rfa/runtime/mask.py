@@ -16,12 +16,12 @@ from hf_rfa.runtime.calls import ForwardCall, travelling_call
 
 @dataclass(frozen=True)
 class MaskRows:
-    """A mask that is more than causality, padding and packing, made a block of rows at a time.
+    """A mask that is more than causality, padding and packing, made in blocks of rows.
 
     Attributes:
-        arguments: What Transformers hands its own mask functions.
-        sliding: Whether it is nothing but a causal window of old tokens, which exact attention knows how to follow;
-            under compilation, which cannot ask, whether it may be (adapters know what it was in the dry run).
+        arguments: Those of Transformers' own mask functions.
+        sliding: Whether it is nothing but a causal window of old tokens, which exact attention can follow. Under
+            compilation, which cannot ask, whether it may be; adapters know from the dry run.
     """
 
     arguments: dict[str, Any]
@@ -29,7 +29,7 @@ class MaskRows:
     _blocks: list[MaskBlock] = field(default_factory=list, repr=False, compare=False)
 
     def blocks(self) -> list[MaskBlock]:
-        """The mask, without the columns that a block of rows does not see; made once for all layers of a forward."""
+        """The mask, each block without columns that none of its rows sees; made once for all layers of a forward."""
         if not self._blocks:
             queries, keys = self.arguments["q_length"], self.arguments["kv_length"]
             start = 0
@@ -40,7 +40,7 @@ class MaskRows:
         return self._blocks
 
     def last(self, queries: int) -> "MaskRows":
-        """Its last rows."""
+        """The rows of the last `queries` tokens."""
         length = self.arguments["q_length"]
         offset = self.arguments["q_offset"] + length - queries
         return MaskRows({**self.arguments, "q_offset": offset, "q_length": queries}, self.sliding)
@@ -58,16 +58,16 @@ class MaskRows:
 
 @dataclass(frozen=True)
 class RFAMask:
-    """What the attention function must know besides q, k, v; handed through the model in place of a mask tensor.
+    """All that the attention function must know besides q, k, v; the model passes it on in place of a mask tensor.
 
     Attributes:
-        causal: Whether a token sees only what comes before it.
-        padding: (B, T) over old and new tokens, 0 or False for padding; None if nobody said anything of it.
-        segment_ids: (B, N) number of each new token's packed document; None for one a row.
-        rows: The mask itself, where the other fields do not say it all: the windows and chunks of local layers, and
-            whatever a model combines its mask with. Such layers can only stay softmax.
+        causal: Whether a token sees only the tokens before it.
+        padding: (B, T) over old and new tokens, 0 or False for padding; None if no padding mask was given.
+        segment_ids: (B, N) number of each new token's packed document; None if each row is one document.
+        rows: The mask itself, where the other fields cannot express it: windows and chunks of local layers, and
+            anything else that a model combines its mask with. Such layers stay softmax.
         keys: Number of old and new tokens.
-        call: The forward that it was made in, where layers that run again in the backward pass must know of it.
+        call: The forward that made it, if layers that run again in the backward pass need it.
     """
 
     causal: bool
@@ -81,7 +81,7 @@ class RFAMask:
 
     @property
     def shape(self) -> tuple[int]:
-        """(keys,). Transformers asks, where an outer model hands its finished mask to an inner one (PaliGemma)."""
+        """(keys,); Transformers asks when an outer model passes its finished mask to an inner one (PaliGemma)."""
         return (self.keys,)
 
     @property
@@ -106,7 +106,7 @@ class RFAMask:
     def token_mask(self) -> torch.Tensor | None:
         """(B, T) bool over old and new tokens, False for padding; None if there is none.
 
-        Looked through when it is first asked for: a decoding step never does, where all that came before is a state.
+        Searched for padding when first asked for. A decoding step never asks: its past is a state.
         """
         if self.padding is None or torch.compiler.is_compiling():
             return None if self.padding is None else self.padding.bool()
@@ -119,7 +119,7 @@ class RFAMask:
         if torch.compiler.is_compiling():  # a length looked up among others would be a constant of the graph
             return TokenLayout(None if self.token_mask is None else self.token_mask[:, -length:], self.segment_ids)
         if length not in self._layouts:
-            # Where there is padding in the past alone, its states know of it.
+            # Padding in the past alone is accounted for in the state.
             self._layouts[length] = TokenLayout(
                 None if self.padding is None else _padded(self.padding[:, -length:]), self.segment_ids
             )
@@ -139,10 +139,10 @@ def rfa_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> RFAMask | None:
-    """Called by Transformers' `create_causal_mask` and its relatives. None: nothing to say, each sees all."""
+    """Called by Transformers' `create_causal_mask` and its relatives; None if every token sees every other."""
     call = travelling_call()
     if isinstance(attention_mask, RFAMask):
-        return attention_mask  # made by an outer model, like the 4-D masks that Transformers hands through
+        return attention_mask  # made by an outer model, as the 4-D masks that Transformers passes on
     padding = attention_mask
     if padding is not None and padding.dim() != 2:
         raise UnsupportedModelError(
@@ -173,7 +173,7 @@ def rfa_mask(
 def padding_of(mask: torch.Tensor) -> RFAMask | None:
     """The `RFAMask` of a 4-D mask (B, 1, 1, T) of a bidirectional layer: the same keys for all queries, so padding.
 
-    None for any other mask. Some models make it of a 2-D mask themselves, bool or 0 and a very negative number.
+    None for any other mask. Some models build such a mask from a 2-D one, as bool or as 0 and a very negative number.
     """
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return None
@@ -192,9 +192,10 @@ def _padded(padding: torch.Tensor) -> torch.Tensor | None:
 def _probe(
     mask_function: Callable[..., Any], batch: int, length: int, offset: int, device: torch.device
 ) -> tuple[bool | None, torch.Tensor | None, bool]:
-    """What a composed mask function means, asked at O(N) pairs: (causal, document, limited); causal None for neither.
+    """(causal, segment_ids, limited) of a composed mask function, found by asking it about O(N) pairs.
 
-    A packed mask hides a token's neighbour at a border; a sliding one hides the document's first token.
+    A packed mask hides a token's neighbour at a border; a sliding one hides the document's first token. causal is None
+    if the mask is neither causal nor bidirectional.
     """
     rows = torch.arange(batch, device=device)[:, None]
     tokens = offset + torch.arange(length, device=device)[None]

@@ -1,4 +1,4 @@
-"""Calls that describe several documents in a row, and which of them are refused."""
+"""Refusals of calls that pack several documents into a row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,17 @@ from hf_rfa.runtime.arguments import CACHE_NAMES
 
 
 def refuse_packing(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """For models that do not keep packed documents apart by plain positions, as the dry run tried them."""
+    """Refuse all packing: the dry run showed that plain positions do not keep this model's documents apart."""
     if is_packed(kwargs) and not _has_rows_of_positions(kwargs):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep packed documents apart: it does not tell all of its layers where "
-            "a document ends. Pad the documents instead, one a row."
+            "a document ends. Pad the documents instead, one per row."
         )
     refuse_packing_beside_a_cache(model, kwargs)
 
 
 def refuse_packing_beside_a_cache(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """For all others: beside a cache Transformers does not look for documents."""
+    """Refuse packing beside a cache, where Transformers does not look for documents."""
     if not is_packed(kwargs):
         return
     asked = kwargs.get("use_cache")
@@ -35,7 +35,7 @@ def refuse_packing_beside_a_cache(model: PreTrainedModel, kwargs: Mapping[str, A
 
 
 def is_packed(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call describes several documents in a row; not asked under compilation, where it costs the graph."""
+    """Whether a call packs several documents into a row. False under compilation: asking breaks the graph."""
     positions: Any = kwargs.get("position_ids")
     if torch.compiler.is_compiling() or kwargs.get("attention_mask") is not None:
         return False
@@ -53,6 +53,6 @@ def is_packed(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _has_rows_of_positions(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call gives four positions a token, (4, B, N), as Qwen2-VL and its relatives know them."""
+    """Whether a call has four positions per token, (4, B, N), as Qwen2-VL and its relatives do."""
     positions = kwargs.get("position_ids")
     return isinstance(positions, torch.Tensor) and positions.dim() == 3 and len(positions) == 4

@@ -1,4 +1,4 @@
-"""How a model is run to be watched, calibrated or measured: nothing ambient has a say, nothing stays changed."""
+"""Running a model to watch, calibrate or measure it: ambient settings do not matter, and nothing stays changed."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as it is when nobody changed anything: what a conversion comes to depends on its arguments alone.
+    """Torch with its default settings, so that a conversion depends on its arguments alone.
 
     Gradients are recorded and tensors are ordinary ones (inside `torch.inference_mode` adapters would be tensors that
     can never be trained), autocast is off, and tensors without a dtype or device are float32 on the CPU.
@@ -32,7 +32,7 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def training_flags_kept(*models: nn.Module) -> Iterator[None]:
-    """Afterwards every module of every model has its own training flag again, whatever the block did to it."""
+    """Restore the training flag of every module of the models after the block."""
     flags = {module: module.training for model in models for module in model.modules()}
     try:
         yield

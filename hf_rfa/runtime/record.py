@@ -1,4 +1,4 @@
-"""What a converted model remembers of its conversion: its config, what was there before, what calibration found."""
+"""A model's record of its conversion: the config, the attention it had before, the calibration report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +16,21 @@ IMPLEMENTATION = "rfa"
 CONFIG_FIELD = "rfa_config"
 #: Config objects, outer ones first, with the implementation that each has: setting an outer one sets the inner ones.
 Implementations = list[tuple[Any, str]]
-#: The attribute of the model that holds it.
+#: The attribute of a converted model that holds its `Conversion`.
 RECORD = "_rfa_conversion"
-#: The same of every Transformers model that is the converted one or lies in it.
+#: The same attribute of every Transformers model inside the converted one, itself included.
 INSIDE = "_rfa_conversion_around"
-#: The attribute of a converted model's class that holds the class that it was before.
+#: The attribute of a converted model's class that holds its original class.
 ORIGINAL = "_rfa_original_class"
 
 
 @dataclass
 class Conversion:
-    """What `revert` and saving need.
+    """All that `revert` and saving need.
 
     Attributes:
         implementations: The config objects of the model and the implementation that each had.
-        scope: What the caller said of the dry run, as JSON: `parts` and `example_inputs`; {} if nothing.
+        scope: The caller's choices for the dry run, as JSON: `parts` and `example_inputs`; {} if none were made.
         packs: Whether the model keeps packed documents apart.
     """
 
@@ -60,7 +60,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def original_class(model: nn.Module) -> Any:
-    """The class of a model as it is without its conversion."""
+    """The class of a model without its conversion."""
     return getattr(type(model), ORIGINAL, type(model))
 
 
@@ -88,18 +88,18 @@ def store_config(model: nn.Module, config: RFAConfig) -> None:
 
 
 def store_report(model: nn.Module, report: CalibrationReport | None) -> None:
-    """Keep what calibration found beside the conversion."""
+    """Keep the calibration report beside the conversion."""
     getattr(base_model(model), RECORD).report = report
 
 
 def stored_report(model: nn.Module) -> CalibrationReport | None:
-    """What calibration found; None if the model was not calibrated."""
+    """The calibration report; None if the model was not calibrated."""
     report: CalibrationReport | None = getattr(base_model(model), RECORD).report
     return report
 
 
 def calibration_report(model: nn.Module) -> CalibrationReport:
-    """What each head of a converted model became and what it costs; kept by `save_pretrained`.
+    """How each head of a converted model was fitted and what it costs; saved by `save_pretrained`.
 
     Raises:
         UnsupportedModelError: The model is not converted, or was not calibrated.

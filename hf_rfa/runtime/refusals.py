@@ -1,4 +1,4 @@
-"""What a call of a converted model may ask for that random features cannot express."""
+"""Refusals of calls that ask for something that random features cannot express."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ _NO_WEIGHTS = (
 
 
 def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
-    """Raise `UnsupportedModelError`, naming the feature, if the call has what random features cannot express."""
+    """Raise `UnsupportedModelError`, naming the feature, for inputs that random features cannot express."""
     if isinstance(mask, torch.Tensor):
         raise UnsupportedModelError(
             f"{type(module).__name__} got a mask tensor of shape {tuple(mask.shape)}: masks of one's own (4-D) "
@@ -46,7 +46,7 @@ def check_inputs(module: nn.Module, mask: Any, extras: dict[str, Any]) -> None:
 
 
 def refuse_shared_keys(kwargs: Mapping[str, Any]) -> None:
-    """With a cache, Gemma 3n and Gemma 4 would hand out the keys and values of the last forward's tokens alone."""
+    """Refuse to return keys and values: with a cache, Gemma 3n and 4 would return those of the new tokens alone."""
     if kwargs.get("return_shared_kv_states"):
         raise UnsupportedModelError(
             "A converted model keeps no keys and values of all tokens to hand out. Got return_shared_kv_states=True "
@@ -56,7 +56,7 @@ def refuse_shared_keys(kwargs: Mapping[str, Any]) -> None:
 
 
 def refuse_attention_weights(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Some models swallow the argument, and would answer with empty tuples."""
+    """Refuse `output_attentions`, which some models ignore, returning empty tuples."""
     asked = kwargs.get("output_attentions")
     if asked if asked is not None else getattr(model.config, "output_attentions", False):
         raise UnsupportedModelError(_NO_WEIGHTS)

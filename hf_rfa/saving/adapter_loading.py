@@ -1,4 +1,4 @@
-"""Saved tensors into the adapters of a model: all of them, or an error that says what does not fit."""
+"""Loading saved tensors into the adapters of a model: all of them, or an error that says what does not fit."""
 
 import dataclasses
 from typing import Any
@@ -51,10 +51,10 @@ def load_adapters(model: PreTrainedModel, saved: SavedConversion, source: Source
 
 
 def take_over(model: PreTrainedModel, saved: SavedConversion, source: Source, *, replace: bool) -> None:
-    """Give a converted model the draw, the kernel and the exact heads that a LoRA for it was saved with.
+    """Load the draw, the kernel and the exact heads that a LoRA was saved with into a converted model.
 
     Args:
-        replace: Whether the model's own may be replaced; False: others rely on them, so they must be the same.
+        replace: Whether the model's own may be replaced. If not, because other LoRAs rely on them, they must be equal.
 
     Raises:
         CheckpointError: The LoRA was trained on another conversion. The model is then as it was.

@@ -47,14 +47,14 @@ def load_base(
     weights = _weights(saved, source)
     cls: Any = find_class(saved.architecture, saved.module, weights) if model_class is None else model_class
     options = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
-    options.setdefault("attn_implementation", None)  # config.json may say "rfa", which is nothing without adapters
+    options.setdefault("attn_implementation", None)  # config.json may say "rfa", which needs adapters
     code = {key: weights.code[key] for key in ("trust_remote_code",) if key in weights.code}
     rebuilt = saved.base is not None and saved.base.config is not None
     with _naming(weights), _expecting_adapters(cls), _unreported() if rebuilt else nullcontext():
         if rebuilt and "config" not in options:
             config, options = _config(cls, saved, weights, options)
             options["config"] = config
-            options.setdefault("ignore_mismatched_sizes", True)  # what that leaves out is looked at below
+            options.setdefault("ignore_mismatched_sizes", True)  # `_refuse_lacking` checks what that leaves out
         model, info = cls.from_pretrained(weights.name, **weights.options, **code, **options, output_loading_info=True)
     if rebuilt:
         _refuse_lacking(model, info, saved, weights, source)
@@ -81,10 +81,10 @@ def describe_base(model: PreTrainedModel, folder: Path, revision: str | None = N
 
 
 def not_in_base(model: PreTrainedModel, base: Base, folder: Path) -> set[str]:
-    """Names of the model's parameters that its base model cannot give: new heads, resized embeddings.
+    """Names of the model's parameters that its base model lacks: new heads, resized embeddings.
 
-    Only names and shapes are compared, on the meta device, and only if the class or the config says that there may be
-    any. The empty set too if the base model cannot be found: then loading will say so.
+    Only names and shapes are compared, on the meta device, and only if the class or the config suggests any. Empty if
+    the base model cannot be found: loading will say so.
     """
     if base.name is None:
         return set()
@@ -104,13 +104,13 @@ def not_in_base(model: PreTrainedModel, base: Base, folder: Path) -> set[str]:
 
 
 def saved_nowhere(model: PreTrainedModel, folder: Path, lacking: set[str]) -> dict[str, torch.Tensor]:
-    """Those of the weights that the base model lacks which PEFT has not saved in the folder either."""
+    """Weights that neither the base model nor PEFT's files in the folder hold."""
     wanted = lacking - _in_lora(Source(str(folder)), lacking)
     return {name: tensor for name, tensor in _named_weights(model).items() if name in wanted}
 
 
 def restore_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights that were saved with the conversion back into the model.
+    """Load weights that were saved with the conversion into the model.
 
     Raises:
         CheckpointError: The model does not have such weights, or they are offloaded.
@@ -129,7 +129,7 @@ def restore_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
 
 
 def _named_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names that they have without PEFT's layers around them."""
+    """The model's tensors under their names without PEFT's layers around them."""
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -137,7 +137,7 @@ def _named_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _in_lora(source: Source, names: set[str]) -> set[str]:
-    """Those of the base model's weights that PEFT has saved beside its adapters (embeddings, `modules_to_save`)."""
+    """Those of `names` that PEFT has saved beside its adapters (embeddings, `modules_to_save`)."""
     path = source.find(PEFT_WEIGHTS[0])
     if path is None or not names:
         return set()
@@ -163,7 +163,7 @@ def _place(base: Base) -> dict[str, str]:
 
 
 def _config(cls: Any, saved: SavedConversion, weights: Source, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config of the model as it was saved; how the weights are quantised is the base model's own business."""
+    """The config of the model as it was saved, but with the quantisation of the base model."""
     assert saved.base is not None
     values = dict(saved.base.config or {})
     values.pop("quantization_config", None)
@@ -219,7 +219,7 @@ def _naming(weights: Source) -> Iterator[None]:
 
 @contextmanager
 def _expecting_adapters(model_class: type[PreTrainedModel]) -> Iterator[None]:
-    """While the base weights load, adapter tensors among them are no surprise to be warned about."""
+    """Load the base weights without warnings about adapter tensors among them."""
     before = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected")
     model_class._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{ADAPTER_NAME}\."]
     try:
@@ -233,7 +233,7 @@ def _expecting_adapters(model_class: type[PreTrainedModel]) -> Iterator[None]:
 
 @contextmanager
 def _unreported() -> Iterator[None]:
-    """Without Transformers' report of weights that the base model lacks: they are looked at here."""
+    """Silence Transformers' report of weights that the base model lacks; `_refuse_lacking` checks them."""
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(_is_no_report)
     try:

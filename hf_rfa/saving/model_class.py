@@ -1,4 +1,4 @@
-"""Which class a saved model was of: Transformers' own, one registered with the Auto classes, or remote code."""
+"""The class of a saved model: Transformers' own, one registered with the Auto classes, or remote code."""
 
 import importlib
 import re
@@ -20,7 +20,7 @@ def find_class(architecture: str, module: str, weights: Source) -> type[PreTrain
     """The class named `architecture`, defined in `module` ("" if that was not noted), of the model in `weights`.
 
     Raises:
-        CheckpointError: It cannot be found; the message says how it can be.
+        CheckpointError: It cannot be found; the message says what to do.
     """
     if not module or module.split(".")[0] == "transformers":
         found = getattr(transformers, architecture, None)
@@ -57,10 +57,10 @@ def _imported(architecture: str, module: str) -> Any:
 
 
 def _registered() -> Iterator[type[PreTrainedModel]]:
-    """All classes that somebody has registered with an Auto class.
+    """All classes that users have registered with an Auto class.
 
-    Not those that Transformers has registered itself when it loaded remote code: another repository can have a class
-    of the same name, and whether to trust it is asked for each one.
+    Without those that Transformers registers when it loads remote code: another repository may have a class of the
+    same name, and each repository must be trusted separately.
     """
     for name, mapping in vars(modeling_auto).items():
         if re.fullmatch(r"MODEL_.*MAPPING", name):

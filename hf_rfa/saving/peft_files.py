@@ -1,8 +1,7 @@
 """PEFT models around a converted base save and load its conversion beside their adapters.
 
-`PeftModel.save_pretrained` and `load_adapter` call no method of the base model that is told of a folder, so a
-`Trainer`, which calls them, would lose the draw. `teach_peft` wraps the two once a process; they do what they did for
-models that are not converted.
+`PeftModel.save_pretrained` and `load_adapter` do not tell the base model the folder, so a `Trainer`, which calls them,
+would lose the draw. `teach_peft` wraps the two once per process; for other models they work as before.
 """
 
 import functools
@@ -102,8 +101,8 @@ def _loading(original: Any) -> Any:
                     source,
                 )
             else:
-                # An adapter that is loaded again (a Trainer resumes) and the first one bring their conversion along;
-                # another one has to fit those that are there.
+                # The first adapter, and one that is loaded again (a resumed Trainer), replace the model's conversion;
+                # any other must have the same one.
                 take_over(base, *read_conversion(source), replace=values["adapter_name"] in self.peft_config)
         return original(self, *args, **kwargs)
 

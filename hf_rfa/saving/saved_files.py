@@ -1,4 +1,4 @@
-"""Files of a saved model: written whole or not at all, told apart by their contents, removed when they are stale."""
+"""Files of a saved model: written whole or not at all, identified by their hashes, removed when stale."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 #: The two files that hold a conversion.
 CONFIG_FILE, WEIGHTS_FILE = "rfa_config.json", "rfa_model.safetensors"
-#: What Transformers writes of a model, and PEFT of an adapter.
+#: Files that Transformers writes for a model, and PEFT for an adapter.
 MODEL_CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -40,8 +40,8 @@ def naming(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have the file written under a temporary name, then renamed: a crash leaves the old one, never half of a new."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # all processes may save the same at once
+    """Write the file under a temporary name and rename it: a crash leaves the old one, never half of a new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may save at once
     try:
         write(partial)
         os.replace(partial, path)
@@ -94,8 +94,8 @@ def fingerprints(source: Source, *, model: bool) -> dict[str, str]:
     """SHA-256 by name of the files that decide what loads beside a conversion.
 
     Args:
-        model: Also that of the config of a whole model, where there is one, weights and all. Without weights the
-            config says nothing: people put one beside a LoRA.
+        model: Also hash the config of a whole model, if its weights are there. Without weights the config does not
+            count: people put one beside a LoRA.
     """
     names = [*PEFT_WEIGHTS]
     if model and any(source.find(name) is not None for name in _MODEL_WEIGHTS):
@@ -111,7 +111,7 @@ def forget_conversion(folder: Path) -> None:
 
 
 def remove_lora(folder: Path) -> None:
-    """Take away the adapter of PEFT that lay here: Transformers would put it on the whole model that now does."""
+    """Remove a PEFT adapter from the folder: Transformers would apply it to the whole model that is there now."""
     stale = [folder / name for name in (PEFT_CONFIG, *PEFT_WEIGHTS) if (folder / name).is_file()]
     if stale:
         logger.warning(

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a converted model, and so what a `Trainer` writes."""
+"""`save_pretrained` of a converted model, which a `Trainer` calls too."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_
 def save_with_conversion(
     model: Any, own: Callable[..., Any], save_directory: str | Path, *args: Any, **kwargs: Any
 ) -> None:  # fmt: skip
-    """`save_pretrained` of a converted model: its class's own, then the conversion's files beside what that wrote."""
+    """`save_pretrained` of a converted model: its class's own, then the conversion's files beside them."""
     kwargs |= dict(zip(list(inspect.signature(own).parameters)[1:], args, strict=False))  # given by position
     is_main_process, push_to_hub = kwargs.pop("is_main_process", True), kwargs.pop("push_to_hub", False)
     record, folder = model.__dict__.get(RECORD), Path(save_directory)
@@ -28,7 +28,7 @@ def save_with_conversion(
     upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
     if is_main_process:
         forget_conversion(folder)
-    gathered = _of_adapters(kwargs.get("state_dict"))  # now: Transformers empties the dictionary as it saves
+    gathered = _of_adapters(kwargs.get("state_dict"))  # before saving, in which Transformers empties the dictionary
     own(save_directory, is_main_process=is_main_process, **kwargs)
     if not is_main_process:
         return
@@ -38,7 +38,7 @@ def save_with_conversion(
     base = describe_base(model, folder) if only_lora else None
     weights = None if base is None else saved_nowhere(model, folder, not_in_base(model, base, folder))
     write_conversion(model, record, folder, base=base, weights=weights, state_dict=gathered)
-    if push_to_hub:  # only now: the class's own upload would leave the conversion behind
+    if push_to_hub:  # last: the class's own upload would leave the conversion out
         model.push_to_hub(upload.pop("repo_id", folder.name), **upload)
 
 

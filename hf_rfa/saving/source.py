@@ -1,4 +1,4 @@
-"""`Source`: a folder or a hub repository, with the options of the hub that every file of it is found with."""
+"""`Source`: a folder or a hub repository, with the hub options for finding its files."""
 
 import dataclasses
 import re
@@ -11,9 +11,9 @@ from transformers.utils import cached_file
 
 from hf_rfa.errors import CheckpointError
 
-#: Options that say from where and how files come, whichever repository they lie in.
+#: Options for access to the hub, the same for every repository.
 _ACCESS = ("cache_dir", "token", "local_files_only", "force_download", "proxies")
-#: Options that say which files of one repository are meant.
+#: Options for a place in one repository.
 _PLACE = ("revision", "subfolder")
 #: Options for models whose code lies beside their weights.
 _CODE = ("trust_remote_code", "code_revision")
@@ -23,14 +23,14 @@ _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies. All loading goes through one, so that no file is found without the caller's options.
+    """Where a model lies. All loading goes through one, so that every file is found with the caller's options.
 
     Attributes:
         name: A folder, or a hub id.
         hub: The options that the caller gave, of `cache_dir`, `token`, `local_files_only`, `force_download`,
             `proxies`, `revision` and `subfolder`.
         code: The same of `trust_remote_code` and `code_revision`.
-        commit: What the revision turned out to be, so that a branch that moves meanwhile does not mix two states.
+        commit: The commit of the revision, so that a branch that moves meanwhile does not mix two states.
 
     Example:
         >>> print(Source.of("me/repo", {"revision": "v1", "dtype": "float32"}))
@@ -44,7 +44,7 @@ class Source:
 
     @classmethod
     def of(cls, name: str | Path, options: Mapping[str, Any]) -> "Source":
-        """The source that the keyword arguments of a `from_pretrained` speak of; other arguments do not matter."""
+        """The source that the keyword arguments of a `from_pretrained` describe; other arguments are ignored."""
         given = {key: value for key, value in options.items() if value is not None}
         return cls(
             str(name),
@@ -68,13 +68,13 @@ class Source:
         return dict(self.hub) if self.commit is None else {**self.hub, "revision": self.commit}
 
     def elsewhere(self, name: str, revision: str | None, subfolder: str | None) -> "Source":
-        """Another repository or folder, reached the same way: this one's revision and subfolder do not hold there."""
+        """Another repository or folder with the same access options, but its own revision and subfolder."""
         access = {key: self.hub[key] for key in _ACCESS if key in self.hub}
         place = {key: value for key, value in (("revision", revision), ("subfolder", subfolder)) if value}
         return Source(name, {**access, **place}, self.code)
 
     def find(self, file: str) -> Path | None:
-        """The file, None if it is not there.
+        """The file; None if it is not there.
 
         Raises:
             CheckpointError: There is no such folder, repository or revision, or the hub cannot be reached.

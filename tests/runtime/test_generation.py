@@ -8,6 +8,8 @@ import pytest
 import torch
 from conversions import converted
 from decoding import (
+    CONFIG,
+    CONFIGS,
     LEFT_PADDING,
     NEW,
     assistant_of,
@@ -17,7 +19,6 @@ from decoding import (
     in_pieces,
     left_padded,
     positions,
-    rest_of,
 )
 from families import CACHE, CAUSAL, SHORT, attention_modules, build, outputs_of, token_ids
 from torch.testing import assert_close
@@ -31,18 +32,11 @@ from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.generation import adopt_cache
 from hf_rfa.runtime.mask import RFAMask
 
-CONFIGS = {
-    "linear": SHORT,
-    "exact head": dataclasses.replace(SHORT, softmax_heads=[(1, 0)]),
-    "pure": dataclasses.replace(SHORT, window=0),
-    "trigonometric": dataclasses.replace(SHORT, feature_map="trigonometric"),
-}
 # GPT-NeoX calls its cache `layer_past`, Gemma 3 has a sliding window of its own, DeepSeek values of another dim.
 FOUR_FAMILIES = ["llama", "gpt_neox", "gemma3", "deepseek_v3"]
 GRID = pytest.mark.parametrize(
     ("family", "config"), [(family, config) for family in FOUR_FAMILIES for config in CONFIGS]
 )
-CONFIG = pytest.mark.parametrize("config", CONFIGS)
 FAMILY = pytest.mark.parametrize("family", FOUR_FAMILIES)
 
 
@@ -446,59 +440,6 @@ def test_a_cache_that_was_filled_as_softmax_follows_its_rows():
     assert_close(logits, want[rows // 2], atol=2e-5, rtol=0)
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def long_context(family="llama", config="linear"):
-    model = build(family)
-    model.config.max_position_embeddings = 1_000_000
-    return hf_rfa.convert(model, CONFIGS[config], calibrate=False)
-
-
-def bytes_after(model, *lengths, piece=500):
-    """Cache bytes after each of some increasing numbers of tokens."""
-    cache, seen, result = None, 0, []
-    for length in lengths:
-        while seen < length:
-            with torch.no_grad():
-                out = model.model(token_ids(1, piece, seed=seen), **{CACHE: cache}, use_cache=True)
-            cache, seen = cache_of(out), seen + piece
-        assert cache.get_seq_length() == length
-        result.append(hf_rfa.cache_bytes(cache))
-    return result
-
-
-@pytest.mark.parametrize(("family", "config"), [("llama", "linear"), ("llama", "pure"), ("gemma3", "linear")])
-def test_the_cache_has_the_same_bytes_after_1k_and_after_20k_tokens(family, config):
-    short, long = bytes_after(long_context(family, config), 1_000, 20_000)
-    assert short == long > 0
-
-
-@pytest.mark.slow
-def test_the_cache_has_the_same_bytes_after_1k_and_after_100k_tokens():
-    short, long = bytes_after(long_context(), 1_000, 100_000)
-    assert short == long > 0
-
-
-def test_the_bytes_of_the_cache_are_those_of_its_definition():
-    """Layer: kv (2, 32, 9) float32, log_max (2,), near 2 x (2, 16, 8), sinks 2 x (2, 2, 8), count int64."""
-    (measured,) = bytes_after(long_context(), 1_000)
-    assert measured == 2 * (4 * (2 * 32 * 9 + 2 + 2 * 2 * 16 * 8 + 2 * 2 * 2 * 8) + 8)
-
-
-def test_exact_heads_pay_for_their_own_keys_and_values_only():
-    linear, exact = (bytes_after(long_context(config=config), 1_000, 2_000) for config in ("linear", "exact head"))
-    assert linear[1] == linear[0]
-    assert exact[1] - exact[0] == 1_000 * 2 * 8 * 4  # tokens x (key + value) x head_dim x float32
-
-
-def test_bytes_of_an_unconverted_model():
-    model = build("llama")
-    with torch.no_grad():
-        cache = cache_of(model(token_ids(2, 50), use_cache=True))
-    assert hf_rfa.cache_bytes(cache) == 2 * 2 * (2 * 2 * 50 * 8) * 4
-
-
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
@@ -561,7 +502,8 @@ def with_other_exact_heads(adapter):
 def test_a_change_of_the_kernel_between_two_tokens_is_refused(config, change):
     """The state means nothing to the new kernel, and what decoding worked out from the old one is not used."""
     ids = token_ids()
-    model, cache = prefilled(config, ids, [33, 1, 1])
+    model = converted("llama", CONFIGS[config])
+    _, cache = in_pieces(model, ids, [33, 1, 1])
     before = outputs_of(model, {"input_ids": ids, "use_cache": False})
     for _, _, adapter in named_adapters(model):
         kernel = adapter.kernel
@@ -601,141 +543,6 @@ def test_an_optimisers_step_between_two_tokens_is_no_secret_to_the_decoder(setti
     unchanged = converted(**settings)
     whole = outputs_of(unchanged, {"input_ids": ids, "use_cache": False})
     assert not torch.allclose(logits[0], whole[:, 35:50], atol=1e-3)  # it makes a difference
-
-
-# --- the methods of the cache ----------------------------------------------------------------------------------------
-
-
-def prefilled(config, ids, lengths=(33,), family="llama", mask=None):
-    model = converted(family, CONFIGS[config])
-    return model, in_pieces(model, ids, lengths, mask=mask)[1]
-
-
-def expected_rest(model, ids, seen):
-    return outputs_of(model, {"input_ids": ids, "use_cache": False})[:, seen:]
-
-
-@CONFIG
-def test_reorder_cache(config):
-    ids, order = token_ids(3), torch.tensor([2, 0, 2])
-    model, cache = prefilled(config, ids)
-    cache.reorder_cache(order)
-    assert_close(rest_of(model, cache, ids[order], 33), expected_rest(model, ids[order], 33), atol=1e-4, rtol=0)
-
-
-@CONFIG
-def test_batch_repeat_interleave(config):
-    ids = token_ids(2)
-    model, cache = prefilled(config, ids)
-    cache.batch_repeat_interleave(3)
-    repeated = ids.repeat_interleave(3, dim=0)
-    assert_close(rest_of(model, cache, repeated, 33), expected_rest(model, repeated, 33), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([True, False, True])], ids=["indices", "mask"])
-@CONFIG
-def test_batch_select_indices(config, rows):
-    ids = token_ids(3)
-    model, cache = prefilled(config, ids)
-    cache.batch_select_indices(rows)
-    assert_close(rest_of(model, cache, ids[rows], 33), expected_rest(model, ids[rows], 33), atol=1e-4, rtol=0)
-
-
-def test_rows_of_different_lengths_keep_their_own_counts():
-    ids, mask = left_padded(33)
-    model, cache = prefilled("exact head", ids, [20, 13], mask=mask)
-    order = torch.tensor([1, 2, 0])
-    cache.reorder_cache(order)
-    new = token_ids(3, 9, seed=5)
-    grown = torch.cat([mask[order], mask.new_ones(3, 9)], dim=1)
-    with torch.no_grad():
-        logits = model(new, **{CACHE: cache}, attention_mask=grown, position_ids=positions(grown)[:, 33:]).logits
-    for row in range(3):
-        bare = torch.cat([ids[order][row][mask[order][row].bool()], new[row]])[None]
-        assert_close(logits[row], expected_rest(model, bare, bare.shape[1] - 9)[0], atol=2e-5, rtol=0)
-
-
-@CONFIG
-def test_reset(config):
-    ids = token_ids()
-    model, cache = prefilled(config, ids)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert hf_rfa.cache_bytes(cache) == 0
-    logits, _ = in_pieces(model, ids, [40, 30], cache)
-    assert_close(logits, expected_rest(model, ids, 0), atol=1e-4, rtol=0)
-
-
-def test_crop_0_confirms_everything():
-    ids = token_ids()
-    model, cache = prefilled("linear", ids)
-    cache.activate_past_recording()
-    in_pieces(model, ids[:, 33:40], [7], cache)
-    cache.crop(0)
-    assert cache.get_seq_length() == 40
-    assert_close(rest_of(model, cache, ids, 40), expected_rest(model, ids, 40), atol=2e-5, rtol=0)
-    with pytest.raises(RuntimeError, match="recorded"):
-        cache.crop(-31)  # 30 tokens came since, but those before are confirmed
-
-
-@pytest.mark.parametrize("removed", [1, 2, 9, 10, 14, 15, 16, 17, 25, 29])
-@pytest.mark.parametrize(
-    ("family", "config"), [*(("llama", config) for config in CONFIGS), ("gemma3", "linear"), ("gpt_oss", "linear")]
-)
-def test_crop_takes_back_tokens_across_chunks_and_steps(family, config, removed):
-    """Steps of 13, 1, 1 and 14 tokens after 20; the chunks of 8 end at 24, 32, 40 and 48."""
-    ids = token_ids(2, 60)
-    model, cache = prefilled(config, ids, [20], family)
-    cache.activate_past_recording()
-    in_pieces(model, ids[:, 20:49], [13, 1, 1, 14], cache)
-    cache.crop(-removed)
-    kept = 49 - removed
-    assert cache.get_seq_length() == kept
-    other = torch.cat([ids[:, :kept], token_ids(2, 60 - kept, seed=7)], dim=1)
-    tolerance = 1e-3 if config == "trigonometric" else 2e-5
-    assert_close(rest_of(model, cache, other, kept), expected_rest(model, other, kept), atol=tolerance, rtol=0)
-
-
-def test_crop_of_padded_rows():
-    ids, mask = left_padded(33)
-    model = converted(config=CONFIGS["exact head"])
-    _, cache = in_pieces(model, ids, [15], mask=mask[:, :15])
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(ids[:, 15:], **{CACHE: cache}, attention_mask=mask, position_ids=positions(mask)[:, 15:])
-    cache.crop(-7)
-    with torch.no_grad():
-        again = model(ids[:, 26:], **{CACHE: cache}, attention_mask=mask, position_ids=positions(mask)[:, 26:]).logits
-    for row, padding in enumerate(LEFT_PADDING):
-        bare = expected_rest(model, ids[row : row + 1, padding:], 26 - padding if padding < 26 else 0)
-        assert_close(again[row], bare[0], atol=2e-5, rtol=0)
-
-
-def test_crop_of_more_than_was_recorded_is_an_error_and_changes_nothing():
-    ids = token_ids()
-    model, cache = prefilled("linear", ids, [30])
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
-        cache.crop(-1)
-    cache.activate_past_recording()
-    in_pieces(model, ids[:, 30:40], [10], cache)
-    with pytest.raises(RuntimeError, match="10 tokens"):
-        cache.crop(-11)
-    assert cache.get_seq_length() == 40
-    assert_close(rest_of(model, cache, ids, 40), expected_rest(model, ids, 40), atol=2e-5, rtol=0)
-
-
-def test_crop_of_everything_is_a_reset():
-    ids = token_ids()
-    model, cache = prefilled("linear", ids, [30])
-    cache.crop(-30)
-    assert cache.get_seq_length() == 0
-    assert_close(rest_of(model, cache, ids, 0), expected_rest(model, ids, 0), atol=2e-5, rtol=0)
-
-
-def test_crop_takes_a_negative_number():
-    _, cache = prefilled("linear", token_ids())
-    with pytest.raises(ValueError, match="negative"):
-        cache.crop(5)
 
 
 # --- padding and packing without a cache -----------------------------------------------------------------------------

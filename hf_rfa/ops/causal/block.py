@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_rfa.ops.causal.near import near_attention, windows
+from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
 from hf_rfa.ops.combine import smallest_denominator
 
@@ -25,7 +26,8 @@ class Block:
         query: (A, n, R, D).
         key, value: (A, n + 1, C, D or M): chunk start - 1 (zeros before the first) and the block's own.
         sink_key, sink_value: (A, n, s, D or M), the sinks of each chunk's document.
-        mask: (1 or A, 1 or n, R, W), 0 or -inf, of the near keys; None without a window.
+        mask: (1 or A, 1 or n, R, W), 0 or -inf, of the near keys; None without a window, or
+            where the exact part is known.
         fold: (1 or A, n, C) bool: which keys of chunk i - delay go into the far sums.
         keep: (1 or A, n) bool: whether chunk i continues the document of the chunk before it.
         decay: (A, n + 1, C), log g summed from each chunk's first slot; None without a gate.
@@ -77,15 +79,13 @@ class KeptRows:
     """Kept keys of the chunks of a block.
 
     Attributes:
-        key, value: (A, n, K, D or M), what each chunk sees.
-        full: Whether all of them are keys; `mask` (A, n, K) bool says which ones are.
+        index, mask: (A, n, K) int64 and bool: what each chunk sees of the `pools` of keys and of values.
         far_key, far_value: (A, n, C, D or M), what is let go after each chunk.
         far_decay: (A, n, C), log g summed behind each of those up to the chunk; None without a gate.
     """
 
-    key: torch.Tensor
-    value: torch.Tensor
-    full: bool
+    pools: tuple[Pool, Pool]
+    index: torch.Tensor
     mask: torch.Tensor
     far_key: torch.Tensor
     far_value: torch.Tensor
@@ -206,8 +206,9 @@ def block_parts(
         torch.bmm(query, state.mT, out=read)
         state.mul_(factor).baddbmm_(new, key)
     if block.delay:
-        assert block.mask is not None
-        near = near or near_attention(block.query, *exact_rows(block, scratch), block.mask, block.scaling)
+        if near is None:
+            assert block.mask is not None
+            near = near_attention(block.query, *exact_rows(block, scratch), block.mask, block.scaling)
         return Parts(*near, far, sums.query_scale + sums.read_log_max.unsqueeze(-1))
     own = intra_chunk(block, psi, sums)
     far.mul_(own.lifted.unsqueeze(-1))
@@ -221,8 +222,8 @@ def exact_rows(block: Block, scratch: Scratch) -> tuple[torch.Tensor, torch.Tens
     value = windows(block.value, block.sink_value, scratch, "near values")
     if block.kept is None:
         return key, value
-    key = _beside(block.kept.key, key, scratch, "exact keys")
-    return key, _beside(block.kept.value, value, scratch, "exact values")
+    kept_key, kept_value = (pool.take(block.kept.index) for pool in block.kept.pools)
+    return _beside(kept_key, key, scratch, "exact keys"), _beside(kept_value, value, scratch, "exact values")
 
 
 def _beside(kept: torch.Tensor, near: torch.Tensor, scratch: Scratch, name: str) -> torch.Tensor:

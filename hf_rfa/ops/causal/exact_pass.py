@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
-from hf_rfa.ops.causal.block import Block
 from hf_rfa.ops.causal.passes import ChunkedPass
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.chunks import take
@@ -96,7 +95,7 @@ class _Recipe:
 class _ExactPass:
     """Goes through the chunks; logits are in powers of two, which take a third of the time of powers of e.
 
-    What a chunk sees lies in tables `[kept | sinks | one chunk | the other chunk]` of W slots, in which each chunk takes
+    What a chunk sees lies in tables `[kept | sinks | one chunk | the other chunk]` of W slots, where each chunk takes
     the place of the one before the one before it.
     """
 
@@ -111,10 +110,7 @@ class _ExactPass:
         self.position = torch.where(self._rows(plan.segment_ids[:, :1] == 0), position, -1)
         width = self.count + self.sinks + 2 * size
         # Slots first, so that those of kept keys are one piece of memory; zeros, for nothing may be NaN under a mask.
-        self.tables = [
-            torch.zeros(width, len(position), pool.shape[-1], dtype=self.wide, device=position.device)
-            for pool in self.pools
-        ]
+        self.tables = [inputs.kv_state.new_zeros(width, len(position), pool.shape[-1]) for pool in self.pools]
         missing = plan.token_mask[0].numel() - inputs.value.shape[2]
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
         lengths = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
@@ -127,7 +123,13 @@ class _ExactPass:
         self.places = self._rows(places).expand(len(position), -1, -1)
         self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
         self.counted = self._counted(slots)
-        self.full = False
+        shape = len(position), size
+        self._nothing = position.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=position.device)
+        self._all = torch.ones_like(self._nothing[1])
+        self._slots = (self.count + torch.arange(self.places[0].numel(), device=position.device)).view(1, -1, size)
+        self._ends = self._rows((plan.rank + 1) * size)
+        self._advances, self._begins = self._rows(plan.boundaries.advances), self._rows(plan.boundaries.begins)
+        self.full, self._there = False, self.position >= 0
         self._masks: dict[int, torch.Tensor] = {}
         self._take()
 
@@ -137,12 +139,15 @@ class _ExactPass:
 
     def _take(self) -> None:
         """Put the kept keys and values into their slots."""
+        rows = self.pools[0].rows(self.index)
         for pool, table in zip(self.pools, self.tables, strict=True):
-            pool.put(self.index, table[: self.count])
-        self.full = self.full or bool((self.position >= 0).all())
+            pool.put(rows, table[: self.count])
+        if not self.full:
+            self._there = self.position >= 0
+            self.full = bool(self._there.all())
 
     def _counted(self, slots: torch.Tensor) -> torch.Tensor:
-        """(2, R, 2C) 1 where the queries of an even or odd chunk count for its near keys, far enough from them, else 0."""
+        """(2, R, 2C) 1 where the queries of an even or odd chunk count for its near keys, being far enough, else 0."""
         distance, size, least = slots[:, None] - slots, len(slots), kept_keys.least_distance(len(slots))
         own, before = distance >= least, distance + size >= least
         counted = torch.stack([torch.cat([own, before], dim=1), torch.cat([before, own], dim=1)])
@@ -153,32 +158,32 @@ class _ExactPass:
         near = self.asked.new_empty(*self.places.shape[:2], self.asked.shape[2], self.pools[1].shape[-1])
         near_log, lists = near.new_empty(near.shape[:-1]), []
         for span in self.chunked.spans():
-            block = self.chunked.block(span)
-            query = block.query * (block.scaling * LOG2E)
+            query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
+            query = query * (self.chunked.scaling * LOG2E)
             for i, chunk in enumerate(range(span.start, span.stop)):
-                self._enter(block, i, chunk)
-                near_log[:, chunk] = self._attend(query[:, i], chunk, self._mask(block, i, chunk), near[:, chunk])
-                lists.append((self.index, self.position >= 0, *self._advance(chunk)))
+                self._enter(chunk)
+                near_log[:, chunk] = self._attend(query[:, i], chunk, near[:, chunk])
+                lists.append((self.index, self._there, *self._advance(chunk)))
         last = torch.where(self.position >= 0, self.index, -1)
         mass = torch.cat([self.numbers[0], self.tokens[0].flatten(1)], dim=1)
         stacked = [torch.stack(x, dim=1) for x in zip(*lists, strict=True)]
         return *stacked, near, near_log.mul_(LN2), last, mass
 
-    def _enter(self, block: Block, i: int, chunk: int) -> None:
-        """Put chunk `i` of a block and its sinks into their slots."""
-        first = self.count + self.sinks + chunk % 2 * self.chunked.chunk
-        pairs = ((block.key, block.sink_key), (block.value, block.sink_value))
-        for table, (own, sinks) in zip(self.tables, pairs, strict=True):
-            table[first : first + self.chunked.chunk] = own[:, i + 1].transpose(0, 1)
-            table[self.count : self.count + self.sinks] = sinks[:, i].transpose(0, 1)
+    def _enter(self, chunk: int) -> None:
+        """Put a chunk and its sinks into their slots."""
+        size, inputs = self.chunked.chunk, self.chunked.inputs
+        first = self.count + self.sinks + chunk % 2 * size
+        for table, tokens, sinks in zip(self.tables, (inputs.key, inputs.value), self.chunked.sink_rows, strict=True):
+            own = tokens.flatten(0, 1)[:, chunk * size : (chunk + 1) * size].transpose(0, 1)
+            table[first : first + len(own)] = own  # what is left behind it of another chunk is masked
+            table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
 
-    def _mask(self, block: Block, i: int, chunk: int) -> torch.Tensor:
+    def _mask(self, chunk: int) -> torch.Tensor:
         """(1 or A, R, W) 0 where the queries of the chunk see a slot, else -inf."""
-        regular = self.full and self.plan.regular[chunk]
-        if regular and chunk % 2 in self._masks:
+        ordinary = self.full and self.plan.regular[chunk]
+        if ordinary and chunk % 2 in self._masks:
             return self._masks[chunk % 2]
-        assert block.mask is not None
-        near = block.mask[:, i if block.mask.shape[1] > 1 else 0]
+        near = self.chunked.masks.near(slice(chunk, chunk + 1))[:, 0]
         sinks, before, _, own = near.split([self.sinks, self.chunked.chunk] * 2, dim=-1)
         kept = near.new_zeros(1, 1, self.count)
         if not self.full:
@@ -186,15 +191,15 @@ class _ExactPass:
         parts = [kept, sinks, before, own] if chunk % 2 else [kept, sinks, own, before]
         rows = max(len(part) for part in parts)
         mask = torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
-        if regular:
+        if ordinary:
             self._masks[chunk % 2] = mask
         return mask
 
-    def _attend(self, query: torch.Tensor, chunk: int, mask: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
         """Attend from a chunk into `output` (A, R, M), and note what its queries give; the log2 of the normaliser."""
         key, value = (table.transpose(0, 1) for table in self.tables)
         weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
-        torch.baddbmm(mask, query, key.mT, out=weights)
+        torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
         highest = weights.amax(-1)
         weights.sub_(highest.unsqueeze(-1)).exp2_()
         total = weights.sum(-1)
@@ -223,28 +228,25 @@ class _ExactPass:
 
     def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose anew where the next chunk goes on with the document; what goes, and whether it is a key."""
-        size, window, boundaries = self.chunked.chunk, self.chunked.window, self.plan.boundaries
+        window, boundaries = self.chunked.window, self.plan.boundaries
         if not boundaries.any_advances[chunk]:
             self._begin(chunk)
-            nothing = self.index.new_zeros(len(self.index), size)
-            return nothing, nothing.bool()
+            return self._nothing
         before = max(chunk - 1, 0)
-        leaving, advances = self.places[:, before], self._rows(boundaries.advances[:, chunk : chunk + 1])
+        leaving, advances = self.places[:, before], self._advances[:, chunk : chunk + 1]
+        ordinary = self.full and chunk > 0 and boundaries.all_advance[before] and boundaries.all_advance[chunk]
         if not chunk or not boundaries.all_advance[before]:  # nothing leaves where a document has just begun
-            joined = self._rows(boundaries.advances[:, before : before + 1]) if chunk else leaving[:1, :1] < -1
-            leaving = leaving.masked_fill(~joined, -1)
-        slots = torch.arange(self.count + before * size, self.count + (before + 1) * size, device=leaving.device)
-        index = torch.cat([self.index, slots.expand_as(leaving)], dim=1)
+            leaving = leaving.masked_fill(~self._advances[:, before : before + 1] if chunk else leaving > -2, -1)
+        index = torch.cat([self.index, self._slots[:, before].expand_as(leaving)], dim=1)
         position = torch.cat([self.position, leaving], dim=1)
         numbers = torch.cat([self.numbers, self.tokens[:, :, before]], dim=2)
-        count = (self._rows(self.plan.rank[:, chunk : chunk + 1]) + 1) * window
-        score = kept_keys.scores(numbers[0], numbers[1], position, count, window)
+        score = kept_keys.scores(numbers[0], numbers[1], position, self._ends[:, chunk : chunk + 1], window)
         if not boundaries.all_advance[chunk]:  # other rows stay as they are
             still = torch.arange(score.shape[1], device=score.device) < self.count
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
             position = torch.where(advances | still, position, -1)
-        going, staying = kept_keys.split(score, self.count)
-        evicted = index.gather(1, going), position.gather(1, going) >= 0
+        going, staying = kept_keys.split(score, self.count, all_keys=ordinary)
+        evicted = index.gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
         self.index, self.position = index.gather(1, staying), position.gather(1, staying)
         self.numbers = numbers.gather(2, staying.expand(2, -1, -1))
         self._begin(chunk)
@@ -254,7 +256,7 @@ class _ExactPass:
     def _begin(self, chunk: int) -> None:
         """Forget everything in the rows where the next chunk is another document's."""
         if self.plan.boundaries.any_begins[chunk]:
-            begins = self._rows(self.plan.boundaries.begins[:, chunk : chunk + 1])
+            begins = self._begins[:, chunk : chunk + 1]
             self.position = self.position.masked_fill(begins, -1)
             self.numbers = self.numbers.masked_fill(begins, 0.0)
-            self.full = False
+            self.full, self._there = False, self.position >= 0

@@ -102,7 +102,7 @@ def block_gradients(
         query, key, near_value = near_gradients(
             gradient, block.query, keys, values, answered.output, answered.log_total, block.mask, block.scaling
         )
-        sinks, count = block.sink_key.shape[2], 0 if block.kept is None else block.kept.key.shape[2]
+        sinks, count = block.sink_key.shape[2], 0 if block.kept is None else block.kept.index.shape[2]
         kept_key, key = key.split([count, key.shape[2] - count], dim=2)
         kept_value, near_value = near_value.split([count, near_value.shape[2] - count], dim=2)
         key, sink_key = split_windows(key, sinks, scratch, "keys")

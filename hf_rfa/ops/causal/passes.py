@@ -3,7 +3,6 @@
 Memory beside what goes in and comes out: the far sums at each block's start, and one block's features and scores.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Block, Combined, Features, KeptRows, Parts, block_parts, block_sums
 from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal.masks import ExactMasks
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
 from hf_rfa.ops.chunks import take
@@ -71,17 +71,16 @@ class ChunkedPass:
     scaling: float
     may_bound: bool = True  # whether `BoundedMap` may be used; it has no gradients of the kernel
     scratch: Scratch = field(default_factory=Scratch)
-    _masks: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plan, heads = self.plan, self.inputs.key.shape[1]
         self.delay = 1 if self.window else 0
-        same = plan.segment_ids[:, 1:] == plan.segment_ids[:, :-1]
-        self.follows = F.pad(same, (1, 0))  # whether the chunk before belongs to the same document
+        groups, sinks = self.inputs.query.shape[2], self.inputs.sink_key.shape[2]
+        self.masks = ExactMasks(plan, sinks, heads, groups, self.inputs.wide)
         fold = plan.fold
         if self.delay:
-            fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.follows.unsqueeze(-1)
-        keep = torch.cat([plan.segment_ids[:, :1] == 0, same], dim=1)
+            fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.masks.follows.unsqueeze(-1)
+        keep = torch.cat([plan.segment_ids[:, :1] == 0, self.masks.follows[:, 1:]], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
         gamma, batch = self.far.gamma, len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
@@ -107,7 +106,6 @@ class ChunkedPass:
     def block(self, span: slice) -> Block:
         """What the chunks of a span read."""
         inputs = self.inputs
-        groups = inputs.query.shape[2]
         logits = inputs.sink_logits
         if logits is not None:
             logits = logits.repeat_interleave(self.chunk, dim=1).repeat(len(inputs.key), 1).unsqueeze(1)
@@ -123,7 +121,7 @@ class ChunkedPass:
             value=self._chunks(inputs.value, span).to(inputs.wide),
             sink_key=self.sink_rows[0][:, span],
             sink_value=self.sink_rows[1][:, span],
-            mask=self._exact_mask(span, groups, kept) if self.window else None,
+            mask=self._mask(span),
             fold=fold[:, span],
             keep=self.keep[:, span],
             decay=decay,
@@ -256,6 +254,12 @@ class ChunkedPass:
         rows = torch.where(from_state[:, None, :, None, None], of_state.unsqueeze(2), found)
         return rows.flatten(0, 1).to(self.inputs.wide)
 
+    def _mask(self, span: slice) -> torch.Tensor | None:
+        inputs = self.inputs
+        if not self.window or inputs.near is not None:  # nothing is exact, or that part is known
+            return None
+        return self.masks.near(span) if inputs.kept_mask is None else self.masks.exact(span, inputs.kept_mask[:, span])
+
     def _pools(self) -> tuple[Pool, Pool] | None:
         inputs = self.inputs
         if inputs.kept is None:
@@ -268,47 +272,10 @@ class ChunkedPass:
         inputs = self.inputs
         if self.pools is None or inputs.kept is None or inputs.kept_mask is None or inputs.evicted is None:
             return None
-        mask, wide = inputs.kept_mask[:, span], inputs.wide
-        kept_key, kept_value = (pool.take(inputs.kept[:, span]).to(wide) for pool in self.pools)
-        far_key, far_value = (pool.take(inputs.evicted[:, span]).to(wide) for pool in self.pools)
+        far_key, far_value = (pool.take(inputs.evicted[:, span]).to(inputs.wide) for pool in self.pools)
         decay = None if inputs.far_decay is None else inputs.far_decay[:, span]
-        return KeptRows(kept_key, kept_value, bool(mask.all()), mask, far_key, far_value, decay)
-
-    def _exact_mask(self, span: slice, groups: int, kept: KeptRows | None) -> torch.Tensor:
-        """0 where the queries of a chunk see the keys of `exact_rows`, else -inf; (1 or A, 1 or n, R, W)."""
-        mask = self._mask(span, groups)
-        if kept is None:
-            return mask
-        if kept.full:
-            key = mask.shape[0] * 2 + mask.shape[1]  # the mask of ordinary chunks is one for all
-            if all(self.plan.regular[span]):
-                return self._masks.setdefault(-key, F.pad(mask, (kept.mask.shape[2], 0)))
-            return F.pad(mask, (kept.mask.shape[2], 0))
-        seen = torch.zeros_like(kept.mask, dtype=mask.dtype).masked_fill_(~kept.mask, -math.inf)
-        seen = seen.unsqueeze(2).expand(-1, -1, mask.shape[2], -1)
-        return torch.cat([seen, mask.expand(*seen.shape[:3], -1)], dim=-1)
-
-    def _mask(self, span: slice, groups: int) -> torch.Tensor:
-        """0 where the queries of a chunk see its near keys, else -inf; (1 or A, 1 or n, R, W)."""
-        if all(self.plan.regular[span]):
-            if 0 not in self._masks:
-                self._masks[0] = self._make_mask(span, groups)[:1, :1]
-            return self._masks[0]
-        return self._make_mask(span, groups)
-
-    def _make_mask(self, span: slice, groups: int) -> torch.Tensor:
-        plan, chunk, sinks = self.plan, self.chunk, self.inputs.sink_key.shape[2]
-        token_mask, device = plan.token_mask[:, span], plan.token_mask.device
-        causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
-        # Padding sees itself, so that no row is empty; nobody sees padding.
-        own = causal & (token_mask.unsqueeze(2) | torch.eye(chunk, dtype=torch.bool, device=device))
-        before = F.pad(plan.token_mask, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
-        sink = (plan.rank[:, span] > 1)[..., None, None].expand(-1, -1, chunk, sinks)
-        visible = torch.cat(
-            [sink, before.unsqueeze(2).expand(-1, -1, chunk, -1), torch.zeros_like(sink), own], dim=-1
-        )  # fmt: skip
-        mask = torch.where(visible, 0.0, -math.inf).to(self.inputs.wide).repeat(1, 1, groups, 1)
-        return mask.repeat_interleave(self.inputs.key.shape[1], 0) if len(mask) > 1 else mask
+        kept = inputs.kept[:, span], inputs.kept_mask[:, span]
+        return KeptRows(self.pools, *kept, far_key, far_value, decay)
 
 
 def features_of(made: tuple[BoundedFeatures, BoundedFeatures]) -> Features:

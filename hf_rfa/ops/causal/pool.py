@@ -15,20 +15,23 @@ class Pool:
         whole = torch.cat([of_state, tokens], dim=2)
         self.shape = whole.shape
         self._rows = whole.view(-1, whole.shape[-1])
+        self._starts = torch.arange(whole.shape[0] * whole.shape[1], device=whole.device) * whole.shape[2]
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """The rows (A, n, L, D) at `index` (A, n, L)."""
         return self._rows.index_select(0, pool_rows(index, self.shape)).view(*index.shape, self.shape[-1])
 
-    def put(self, index: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write what lies at `index` (A, L) into `rows` (L, A, D), one piece of memory."""
-        starts = torch.arange(len(index), device=index.device) * self.shape[2]
-        places = (index.T + starts).flatten()
-        flat = rows.view(-1, rows.shape[-1])
-        if rows.dtype == self._rows.dtype:
-            torch.index_select(self._rows, 0, places, out=flat)
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """`index` (A, L) as rows (L * A) of all pools of this length, for `put`."""
+        return (index.T + self._starts).flatten()
+
+    def put(self, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Write the `rows` (L * A) into `target` (L, A, D), one piece of memory."""
+        flat = target.view(-1, target.shape[-1])
+        if target.dtype == self._rows.dtype:
+            torch.index_select(self._rows, 0, rows, out=flat)
         else:
-            flat.copy_(self._rows.index_select(0, places))
+            flat.copy_(self._rows.index_select(0, rows))
 
 
 class PoolGradient:

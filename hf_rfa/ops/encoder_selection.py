@@ -1,0 +1,198 @@
+"""Which keys the documents of a bidirectional call keep: a pass over all keys with a few queries of each document.
+
+The logits of a document are worked through a block at a time, so that they take little memory whatever its length.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_rfa.ops import kept_encoder_keys
+from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.documents import Documents
+from hf_rfa.ops.recomputing import Flags, Tensors, recomputing
+
+#: Logits that are handled at once: they must stay in a CPU's cache. A GPU has many times as many at once.
+BLOCK_LOGITS, TIMES_ON_GPU = 2**18, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderChoice:
+    """What a call keeps.
+
+    Attributes:
+        slots: (d, Hk, K) int64, slots in the row of the keys that each of d documents keeps, ascending; -1, before all
+            others, where there are no more. The documents are those that are longer than what is near.
+        kept: (B, Hk, N) bool: the same of every token.
+        documents: All documents of the call.
+        chosen: (d,) which of them these are.
+    """
+
+    slots: torch.Tensor
+    kept: torch.Tensor
+    documents: Documents
+    chosen: np.ndarray
+
+    def of_chunks(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        """`slots` (B, Hk, n, K) of the document of each chunk, `segment_ids` (R, n); n is 1 if no row has two."""
+        documents, device = self.documents, self.slots.device
+        rows, number = documents.row[self.chosen], documents.number[self.chosen]
+        most = int(documents.number.max())
+        index = np.full((documents.rows, most + 1), len(self.chosen))
+        index[rows, number] = np.arange(len(self.chosen))
+        of_chunk = torch.from_numpy(index).to(device)
+        if most:
+            of_chunk = of_chunk.gather(1, segment_ids.expand(len(of_chunk), -1))
+        slots = F.pad(self.slots, (0, 0, 0, 0, 0, 1), value=-1)  # documents that keep nothing
+        return slots[of_chunk].transpose(1, 2)
+
+
+def choose_encoder_keys(call: OperatorCall) -> EncoderChoice | None:
+    """The choice of a call in float32 or float64; None where all keys are near."""
+    documents = call.layout.documents(len(call.query), call.query.shape[3])
+    chosen = np.flatnonzero(documents.length > 2 * call.window)
+    if not call.kept_keys or not len(chosen):
+        return None
+    sizes = {name: getattr(call, name) for name in ("kept_keys", "window", "sink_tokens", "scaling")}
+    selection = _Selection(documents, chosen, **sizes)
+    given = (call.query, call.key, call.value, call.sink_logits)
+    slots, kept = recomputing(selection, *(None if x is None else x.detach() for x in given))
+    return EncoderChoice(slots, kept, documents, chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """See `ops.recomputing`; nothing of it has a gradient."""
+
+    documents: Documents
+    chosen: np.ndarray
+    kept_keys: int
+    window: int
+    sink_tokens: int
+    scaling: float
+    outputs: int = 2
+    constant: tuple[int, ...] = (0, 1)
+    forward_only: tuple[int, ...] = ()
+
+    def forward(self, tensors: Tensors, followed: Flags) -> tuple[torch.Tensor, ...]:
+        query, key, value, sink_logits = tensors
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        documents, chosen, device = self.documents, self.chosen, key.device
+        asking = _Asking(query, key, torch.linalg.vector_norm(value, dim=-1), sink_logits, self.scaling)
+        lengths, (batch, heads, total) = documents.length[chosen], key.shape[:3]
+        most = min(self.kept_keys, int(lengths.max()))
+        slots = key.new_full((len(chosen), heads, most), -1, dtype=torch.int64)
+        chunks = -(-lengths // self.window)
+        for size in np.unique(chunks):  # those of equally many chunks together
+            own = np.flatnonzero(chunks == size)
+            group = _Group.of(documents, chosen[own], self.window, self.sink_tokens, device)
+            rank = kept_encoder_keys.best(asking.scores(group), most)
+            slot = group.slot.unsqueeze(1).expand(-1, heads, -1).gather(2, rank.clamp_min(0))
+            slots[torch.from_numpy(own).to(device), :, most - rank.shape[2] :] = slot.masked_fill(rank < 0, -1)
+        kept = torch.zeros(batch, heads, total + 1, dtype=torch.bool, device=device)
+        row = torch.from_numpy(documents.row[chosen]).to(device)
+        head = torch.arange(heads, device=device)
+        kept[row[:, None, None], head[:, None], torch.where(slots < 0, total, slots)] = True
+        return slots, kept[..., :total].contiguous()
+
+    def backward(self, *_: object) -> Sequence[torch.Tensor | None]:
+        raise AssertionError("a choice has no gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """g documents of at most L tokens each, S queries of each asked, and which keys lie near to these.
+
+    Attributes:
+        row: (g,) the rows that they lie in.
+        slot: (g, L) slot in the row of each token; behind the last one, that of the first.
+        token_mask: (g, L) whether there is a token.
+        count: (g, L) how many queries that are asked count for each key; 0 for sinks and where there is no token.
+        rank: (g, S) number in the document of each token that is asked.
+        asked: (g, S) whether there is one.
+        near: (g, S, 3C) numbers of the tokens that are near to it, some of them twice.
+    """
+
+    row: torch.Tensor
+    slot: torch.Tensor
+    token_mask: torch.Tensor
+    count: torch.Tensor
+    rank: torch.Tensor
+    asked: torch.Tensor
+    near: torch.Tensor
+
+    @classmethod
+    def of(cls, documents: Documents, which: np.ndarray, window: int, sinks: int, device: torch.device) -> "_Group":
+        """Of some of the documents, `which` (g,)."""
+        length = documents.length[which][:, None]
+        place = np.arange(length.max())
+        token_mask = place < length
+        token = documents.token[documents.begin[which][:, None] + np.where(token_mask, place, 0)]
+        rank = kept_encoder_keys.asked_ranks(length[:, 0])
+        asked = rank >= 0
+        rank = np.maximum(rank, 0)
+        first = (rank // window - 1) * window
+        near = first[..., None] + np.arange(3 * window)
+        near = np.where((near >= 0) & (near < length[..., None]), near, rank[..., None])
+        # How many are asked in each chunk, between two of none; then of three chunks together.
+        chunks = -(-len(place) // window)
+        of_chunk = np.zeros((len(which), chunks + 2), dtype=np.int64)
+        np.add.at(of_chunk, (np.nonzero(asked)[0], rank[asked] // window + 1), 1)
+        of_three = of_chunk[:, :-2] + of_chunk[:, 1:-1] + of_chunk[:, 2:]
+        count = asked.sum(1, keepdims=True) - of_three[:, place // window]
+        count[~token_mask | (place < sinks)] = 0
+        tables = documents.row[which], token % documents.slots, token_mask, count, rank, asked, near
+        return cls(*(torch.from_numpy(x).to(device) for x in tables))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """Scores of all keys of documents: query (B, Hk, G, N, D), key (B, Hk, N, D), length (B, Hk, N) of the values."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    length: torch.Tensor
+    sink_logits: torch.Tensor | None
+    scaling: float
+
+    def scores(self, group: _Group) -> torch.Tensor:
+        """(g, Hk, L), see `ops.kept_encoder_keys`."""
+        heads, groups = self.query.shape[1:3]
+        asked, size = group.rank.shape[1], group.slot.shape[1]
+        block = BLOCK_LOGITS * (1 if self.key.device.type == "cpu" else TIMES_ON_GPU)
+        pairs = torch.arange(len(group.row) * heads, device=self.key.device)
+        found = []
+        for part in pairs.split(max(1, block // (asked * groups * size))):  # documents and heads
+            document, head = part // heads, part % heads
+            place = group.row[document].unsqueeze(1), head.unsqueeze(1), group.slot[document]
+            key, length, mass = self.key[place], self.length[place], self.length.new_zeros(len(part), size)
+            for some in torch.arange(asked, device=part.device).split(max(1, block // (len(part) * groups * size))):
+                mass += self._mass(group, document, head, some, key)
+            found.append(kept_encoder_keys.scores(mass, length, group.count[document]))
+        return torch.cat(found).unflatten(0, (len(group.row), heads))
+
+    def _mass(
+        self, group: _Group, document: torch.Tensor, head: torch.Tensor, some: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        """(P, L) what some of the queries that are asked (S',) give to the keys (P, L, D) of P documents and heads."""
+        of_pair, row = document.unsqueeze(1), group.row[document].unsqueeze(1)
+        slot = group.slot[of_pair, group.rank[of_pair, some]]
+        query = self.query.transpose(2, 3)[row, head.unsqueeze(1), slot] * self.scaling  # (P, S', G, D)
+        weights = query.flatten(1, 2) @ key.mT
+        weights.masked_fill_(~group.token_mask[document].unsqueeze(1), -torch.inf)
+        largest = weights.amax(-1)
+        if self.sink_logits is not None:
+            logits = self.sink_logits[head].to(largest).repeat(1, len(some))
+            largest = torch.maximum(largest, logits)
+        total = weights.sub_(largest.unsqueeze(-1)).exp_().sum(-1)
+        if self.sink_logits is not None:
+            total += (logits - largest).exp_()
+        asked = group.asked[of_pair, some].repeat_interleave(query.shape[2], 1)
+        near = group.near[of_pair, some].repeat_interleave(query.shape[2], 1)
+        weights.scatter_(2, near, 0.0)
+        return ((asked / total).unsqueeze(1) @ weights).squeeze(1)
