@@ -81,8 +81,12 @@ class _Recipe:
     def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         *read, position, mass = tensors
         whole = self.chunked
-        inputs = dataclasses.replace(whole.inputs, **dict(zip(_READ, read, strict=True)))
-        chunked = ChunkedPass(inputs, whole.far, whole.plan, whole.window, whole.scaling, may_bound=False)
+        # What is not read may belong to a transform, which is off in here.
+        nothing = position.new_zeros(0, dtype=whole.inputs.wide)
+        given = dict(zip(_READ, read, strict=True))
+        inputs = dataclasses.replace(whole.inputs, **given, decay=None, kv_state=nothing, log_max=nothing)
+        far = dataclasses.replace(whole.far, gamma=nothing.new_ones(inputs.key.shape[1]))
+        chunked = ChunkedPass(inputs, far, whole.plan, whole.window, whole.scaling, may_bound=False)
         return _ExactPass(chunked, position.flatten(0, 1), mass.flatten(0, 1)).run()
 
     def backward(self, *_: object) -> Sequence[torch.Tensor | None]:
