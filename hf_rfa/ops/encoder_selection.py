@@ -75,6 +75,7 @@ class _Selection:
     scaling: float
     outputs: int = 2
     constant: tuple[int, ...] = (0, 1)
+    forward_only: tuple[int, ...] = ()
 
     def forward(self, tensors: Tensors, followed: Flags) -> tuple[torch.Tensor, ...]:
         query, key, value, sink_logits = tensors
