@@ -14,6 +14,7 @@ from hf_rfa.runtime.attention import register
 from hf_rfa.runtime.backends import backend, set_backend
 from hf_rfa.runtime.cache import cache_bytes
 from hf_rfa.runtime.far_statistics import far_statistics
+from hf_rfa.runtime.kept_tokens import KeptTokens, kept_tokens
 from hf_rfa.runtime.record import calibration_report
 from hf_rfa.runtime.resampling import ResampleCallback, resample
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DistillConfig",
+    "KeptTokens",
     "RFAConfig",
     "RFAError",
     "ResampleCallback",
@@ -38,6 +40,7 @@ __all__ = [
     "distill",
     "far_statistics",
     "from_pretrained",
+    "kept_tokens",
     "resample",
     "revert",
     "rfa_attention",

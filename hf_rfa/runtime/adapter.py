@@ -144,7 +144,7 @@ class RFAAdapter(Float32Module):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all tensors, the window and the sinks: adapters that share it can continue each other's states.
+        """A digest of tensors, window, sinks and kept keys: adapters that share it can continue each other's states.
 
         A cache remembers it, also in another process. Computed again only after a change.
         """

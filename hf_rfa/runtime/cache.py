@@ -5,10 +5,12 @@ from typing import Any, Literal
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hf_rfa.config import HeadIndex
 from hf_rfa.errors import StaleStateError, UnsupportedModelError
 from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.state import RFAState
+from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.attention_call import AttendInputs
 from hf_rfa.runtime.calls import is_called_with
 from hf_rfa.runtime.recorded_steps import RecordedStep, state_after
@@ -37,6 +39,7 @@ class RFACacheLayer(CacheLayerMixin):
         self.seen = 0  # token slots, padding included
         self.filled_by: str | None = None
         self.draw: int | None = None  # for the error message
+        self.linear_heads: tuple[HeadIndex, ...] = ()  # whose state it is, for `kept_tokens`
         self.expected: Literal["", "called", "traced"] = ""
         self.record_past = False
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -79,10 +82,13 @@ class RFACacheLayer(CacheLayerMixin):
         self.expected = ""
         return key_states, value_states
 
-    def check(self, fingerprint: str, draw: int) -> None:
+    def check(self, adapter: RFAAdapter) -> None:
         """Raise `StaleStateError` if the cache was filled by another conversion, or by another draw of this one."""
+        fingerprint, draw = adapter.fingerprint, adapter.draw_number
         if self.filled_by is None or not self.seen:
             self.filled_by, self.draw = fingerprint, draw
+            heads = (head for head in range(adapter.key_heads) if head not in adapter.softmax_heads)
+            self.linear_heads = tuple((adapter.layer, head) for head in heads)
             self.state = self.state  # drops the decoder, which was prepared from another adapter's tensors
         elif fingerprint != self.filled_by and self.draw != draw:
             raise StaleStateError(
@@ -92,8 +98,8 @@ class RFACacheLayer(CacheLayerMixin):
         elif fingerprint != self.filled_by:
             raise StaleStateError(
                 "This cache was filled by another conversion, or before this one was changed (another seed, alpha, "
-                "map, window or exact heads): its state means nothing to this model. Start a new sequence with a new "
-                "cache."
+                "map, window, exact heads or kept keys): its state means nothing to this model. Start a new sequence "
+                "with a new cache."
             )
 
     def hand_on(self) -> None:

@@ -86,7 +86,7 @@ def adopt_cache(model: GenerationMixin, cache: Cache) -> bool:
         # makes a cache of these alone.
         if index is not None and index >= 0 and has_place(own, index):
             layer = adopt_cache_layer(own, index, shares=shares_keys(module))
-            layer.check(adapter.fingerprint, adapter.draw_number)
+            layer.check(adapter)
             records = records or layer.record_past
     return records
 

@@ -90,4 +90,4 @@ def prepare_cache_layer(
                 "supported. Use LoRA or prompt tuning."
             )
         cache_layer.absorb(inputs, call.past_mask)
-    cache_layer.check(adapter.fingerprint, adapter.draw_number)
+    cache_layer.check(adapter)
