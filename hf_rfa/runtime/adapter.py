@@ -209,6 +209,14 @@ class RFAAdapter(Float32Module):
         return self._python["softmax_heads"]
 
     @property
+    def linear_heads(self) -> list[int]:
+        """The other key heads in the order of the layer's state: by the number of keys that they keep, then by head."""
+        kept = self.kept_keys
+        numbers = (kept,) * self.key_heads if isinstance(kept, int) else kept
+        linear = [head for head in range(self.key_heads) if head not in self.softmax_heads]
+        return sorted(linear, key=lambda head: (numbers[head], head))
+
+    @property
     def draw_number(self) -> int:
         """The number of omega's draw."""
         if "draw" not in self._python:
