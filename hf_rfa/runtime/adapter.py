@@ -208,9 +208,14 @@ class RFAAdapter(Float32Module):
             self._python["softmax_heads"] = tuple(self.softmax_mask.nonzero().flatten().tolist())
         return self._python["softmax_heads"]
 
+    def set_kept_keys(self, config: RFAConfig) -> None:
+        """Keep as many far keys as `config` says, which differs from the layer's own in nothing else."""
+        self.config = config
+        self._read()
+
     @property
     def linear_heads(self) -> list[int]:
-        """The other key heads in the order of the layer's state: by the number of keys that they keep, then by head."""
+        """The other key heads in order of the layer's state: by the number of keys that they keep, then by head."""
         kept = self.kept_keys
         numbers = (kept,) * self.key_heads if isinstance(kept, int) else kept
         linear = [head for head in range(self.key_heads) if head not in self.softmax_heads]
