@@ -36,7 +36,8 @@ def set_kept_keys(model: nn.Module, kept_keys: int, head_kept_keys: Mapping[Head
     unknown = sorted({head for head, _ in config.head_kept_keys or ()} - there)
     if unknown:
         raise ConfigError(
-            f"`head_kept_keys` names heads that are not converted: {unknown}. Layers {sorted(adapters)} are. Correct it."
+            f"`head_kept_keys` names heads that are not converted: {unknown}. Got layers "
+            f"{sorted(adapters)} converted. Correct it."
         )
     for adapter in adapters.values():
         adapter.set_kept_keys(config)
