@@ -46,8 +46,9 @@ def attend(
         ConfigError: A shape, a type or a value does not fit; the message names it.
     """
     call = OperatorCall.of(query, key, value, kernel, settings, layout, state)
+    call = call.replace(output_final_state=output_final_state, statistics=statistics)
     with torch.autocast(query.device.type, enabled=False):
-        return _run(call, output_final_state, statistics)
+        return _run(call)
 
 
 def rfa_attention(
@@ -215,32 +216,31 @@ def rfa_attention_reference(
         gate_bias=gate_bias,
     )  # fmt: skip
     call = OperatorCall.of(query, key, value, kernel, settings, layout, initial_state)
+    call = call.replace(output_final_state=output_final_state)
     output, states = query.new_empty(*call.query.shape[:-1], value.shape[-1]), []
     for heads, group in call.groups():
         group.check_state()
-        part, state = reference_attention(group, output_final_state)
+        part, state = reference_attention(group)
         output = _put(output, heads, part)
         states.append(state)
     state = _joined(states)
     return output.flatten(1, 2) if state is None else (output.flatten(1, 2), state)
 
 
-def _run(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def _run(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """Split the key heads into linear and exact ones, run each, and put them together again: (B, H, N, M)."""
     groups = call.groups()
     if len(groups) == 1 and groups[0][1] is call:
-        output, state = _linear(call, output_final_state, statistics)
+        output, state = _linear(call)
         return output.flatten(1, 2).to(call.value.dtype), state
     if not groups:
         output, cache = exact_heads(call, ExactCache.of_state(call.state))
-        state = cache.into(count_only(call.heads([]))) if output_final_state else None
+        state = cache.into(count_only(call.heads([]))) if call.output_final_state else None
         return output.flatten(1, 2).to(call.value.dtype), state
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
     states = []
     for heads, group in groups:
-        part, state = _linear(group, output_final_state, statistics)
+        part, state = _linear(group)
         output = _put(output, heads, part)
         states.append(state)
     state = _joined(states)
@@ -262,10 +262,8 @@ def _put(output: torch.Tensor, heads: Sequence[int], part: torch.Tensor) -> torc
     return output.index_copy(1, torch.tensor(heads, device=output.device), part.to(output.dtype))
 
 
-def _linear(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def _linear(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """The linear heads, their state checked; (B, Hk, G, N, M)."""
     call.check_state()
     run = linear_heads_of_graph if torch.compiler.is_compiling() else linear_heads
-    return run(call, output_final_state, statistics)
+    return run(call)

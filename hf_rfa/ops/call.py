@@ -9,6 +9,7 @@ import torch
 from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import feature_map_of_heads
+from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import BACKENDS, AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
@@ -25,6 +26,8 @@ class OperatorCall:
         sink_logits: (Hk, G) or None.
         state: What the call continues from; None at the beginning of a sequence.
         kept_of_heads: (Hk) numbers of kept keys.
+        output_final_state: Whether the state after the last token is wanted.
+        statistics: Counts how often a far part is dropped; None: nobody asks.
         softmax_heads, sliding_window, backend: See `AttentionSettings`.
     """
 
@@ -43,6 +46,8 @@ class OperatorCall:
     state: RFAState | None
     backend: str = "auto"
     kept_of_heads: tuple[int, ...] = ()
+    output_final_state: bool = False
+    statistics: FarStatistics | None = None
 
     @classmethod
     def of(

@@ -16,7 +16,7 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
 
 
-def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[torch.Tensor, RFAState | None]:
+def reference_attention(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M)."""
     query, key, value, layout, initial_state = call.query, call.key, call.value, call.layout, call.state
     batch, _, _, length, _ = query.shape
@@ -36,9 +36,9 @@ def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[t
             sequence = _Sequence(k, v, state, call)
             output[one, ..., document, :] = sequence.attend(q)
             state = None
-        if output_final_state:
+        if call.output_final_state:
             finals.append(sequence.final_state())
-    return output, RFAState.cat(finals) if output_final_state else None
+    return output, RFAState.cat(finals) if call.output_final_state else None
 
 
 class _Sequence:

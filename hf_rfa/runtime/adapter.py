@@ -15,6 +15,7 @@ from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.runtime.fingerprint import digest_of
 from hf_rfa.runtime.float32 import Float32Module
+from hf_rfa.runtime.trainable import freeze, make_parameters, unfreeze
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
 ADAPTER_NAME = "rfa"
@@ -193,11 +194,7 @@ class RFAAdapter(Float32Module):
 
     def learn(self) -> None:
         """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
-        for name in LEARNED:
-            if name in self._buffers:
-                tensor = getattr(self, name)
-                del self._buffers[name]
-                self.register_parameter(name, nn.Parameter(tensor))
+        make_parameters(self, LEARNED)
         self._known_kernel = None
         self._train_what_acts()
 
@@ -249,18 +246,11 @@ class RFAAdapter(Float32Module):
             self._train_what_acts()
 
     def _train_what_acts(self) -> None:
-        """Freeze the Parameters while every key head is exact: they would get no gradient, an error to DDP.
-
-        Those that were trained before are trained again once a head is linear.
-        """
+        """Freeze the Parameters while every key head is exact: they would get no gradient, an error to DDP."""
         if len(self.softmax_heads) == self.key_heads:
-            trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
-            self._resting |= trained
-            for name in trained:
-                getattr(self, name).requires_grad_(False)
+            self._resting |= freeze(self)
         else:
-            for name in self._resting:
-                getattr(self, name).requires_grad_(True)
+            unfreeze(self, self._resting)
             self._resting = set()
 
     def drawn(self, draw: int) -> torch.Tensor:
