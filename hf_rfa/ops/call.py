@@ -138,9 +138,11 @@ class OperatorCall:
             ConfigError: The state has other groups.
         """
         linear = self.linear_heads
+        if not linear:
+            return []
         numbers = sorted({self.kept_of_heads[head] for head in linear})
         states = (None,) * len(numbers) if self.state is None else (self.state, *self.state.beside)
-        if len(states) != len(numbers) and numbers:
+        if len(states) != len(numbers):
             raise ConfigError(
                 f"`initial_state` comes from another kind of call: its heads keep {len(states)} different numbers of "
                 f"keys, those of this call {len(numbers)}. Continue with the `kept_keys` of that call."
