@@ -164,6 +164,21 @@ def test_a_prefix_of_a_bidirectional_layer_is_refused():
         wrapped(input_ids=token_ids())
 
 
+@PEFT_SAYS_PAST
+@PEFT_ASKS
+def test_a_prefix_before_kept_keys_is_refused_for_it_has_no_queries():
+    with pytest.raises(UnsupportedModelError, match="not their queries"):
+        with_prefix(converted(kept_keys=3))(input_ids=token_ids())
+
+
+@IGNORED_POSITIONS
+@PEFT_ASKS
+def test_learned_tokens_compete_for_kept_keys_with_those_of_the_text():
+    wrapped, ids = wrap(converted(kept_keys=3), PROMPTS["prompt tuning"]()), token_ids()
+    options = {"input_ids": ids, "do_sample": False, "max_new_tokens": 12}
+    assert torch.equal(wrapped.generate(**options), wrapped.generate(**options, use_cache=False))
+
+
 # --- saved with the conversion ---------------------------------------------------------------------------------------
 
 
