@@ -340,6 +340,8 @@ def test_calibration_is_never_worse_than_window_and_kept_keys_alone():
     model = converted("llama", kept_keys=8, calibrate=ids)
     report = hf_rfa.calibration_report(model)
     assert report.divergence <= report.window_divergence
+    assert "with the window and the kept keys alone" in str(report)
+    assert "and up to 8 kept far keys" in str(report)
     near = converted("llama", kept_keys=8, gamma=0.0)
     texts = torch.cat([ids[:, :-15], ids[:, 30:45]], dim=1)  # as calibration plants repeats
     original = whole(build("llama"), texts).log_softmax(-1)
