@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import pickle
 
 import pytest
@@ -36,7 +37,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 import hf_rfa
-from hf_rfa import RFAConfig, StaleStateError, UnsupportedModelError
+from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.attention_call import shares_keys
 
@@ -305,10 +306,20 @@ def test_a_saved_model_keeps_the_same_keys(tmp_path):
     assert_close(rest_of(loaded, cache, ids, 50), whole(model, ids)[:, 50:], atol=5e-5, rtol=0)
 
 
-def test_a_config_from_before_kept_keys_keeps_none():
-    old = RFAConfig().to_dict()
-    del old["kept_keys"]
-    assert RFAConfig.from_dict(old).kept_keys == 0
+def test_a_folder_from_before_kept_keys_loads(tmp_path):
+    model = converted(softmax_heads=[(1, 0)], calibrate=token_ids(2, 120))
+    hf_rfa.save_pretrained(model, tmp_path)
+    removed = []
+    for path in tmp_path.glob("*.json"):
+        values = json.loads(path.read_text())
+        for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+            if part.pop("kept_keys", None) is not None:
+                removed.append(path.name)
+        path.write_text(json.dumps(values))
+    assert set(removed) == {"config.json", "rfa_config.json"}
+    loaded = hf_rfa.from_pretrained(tmp_path)
+    assert same_outputs(loaded, model)
+    assert hf_rfa.calibration_report(loaded) == hf_rfa.calibration_report(model)
 
 
 def test_softmax_heads_that_are_set_afterwards():
