@@ -101,7 +101,8 @@ class RFAConfig:
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
     kept_keys: int = _help(
         "Far keys that each linear key head goes on seeing exactly: those that took the largest share of attention, "
-        "chosen anew each time a chunk leaves the window. All others go through the features. Needs a window.",
+        "chosen anew each time a chunk leaves the window (layers that see both sides: once, by queries from all over "
+        "the text). All others go through the features. Needs a window. `hf_rfa.kept_tokens` shows which they are.",
         0,
     )
     head_kept_keys: HeadNumbers = _help(

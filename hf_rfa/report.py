@@ -18,7 +18,7 @@ class HeadCalibration:
         layer, key_head: Its place.
         feature_map, alpha, gamma: Its far kernel, used or not; gamma = 0 is the window alone.
         loss: Its error after the output projection, as a share of the squared norm of its layer's output.
-        window_loss: The same with the window alone; NaN for `window = 0`.
+        window_loss: The same with the window (and its kept keys) alone; NaN for `window = 0`.
         cost: The divergence from the original that it adds if linear: its share, by `loss`, of the divergence of its
             layer (see `unit` of the report).
         softmax: Whether it stays exact.
@@ -45,10 +45,10 @@ class CalibrationReport:
         unit: Of `cost`, `divergence` and `window_divergence`: the KL divergence from the original's next-token
             distribution in nats/token; for models without such, the squared error of the output relative to its norm.
         divergence: Of the calibrated model from the original, on the calibration text.
-        window_divergence: Of the same model with its far parts left out.
-        silenced: Layers whose far parts were switched off because with them the model was worse than with its window
-            alone.
+        window_divergence: Of the same model with its far parts left out: window and kept keys alone.
+        silenced: Layers whose far parts were switched off because with them the model was worse than without.
         window, sink_tokens: Those of the config; None in reports of versions that did not record them.
+        kept_keys: That of the config.
     """
 
     heads: list[HeadCalibration]
@@ -59,6 +59,7 @@ class CalibrationReport:
     silenced: list[int]
     window: int | None = None
     sink_tokens: int | None = None
+    kept_keys: int = 0
 
     @property
     def ranking(self) -> list[tuple[int, int, float]]:
@@ -106,12 +107,13 @@ class CalibrationReport:
     def __str__(self) -> str:
         lines = [
             f"calibrated on {self.tokens} tokens; divergence from the original in {self.unit}: {self.divergence:.5f}, "
-            f"with the window alone {self.window_divergence:.5f}",
+            f"with the window{' and the kept keys' if self.kept_keys else ''} alone {self.window_divergence:.5f}",
             "loss: share of the layer's squared output; cost: share of the divergence if the head is linear",
         ]
         if self.window is not None and self.sink_tokens is not None:
             seen = seen_exactly(self.window, self.sink_tokens)
-            lines.insert(1, f"window {self.window}: a query of a causal layer sees {seen} exactly")
+            kept = f", and up to {self.kept_keys} kept far keys" if self.kept_keys else ""
+            lines.insert(1, f"window {self.window}: a query of a causal layer sees {seen} exactly{kept}")
         if self.silenced:
             lines += [f"far parts switched off in layers {self.silenced}: they did more harm than good"]
         lines += ["", "layer  key head  map            alpha   gamma      loss  window only      cost  kept as"]

@@ -40,7 +40,7 @@ def run(model_folder, data_folder, tmp_path_factory):
     """The main job, once for the tests below: (result of the command, output folder)."""
     output = tmp_path_factory.mktemp("output")
     arguments = f"""compare --model {model_folder} --data {data_folder} --output {output} --num-features 8 --window 16
-        --sink-tokens 2 --softmax-heads 0.25 --contexts 128,256 --eval-windows 2 --copy-gaps 100
+        --sink-tokens 2 --kept-keys 4 --softmax-heads 0.25 --contexts 128,256 --eval-windows 2 --copy-gaps 100
         --speed-contexts 64,300 --speed-repeats 1 --new-tokens 2 --calibration-batches 1 --steps 2 --batch-size 1
         --mixed-precision no --device cpu --threads 1"""
     return CliRunner().invoke(cli.app, arguments.split(), catch_exceptions=False, env={"COLUMNS": "160"}), output
@@ -61,6 +61,7 @@ def test_the_command_prints_the_tables_and_names_the_files(run):
         "report.json",
         "perplexity.png",
         "cost.png",
+        "kept_tokens.png",
         "model",
     }
 
@@ -109,7 +110,7 @@ def test_the_converted_model_is_written_as_it_was_measured(run, figures, data_fo
 def test_help_names_every_option():
     text = CliRunner().invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     found = options_of(CompareSettings)
-    assert len(found) == 23
+    assert len(found) == 24
     for name, each in found.items():
         assert f"--{name.replace('_', '-')} " in text
         assert each.help.split()[0] in text

@@ -107,7 +107,7 @@ def _calibrate(model: nn.Module, batches: list[ModelInput], plant_repeats: bool)
         for head, row in enumerate(_silent(rows) if layer in silenced else rows)
     ]
     tokens = int(next(iter(fits.values())).totals[1])
-    seen = {"window": config.window, "sink_tokens": config.sink_tokens}
+    seen = {name: getattr(config, name) for name in ("window", "sink_tokens", "kept_keys")}
     report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced, **seen)
     store_report(base, report)
     return report

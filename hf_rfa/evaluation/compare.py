@@ -120,6 +120,8 @@ def compare(
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
+        if settings.conversion.kept_keys:
+            comparison.kept = hf_rfa.kept_tokens(models[LINEAR], tokens.prompt(tokens.longest))
 
         for context in speed_contexts:
             bar.set_description(f"speed at {context} tokens")

@@ -22,9 +22,9 @@ _STYLES = dict(zip(VARIANTS, ("k-o", "C3:s", "C0--^", "C2-.D"), strict=True))
 
 _DEFINITIONS = """\
 All columns are measured on the same {tokens} held-out tokens. **window only** sees {seen} exactly (window {window}), \
-and nothing else; **every head linear** adds the far keys through {features} random features ({feature_map}) per key \
-head; **retrieval heads exact** does so for all key heads but {heads} of {key_heads}, which stay softmax: {head_list} \
-as (layer, key head).
+and nothing else; **every head linear** {kept}adds the {others}far keys through {features} random features \
+({feature_map}) per key head; **retrieval heads exact** does so for all key heads but {heads} of {key_heads}, which \
+stay softmax: {head_list} as (layer, key head).
 
 - perplexity: exp(nats/token) over separate windows of that many tokens; bits per byte: the same, per byte of text.
 - KL to original: KL(original || model) of the next-token distributions, nats/token, at context {context}.
@@ -97,7 +97,7 @@ def with_finetuned_original(qualities: Mapping[str, Quality]) -> dict[str, Quali
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Writes report.md, report.json, perplexity.png and cost.png into `folder` and returns their paths."""
+    """Writes report.md, report.json and plots (perplexity.png, cost.png; kept_tokens.png) and returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("report.md", "report.json", "perplexity.png", "cost.png")]
@@ -106,12 +106,18 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     paths[1].write_text(json.dumps(as_dict(comparison), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plot_perplexity(comparison, paths[2])
     plot_cost(comparison, paths[3])
+    if comparison.kept is not None:
+        paths.append(folder / "kept_tokens.png")
+        comparison.kept.plot(paths[-1])
     return paths
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All figures as JSON-ready values; the fields are those of `hf_rfa.evaluation.results.Comparison`."""
-    values = dataclasses.asdict(comparison) | {"settings": comparison.settings.to_dict()}
+    # What was kept is too long to be read, and drawn instead.
+    values = dataclasses.asdict(dataclasses.replace(comparison, kept=None))
+    del values["kept"]
+    values["settings"] = comparison.settings.to_dict()
     for key in ("model", "data", "output"):
         values["settings"][key] = source_name(values["settings"][key])
     return values
@@ -130,6 +136,8 @@ def markdown(comparison: Comparison) -> str:
             tokens=f"{comparison.eval_tokens:,}",
             window=conversion.window,
             seen=seen_exactly(conversion.window, conversion.sink_tokens),
+            kept=f"keeps up to {conversion.kept_keys} far keys per key head and " if conversion.kept_keys else "",
+            others="other " if conversion.kept_keys else "",
             features=conversion.num_features,
             feature_map=conversion.feature_map,
             heads=len(heads),
@@ -163,6 +171,7 @@ def markdown(comparison: Comparison) -> str:
         "Per key head; losses are shares of the squared norm of the layer's output, with the features and with the "
         "window alone.",
         _markdown_table(calibration_table(comparison)),
+        *(["![Far tokens that each head kept](kept_tokens.png)"] if comparison.kept is not None else []),
         "![Perplexity against context](perplexity.png)",
         "![Prefill time and cache memory against context](cost.png)",
         "All settings and figures, calibration included, are in report.json; the converted model is in model/ "

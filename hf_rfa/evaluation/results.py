@@ -10,6 +10,7 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
 from hf_rfa.options import Settings, option, part
+from hf_rfa.runtime.kept_tokens import KeptTokens
 
 #: Version of report.json.
 REPORT_VERSION = 1
@@ -138,6 +139,7 @@ class Comparison:
     finetuned: dict[str, Quality] = field(default_factory=dict)  # empty if steps = 0
     training: dict[str, Training] = field(default_factory=dict)
     speed: dict[str, list[Speed]] = field(default_factory=dict)  # one per length of the prompt
+    kept: KeptTokens | None = None  # of every head linear, over held-out text; None without kept keys
     seconds: float = 0.0  # the whole job
     report_version: int = REPORT_VERSION
 

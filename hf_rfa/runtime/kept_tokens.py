@@ -112,15 +112,13 @@ class KeptTokens:
             f"tokens seen: {', '.join(map(str, self.tokens))}",
             "score: attention received per query, times the norm of the value",
             "",
-            "row  layer  key head  kept  best score  positions",
+            "row  layer  key head  kept  best score  positions, best first",
         ]
         for h in self.heads:
-            shown = " ".join(map(str, h.positions[-SHOWN:]))
-            hidden = "... " if len(h.positions) > SHOWN else ""
-            best = f"{max(h.scores):10.5f}" if h.scores else " " * 9 + "-"
-            lines.append(
-                f"{h.row:3d}  {h.layer:5d}  {h.key_head:8d}  {len(h.positions):4d}  {best}  {hidden}{shown}".rstrip()
-            )
+            pairs = sorted(zip(h.scores, h.positions, strict=True), reverse=True)
+            shown = " ".join([*(str(position) for _, position in pairs[:SHOWN]), *["..."][: len(pairs) > SHOWN]])
+            best = f"{pairs[0][0]:10.5f}" if pairs else " " * 9 + "-"
+            lines.append(f"{h.row:3d}  {h.layer:5d}  {h.key_head:8d}  {len(pairs):4d}  {best}  {shown}".rstrip())
         return "\n".join(lines)
 
 

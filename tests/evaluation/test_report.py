@@ -5,8 +5,11 @@ import json
 import math
 
 import pytest
+from conversions import converted
+from families import token_ids
 from PIL import Image
 
+import hf_rfa
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import PositionBin, report
 from hf_rfa.evaluation.measuring import with_far_recovery
@@ -128,6 +131,23 @@ def test_without_fine_tuning_the_report_says_so(comparison, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "Nothing was fine-tuned" in text
     assert "same tuning" not in text
+    assert "kept_tokens.png" not in text
+    assert "adds the far keys through" in text
+
+
+def test_kept_keys_join_the_report(comparison, tmp_path):
+    comparison.kept = hf_rfa.kept_tokens(converted(kept_keys=3), token_ids())
+    settings = comparison.settings
+    conversion = dataclasses.replace(settings.conversion, kept_keys=3)
+    comparison.settings = dataclasses.replace(settings, conversion=conversion)
+    paths = report.write_report(comparison, tmp_path)
+    text = paths[0].read_text()
+    assert "keeps up to 3 far keys per key head and adds the other far keys through" in text
+    assert "(kept_tokens.png)" in text
+    assert paths[-1].name == "kept_tokens.png"
+    with Image.open(paths[-1]) as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+    assert "kept" not in json.loads(paths[1].read_text())
 
 
 def test_a_figure_that_is_no_number_is_not_written(comparison, tmp_path):

@@ -20,6 +20,7 @@ import hf_rfa
 FORWARD = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "bert", "modernbert", "vit"]
 GENERATE = ["llama", "gemma3", "gpt_oss"]
 EXACT_HEAD = {"softmax_heads": [(1, 0)]}
+KEEPING = {"kept_keys": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +33,11 @@ def compiled(model, backend="aot_eager"):
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("family", FORWARD)
-def test_a_forward_is_one_graph(family):
-    model = converted(family)
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in FORWARD), ("llama", KEEPING), ("gpt_oss", KEEPING)], ids=str
+)
+def test_a_forward_is_one_graph(family, changes):
+    model = converted(family, **changes)
     inputs = inputs_for(model)
     function, counter = compiled(model)
     with torch.no_grad():
@@ -68,11 +71,13 @@ def test_packed_documents_stay_apart_in_every_layer(family):
     assert_close(packed, torch.cat(apart, dim=1), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bert"])
-def test_gradients_of_a_compiled_model(family):
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in ("llama", "gpt_oss", "bert")), ("llama", KEEPING)], ids=str
+)
+def test_gradients_of_a_compiled_model(family, changes):
     if family == "gpt_oss" and transformers.__version__.startswith("5.17."):
         pytest.skip("the experts of this Transformers do not compile with gradients, converted or not")
-    model = converted(family)
+    model = converted(family, **changes)
     inputs = inputs_for(model)
     function, counter = compiled(model)
     gradients = []
@@ -87,7 +92,7 @@ def test_gradients_of_a_compiled_model(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [*((family, {}) for family in GENERATE), ("llama", EXACT_HEAD)], ids=str
+    ("family", "changes"), [*((family, {}) for family in GENERATE), ("llama", EXACT_HEAD), ("llama", KEEPING)], ids=str
 )
 def test_generation_through_a_compiled_forward_recompiles_nothing(family, changes):
     model, ids = converted(family, **changes), token_ids()
@@ -97,7 +102,7 @@ def test_generation_through_a_compiled_forward_recompiles_nothing(family, change
     model.forward = function
     got = [model.generate(ids[:, :50], **options)]
     # A prompt, a step; exact heads and local layers have keys for each token, whose number becomes a symbol.
-    assert counter.frame_count == (2 if family == "llama" and not changes else 3)
+    assert counter.frame_count == (2 if family == "llama" and changes != EXACT_HEAD else 3)
     got.append(model.generate(ids[:, :61], **options))  # the prompt's length becomes a symbol
     settled = counter.frame_count
     got.append(model.generate(ids, **options))

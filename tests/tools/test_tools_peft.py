@@ -14,6 +14,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
 from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.arguments import cache_of
 
 peft = pytest.importorskip("peft")
 
@@ -162,6 +163,29 @@ def test_a_prefix_of_a_bidirectional_layer_is_refused():
     wrapped = wrap(converted("bert"), peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=6))
     with pytest.raises(UnsupportedModelError, match="prefix tuning"):
         wrapped(input_ids=token_ids())
+
+
+@PEFT_SAYS_PAST
+@PEFT_ASKS
+def test_a_prefix_before_kept_keys_is_refused_for_it_has_no_queries():
+    with pytest.raises(UnsupportedModelError, match="not their queries"):
+        with_prefix(converted(kept_keys=3))(input_ids=token_ids())
+
+
+@PEFT_ASKS
+def test_learned_tokens_compete_for_kept_keys_with_those_of_the_text():
+    model, ids = converted(kept_keys=3), token_ids()
+    wrapped = wrap(model, PROMPTS["prompt tuning"]())
+    with torch.no_grad():
+        together = wrapped(input_ids=ids, use_cache=False).logits
+        learned = wrapped.get_prompt(batch_size=2)
+        out = model(inputs_embeds=torch.cat([learned, model.get_input_embeddings()(ids[:, :40])], dim=1))
+        assert_close(out.logits, together[:, :46], atol=2e-5, rtol=0)
+        rest = model(ids[:, 40:], **{CACHE: cache_of(out)}).logits
+    assert_close(rest, together[:, 46:], atol=2e-5, rtol=0)
+    kept = {position for head in hf_rfa.kept_tokens(cache_of(out)).heads for position in head.positions}
+    assert any(position < 6 for position in kept)
+    assert any(position >= 6 for position in kept)
 
 
 # --- saved with the conversion ---------------------------------------------------------------------------------------
