@@ -253,7 +253,8 @@ def test_bytes_do_not_depend_on_the_length():
     assert short == long
     without = hf_rfa.cache_bytes(prefilled(converted(), token_ids(2, 70)))
     layers, rows, heads, dim, kept, window = 2, 2, 2, 8, 20, 8
-    keys_and_values, positions_, decays, mass = 2 * kept * dim * 4, kept * 8, kept * 4, (kept + 2 * window) * 4
+    keys_and_values, positions_, decays = 2 * kept * dim * 4, kept * 8, kept * 4
+    mass = 2 * (kept + 2 * window) * 4  # from each of two query heads
     assert short - without == layers * rows * heads * (keys_and_values + positions_ + decays + mass)
 
 
