@@ -45,7 +45,7 @@ class RFAAdapter(Float32Module):
         gate_weight, gate_bias: (key_heads, head_dim), (key_heads,) Parameters of the forget gate, if there is one.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
-        statistics: Counts dropped far parts (trigonometric map only: the others are never negative).
+        statistics: Counts dropped far parts, which only `signed` maps have.
         cross, masked: Whether the layer is cross-attention, or has a mask of its own: softmax with the cache it had.
     """
 
@@ -171,6 +171,13 @@ class RFAAdapter(Float32Module):
         if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
             self._python["maps"] = tuple(MAP_CODES[code] for code in self.map_codes.tolist())
         return self._python["maps"]
+
+    @property
+    def signed(self) -> bool:
+        """Whether a head's estimates can be negative, so that far parts may be dropped."""
+        if "signed" not in self._python:
+            self._python["signed"] = any(FEATURE_MAPS[name].signed for name in self.feature_maps)
+        return self._python["signed"]
 
     @property
     def _calibrated(self) -> bool:

@@ -85,26 +85,9 @@ def _function_for(call: AttentionCall) -> Callable[[AttentionCall], torch.Tensor
 
 def _attend_linear(call: AttentionCall) -> torch.Tensor:
     """A converted layer (B, H, N, M): random features in its linear heads, exact softmax in the others."""
-    adapter = call.adapter
-    assert adapter is not None
     if call.rows is not None:
         raise _unforeseen_mask(call.module)
-    call = call.with_all_queries()
-    if call.over_another_sequence:
-        return _attend_cross(call)
-    observer = call.interception.observers.get(adapter)
-    if observer is not None:
-        return _observed(observer, call)
-    inputs, cache_layer = _inputs(adapter, call), cache_layer_of(adapter)
-    shard = call.interception.shards.get(adapter)
-    if shard is not None:
-        return shard(*inputs.tokens, inputs.kernel, inputs.settings, inputs.layout, inputs.statistics, cache_layer)
-    if cache_layer is None:
-        return inputs.attend()[0]
-    prepare_cache_layer(cache_layer, adapter, call, inputs)
-    if _decodes_in_place(cache_layer, inputs):
-        return cache_layer.decode(inputs)
-    return cache_layer.extend(inputs)
+    return _attend_by_operator(call)
 
 
 def _attend_softmax(call: AttentionCall) -> torch.Tensor:
@@ -117,7 +100,13 @@ def _attend_softmax(call: AttentionCall) -> torch.Tensor:
         if adapter.converted or layer_call(adapter).cache_layer is not None:
             raise _unforeseen_mask(call.module)
         return _under_mask(call, rows)
-    call = call.with_all_queries()
+    return _attend_by_operator(call)
+
+
+def _attend_by_operator(call: AttentionCall) -> torch.Tensor:
+    """A layer (B, H, N, M) whose heads the operator computes, with the cache's state, unless something intercepts."""
+    call, adapter = call.with_all_queries(), call.adapter
+    assert adapter is not None
     if call.over_another_sequence:
         return _attend_cross(call)
     observer = call.interception.observers.get(adapter)
@@ -130,6 +119,8 @@ def _attend_softmax(call: AttentionCall) -> torch.Tensor:
     if cache_layer is None:
         return inputs.attend()[0]
     prepare_cache_layer(cache_layer, adapter, call, inputs)
+    if adapter.kind == "linear" and _decodes_in_place(cache_layer, inputs):
+        return cache_layer.decode(inputs)
     return cache_layer.extend(inputs)
 
 
@@ -206,7 +197,7 @@ def _inputs(adapter: RFAAdapter, call: AttentionCall) -> AttendInputs:
         window=config.window, sink_tokens=config.sink_tokens, kept_keys=adapter.kept_keys,
         softmax_heads=adapter.softmax_heads, backend=adapter.backend,
     )  # fmt: skip
-    statistics = adapter.statistics if "trigonometric" in adapter.feature_maps else None
+    statistics = adapter.statistics if adapter.signed else None
     kernel = adapter.kernel_of(call.draw)
     return AttendInputs(call.query, call.key, call.value, kernel, settings, call.layout(), statistics)
 
