@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import pickle
 
@@ -40,6 +41,7 @@ import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.attention_call import shares_keys
+from hf_rfa.runtime.record import original_class
 
 LENGTH, NEW = 70, 18
 #: Fewer and more kept keys than a window has tokens.
@@ -242,6 +244,16 @@ def test_layers_that_attend_to_earlier_keys(family, config):
     assert_close(last.logits, expected[:, -1:], atol=5e-5, rtol=0)
     assert kept_positions(cache_of(last)) == kept_positions(cache)
     assert torch.equal(generate(model, ids, NEW), continue_greedily(model, ids, NEW))
+
+
+def test_a_layer_that_is_asked_for_the_last_tokens_alone_is_refused():
+    """As it would be by a forward that does not know of the conversion; the model's own asks for all."""
+    model, ids = converted(tiny_model(SHARING["gemma4"]), CONFIGS["3"]).model, token_ids(2, LENGTH, vocabulary=60)
+    options = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    assert outputs_of(model, options).shape[1] == LENGTH
+    if "logits_to_keep" in inspect.signature(original_class(model).forward).parameters:  # since Transformers 5.24
+        with pytest.raises(UnsupportedModelError, match=r"Got those of the last 1 of 70"), torch.no_grad():
+            original_class(model).forward(model, **options)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
