@@ -1,6 +1,7 @@
 """hf_rfa: convert a pretrained Transformers model from softmax to random-feature attention with one call."""
 
 from hf_rfa.calibration.calibrate import calibrate
+from hf_rfa.calibration.head_costs import HeadOption, head_costs
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert
@@ -17,6 +18,7 @@ from hf_rfa.runtime.far_statistics import far_statistics
 from hf_rfa.runtime.kept_tokens import KeptTokens, kept_tokens
 from hf_rfa.runtime.record import calibration_report
 from hf_rfa.runtime.resampling import ResampleCallback, resample
+from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 register()
@@ -26,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DistillConfig",
+    "HeadOption",
     "KeptTokens",
     "RFAConfig",
     "RFAError",
@@ -40,6 +43,7 @@ __all__ = [
     "distill",
     "far_statistics",
     "from_pretrained",
+    "head_costs",
     "kept_tokens",
     "resample",
     "revert",
@@ -47,5 +51,6 @@ __all__ = [
     "rfa_attention_reference",
     "save_pretrained",
     "set_backend",
+    "set_kept_keys",
     "set_softmax_heads",
 ]

@@ -1,11 +1,20 @@
 """`RFAConfig`: everything that decides what a conversion does, checked where it is made, saved beside the weights."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from hf_rfa.config_checks import (
+    LAYER_RULE,
+    check_choice,
+    check_int,
+    is_int,
+    normalise_features,
+    normalise_heads,
+    normalise_kept,
+    normalise_layers,
+)
 from hf_rfa.errors import ConfigError
 from hf_rfa.registry import FEATURE_MAPS
 from hf_rfa.value_types import plain
@@ -19,12 +28,12 @@ SoftmaxHeads = Literal["auto"] | float | Sequence[HeadIndex] | None
 #: A string is a rule, see `RFAConfig.layers`.
 Layers = Literal["all"] | Sequence[int] | str
 LayerFeatures = Mapping[int, int] | Sequence[tuple[int, int]] | None
+HeadNumbers = Mapping[HeadIndex, int] | Sequence[tuple[HeadIndex, int]] | None
 #: "learned": drawn as "sphere", then trained by `distill` or found by `calibrate`, and never redrawn.
 OmegaDraw = Literal["sphere", "orthogonal", "gaussian", "learned"]
 OMEGA_DRAWS: tuple[str, ...] = get_args(OmegaDraw)
 #: With `feature_map="auto"`, `calibrate` chooses one of these per key head; before that all heads have the first.
 AUTO_MAPS = ("hyperbolic", "trigonometric")
-_RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
 
 
 def seen_exactly(window: int, sink_tokens: int) -> str:
@@ -96,6 +105,11 @@ class RFAConfig:
         "the text). All others go through the features. Needs a window. `hf_rfa.kept_tokens` shows which they are.",
         0,
     )
+    head_kept_keys: HeadNumbers = _help(
+        "Other numbers of kept keys for some key heads, as {(layer, key_head): number}: heads differ a lot in how "
+        "many far keys matter to them.",
+        None,
+    )
     softmax_heads: SoftmaxHeads = _help(
         "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
@@ -128,14 +142,14 @@ class RFAConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("feature_map", self.feature_map, ("auto", *FEATURE_MAPS))
-        _check_choice("omega", self.omega, OMEGA_DRAWS)
-        _check_int("num_features", self.num_features, 1, "a positive integer", "Set it to, for example, 64.")
-        _check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
-        _check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
-        _check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
-        _check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
-        if self.kept_keys and not self.window:
+        check_choice("feature_map", self.feature_map, ("auto", *FEATURE_MAPS))
+        check_choice("omega", self.omega, OMEGA_DRAWS)
+        check_int("num_features", self.num_features, 1, "a positive integer", "Set it to, for example, 64.")
+        check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
+        check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
+        check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
+        check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
+        if (self.kept_keys or self.head_kept_keys) and not self.window:
             raise ConfigError(
                 "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
                 f"kept_keys={self.kept_keys}, window=0. Set a window, for example 64, or kept_keys=0."
@@ -170,13 +184,25 @@ class RFAConfig:
             )
         if not isinstance(self.gate, bool):
             raise ConfigError(f"`gate` must be True or False. Got {self.gate!r}. Set RFAConfig(gate=False).")
-        object.__setattr__(self, "softmax_heads", _normalise_heads(self.softmax_heads))
-        object.__setattr__(self, "layers", _normalise_layers(self.layers))
-        object.__setattr__(self, "layer_features", _normalise_features(self.layer_features))
+        object.__setattr__(self, "softmax_heads", normalise_heads(self.softmax_heads))
+        object.__setattr__(self, "layers", normalise_layers(self.layers))
+        object.__setattr__(self, "head_kept_keys", normalise_kept(self.head_kept_keys))
+        object.__setattr__(self, "layer_features", normalise_features(self.layer_features))
 
     def features_of(self, layer: int) -> int:
         """Number of random features per key head of one layer."""
         return dict(self.layer_features or ()).get(layer, self.num_features)
+
+    def kept_of(self, layer: int, key_heads: int) -> int | tuple[int, ...]:
+        """The number of kept keys of one layer, or that of each of its key heads where they differ."""
+        others = dict(self.head_kept_keys or ())
+        numbers = tuple(others.get((layer, head), self.kept_keys) for head in range(key_heads))
+        return numbers if len(set(numbers)) > 1 else numbers[0]
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether any head keeps far keys."""
+        return self.kept_keys > 0 or any(number for _, number in self.head_kept_keys or ())
 
     def omega_rows(self, layer: int) -> int:
         """Number of rows of omega per key head of one layer."""
@@ -188,7 +214,7 @@ class RFAConfig:
         if self.layers == "all":
             return True
         if isinstance(self.layers, str):
-            match = _RULE.fullmatch(self.layers)
+            match = LAYER_RULE.fullmatch(self.layers)
             assert match is not None  # checked in `__post_init__`
             return (layer + 1) % int(match.group(1)) != 0
         return layer in self.layers
@@ -203,7 +229,7 @@ class RFAConfig:
         """The config that `to_dict` wrote. Raises `ConfigError` on a newer format or an unknown field."""
         values = dict(values)
         version = values.pop("format_version", None)
-        if not _is_int(version) or version < 1:
+        if not is_int(version) or version < 1:
             raise ConfigError(
                 f"`format_version` must be a positive integer. Got {version!r}. The config is damaged: save it again."
             )
@@ -220,68 +246,3 @@ class RFAConfig:
                 "the model again."
             )
         return cls(**values)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"`{name}` must be one of {list(choices)}. Got {value!r}. Set RFAConfig({name}={choices[0]!r})."
-        )
-
-
-def _check_int(name: str, value: Any, least: int, what: str, advice: str) -> None:
-    if not _is_int(value) or value < least:
-        raise ConfigError(f"`{name}` must be {what}. Got {value!r}. {advice}")
-
-
-def _normalise_heads(heads: Any) -> Literal["auto"] | float | tuple[HeadIndex, ...] | None:
-    if heads is None or heads == "auto":
-        return heads
-    if isinstance(heads, float):
-        if not 0 <= heads <= 1:
-            raise ConfigError(
-                f"`softmax_heads` as a fraction must lie in [0, 1]. Got {heads}. Set, for example, 0.25."
-            )
-        return heads
-    if isinstance(heads, (list, tuple)) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(_is_int(n) and n >= 0 for n in pair)
-        for pair in heads
-    ):
-        return tuple(sorted({(pair[0], pair[1]) for pair in heads}))
-    raise ConfigError(
-        f"`softmax_heads` must be None, 'auto', a fraction (float) or a list of (layer, key_head). Got {heads!r}. "
-        "Set, for example, 0.25 or [(3, 1)]."
-    )
-
-
-def _normalise_layers(layers: Any) -> str | tuple[int, ...]:
-    if isinstance(layers, str):
-        match = _RULE.fullmatch(layers)
-        if layers == "all" or (match and int(match.group(1)) >= 2):
-            return layers
-    elif isinstance(layers, (list, tuple)) and layers and all(_is_int(n) and n >= 0 for n in layers):
-        return tuple(sorted(set(layers)))
-    raise ConfigError(
-        "`layers` must be 'all', a non-empty list of layer indices or a rule such as 'every 4th stays softmax'. Got "
-        f"{layers!r}. Set RFAConfig(layers='all')."
-    )
-
-
-def _normalise_features(features: Any) -> tuple[tuple[int, int], ...] | None:
-    """((layer, number), ...) sorted, so that configs stay hashable; None if no layer differs."""
-    if not features:
-        return None
-    pairs = list(features.items()) if isinstance(features, Mapping) else features
-    if isinstance(pairs, (list, tuple)) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_int(pair[0]) and pair[0] >= 0
-        and _is_int(pair[1]) and pair[1] >= 1 for pair in pairs
-    ):  # fmt: skip
-        return tuple(sorted((pair[0], pair[1]) for pair in pairs))
-    raise ConfigError(
-        f"`layer_features` must be None or {{layer: number of random features}}. Got {features!r}. Set, for example, "
-        "{3: 512}."
-    )

@@ -80,7 +80,7 @@ def launches(options: argparse.Namespace) -> list[tuple[Any, tuple[Any, ...], di
     for (module, name), kernel in kernels.items():
         setattr(module, name, Recorder(kernel, noted))
     try:
-        causal.triton_causal(call, False, None)[0].sum().backward()
+        causal.triton_causal(call)[0].sum().backward()
     finally:
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)

@@ -17,6 +17,7 @@ CONFIGS = {
     "exact head": dataclasses.replace(SHORT, softmax_heads=[(1, 0)]),
     "pure": dataclasses.replace(SHORT, window=0),
     "trigonometric": dataclasses.replace(SHORT, feature_map="trigonometric"),
+    "kept keys": dataclasses.replace(SHORT, kept_keys=5),
 }
 CONFIG = pytest.mark.parametrize("config", CONFIGS)
 

@@ -32,8 +32,11 @@ def assert_equal_states(got: RFAState, want: RFAState, tolerance: float = 1e-11)
     """Field by field; the far sums as numbers, whatever they were divided by."""
     assert torch.equal(got.count, want.count)
     assert_near(true_sums(got), true_sums(want), tolerance, "kv_state")
+    assert len(got.beside) == len(want.beside)
+    for one, two in zip(got.beside, want.beside, strict=True):
+        assert_equal_states(one, two, tolerance)
     for field in dataclasses.fields(RFAState):
-        if field.name in ("kv_state", "log_max"):
+        if field.name in ("kv_state", "log_max", "beside"):
             continue
         one, two = getattr(got, field.name), getattr(want, field.name)
         assert (one is None) == (two is None), field.name

@@ -19,6 +19,7 @@ def test_defaults():
         "window": 64,
         "sink_tokens": 4,
         "kept_keys": 0,
+        "head_kept_keys": None,
         "softmax_heads": None,
         "loss_budget": 0.005,
         "layers": "all",

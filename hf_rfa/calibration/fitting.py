@@ -105,7 +105,7 @@ class LayerFit:
         settings = settings.replace(
             window=config.window,
             sink_tokens=config.sink_tokens,
-            kept_keys=config.kept_keys,
+            kept_keys=self.adapter.kept_keys,
             softmax_heads=(),
             sliding_window=None,
         )

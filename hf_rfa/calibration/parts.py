@@ -14,6 +14,23 @@ def attention_parts(call: OperatorCall) -> tuple[Part | None, Part]:
 
     There is no near part if `window = 0`. The call must be in float32 or float64 and have no exact heads.
     """
+    groups = call.groups()
+    if len(groups) == 1:
+        return _parts_of_group(call)
+    found = [_parts_of_group(group) for _, group in groups]
+    order = [head for heads, _ in groups for head in heads]
+    back = torch.tensor([order.index(head) for head in range(len(order))], device=call.query.device)
+    near = [near for near, _ in found if near is not None]
+    return _beside(near, back) if near else None, _beside([far for _, far in found], back)
+
+
+def _beside(parts: list[Part], back: torch.Tensor) -> Part:
+    """The parts of several groups of key heads, in the order of the heads."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Part(*(torch.cat(field, dim=1).index_select(1, back) for field in fields))
+
+
+def _parts_of_group(call: OperatorCall) -> tuple[Part | None, Part]:
     run = CausalPass(call) if call.causal else BidirectionalPass(call)
     blocks = [(near, far) for _, near, far in run.blocks()]
     groups, length = call.query.shape[2:4]

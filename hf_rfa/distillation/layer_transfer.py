@@ -62,7 +62,7 @@ class LayerTransfer:
             rng = np.random.default_rng((self.settings.seed, adapter.layer, self.step))
             dropped = rng.random() < self.settings.window_dropout
             own = adapter.config
-            window, sinks, kept = (0, 0, 0) if dropped else (own.window, own.sink_tokens, own.kept_keys)
+            window, sinks, kept = (0, 0, 0) if dropped else (own.window, own.sink_tokens, adapter.kept_keys)
             settings = settings.replace(
                 window=window, sink_tokens=sinks, kept_keys=kept, softmax_heads=adapter.softmax_heads,
                 sliding_window=None,

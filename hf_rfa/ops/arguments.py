@@ -29,6 +29,8 @@ def operator_arguments(
     check_tokens(query, key, value)
     settings = {name: keywords.pop(name) for name in _SETTINGS if name in keywords}
     settings["softmax_heads"] = tuple(settings.get("softmax_heads", ()))
+    if not isinstance(settings.get("kept_keys", 0), int):
+        settings["kept_keys"] = tuple(settings["kept_keys"])
     if settings.get("scaling") is None:
         settings["scaling"] = query.shape[-1] ** -0.5
     if layout is None:

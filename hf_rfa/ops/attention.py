@@ -1,5 +1,6 @@
 """`attend`, the operator; `rfa_attention`, the same on plain tensors; `rfa_attention_reference`, its definition."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -45,8 +46,9 @@ def attend(
         ConfigError: A shape, a type or a value does not fit; the message names it.
     """
     call = OperatorCall.of(query, key, value, kernel, settings, layout, state)
+    call = call.replace(output_final_state=output_final_state, statistics=statistics)
     with torch.autocast(query.device.type, enabled=False):
-        return _run(call, output_final_state, statistics)
+        return _run(call)
 
 
 def rfa_attention(
@@ -58,7 +60,7 @@ def rfa_attention(
     feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
-    kept_keys: int = 0,
+    kept_keys: int | Sequence[int] = 0,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
@@ -103,7 +105,9 @@ def rfa_attention(
         window: Chunk size, tokens; 0 = pure RFA (all keys estimated, no sinks).
         sink_tokens: At most `window`.
         kept_keys: K, the far keys of each key head that stay exact: those that took the largest mean weight from the
-            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`. 0 = none.
+            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`; in the
+            bidirectional form once per document, see `hf_rfa.ops.kept_encoder_keys`. 0 = none. Or one number per key
+            head.
         alpha, gamma: A number, or one a key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
         query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
@@ -169,7 +173,7 @@ def rfa_attention_reference(
     feature_map: str | Sequence[str] = "positive",
     window: int = 64,
     sink_tokens: int = 4,
-    kept_keys: int = 0,
+    kept_keys: int | Sequence[int] = 0,
     alpha: PerHead = 1.0,
     gamma: PerHead = 1.0,
     proposal: PerHead | None = None,
@@ -212,36 +216,54 @@ def rfa_attention_reference(
         gate_bias=gate_bias,
     )  # fmt: skip
     call = OperatorCall.of(query, key, value, kernel, settings, layout, initial_state)
-    call.check_state()
-    output, state = reference_attention(call, output_final_state)
-    output = output.flatten(1, 2)
-    return (output, state) if state is not None else output
+    call = call.replace(output_final_state=output_final_state)
+    output, states = query.new_empty(*call.query.shape[:-1], value.shape[-1]), []
+    for heads, group in call.groups():
+        group.check_state()
+        part, state = reference_attention(group)
+        output = _put(output, heads, part)
+        states.append(state)
+    state = _joined(states)
+    return output.flatten(1, 2) if state is None else (output.flatten(1, 2), state)
 
 
-def _run(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def _run(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """Split the key heads into linear and exact ones, run each, and put them together again: (B, H, N, M)."""
-    if not call.softmax_heads:
-        output, state = _linear(call, output_final_state, statistics)
+    groups = call.groups()
+    if len(groups) == 1 and groups[0][1] is call:
+        output, state = _linear(call)
         return output.flatten(1, 2).to(call.value.dtype), state
-    others, device = call.linear_heads, call.query.device
-    if not others:
+    if not groups:
         output, cache = exact_heads(call, ExactCache.of_state(call.state))
-        state = cache.into(count_only(call.heads([]))) if output_final_state else None
+        state = cache.into(count_only(call.heads([]))) if call.output_final_state else None
         return output.flatten(1, 2).to(call.value.dtype), state
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
-    part, state = _linear(call.heads(others), output_final_state, statistics)
-    output = output.index_copy(1, torch.tensor(others, device=device), part.to(output.dtype))
-    part, cache = exact_heads(call.heads(call.softmax_heads), ExactCache.of_state(call.state))
-    output = output.index_copy(1, torch.tensor(call.softmax_heads, device=device), part.to(output.dtype))
-    return output.flatten(1, 2), None if state is None else cache.into(state)
+    states = []
+    for heads, group in groups:
+        part, state = _linear(group)
+        output = _put(output, heads, part)
+        states.append(state)
+    state = _joined(states)
+    if call.softmax_heads:
+        part, cache = exact_heads(call.heads(call.softmax_heads), ExactCache.of_state(call.state))
+        output = _put(output, call.softmax_heads, part)
+        state = state and cache.into(state)
+    return output.flatten(1, 2), state
 
 
-def _linear(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def _joined(states: Sequence[RFAState | None]) -> RFAState | None:
+    """The states of several groups of heads as one; None if there are none."""
+    found = [state for state in states if state is not None]
+    return dataclasses.replace(found[0], beside=tuple(found[1:])) if found else None
+
+
+def _put(output: torch.Tensor, heads: Sequence[int], part: torch.Tensor) -> torch.Tensor:
+    """`output` (B, Hk, G, N, M) with the part of some key heads in its place."""
+    return output.index_copy(1, torch.tensor(heads, device=output.device), part.to(output.dtype))
+
+
+def _linear(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """The linear heads, their state checked; (B, Hk, G, N, M)."""
     call.check_state()
     run = linear_heads_of_graph if torch.compiler.is_compiling() else linear_heads
-    return run(call, output_final_state, statistics)
+    return run(call)

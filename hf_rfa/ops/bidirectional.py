@@ -19,7 +19,7 @@ from hf_rfa.ops.chunks import (
     take,
     to_chunks,
 )
-from hf_rfa.ops.combine import FarStatistics, Part, near_part
+from hf_rfa.ops.combine import Part, near_part
 from hf_rfa.ops.encoder_selection import choose_encoder_keys
 from hf_rfa.ops.kept_part import KeptPart
 from hf_rfa.ops.layout import Plan, PlanSpec
@@ -30,9 +30,7 @@ from hf_rfa.ops.tiles import ShortRule
 Sums = tuple[torch.Tensor, torch.Tensor]
 
 
-def chunked_bidirectional(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
-) -> tuple[torch.Tensor, RFAState | None]:
+def chunked_bidirectional(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
     """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M), zero for the documents that are
     `short`.
 
@@ -41,9 +39,9 @@ def chunked_bidirectional(
     keys.
     """
     run = BidirectionalPass(call, short)
-    outputs = [finish(near, far, call, run.plan, span, statistics) for span, near, far in run.blocks()]
+    outputs = [finish(near, far, call, run.plan, span) for span, near, far in run.blocks()]
     output = from_chunks(torch.cat(outputs, dim=2), run.plan, call.query.shape[2], call.query.shape[3])
-    return output, run.final_state() if output_final_state else None
+    return output, run.final_state() if call.output_final_state else None
 
 
 class BidirectionalPass:

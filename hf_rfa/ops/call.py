@@ -9,6 +9,7 @@ import torch
 from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import feature_map_of_heads
+from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import BACKENDS, AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
@@ -24,7 +25,10 @@ class OperatorCall:
         far: The far kernel of the Hk key heads.
         sink_logits: (Hk, G) or None.
         state: What the call continues from; None at the beginning of a sequence.
-        softmax_heads, sliding_window, backend, kept_keys: See `AttentionSettings`.
+        kept_of_heads: (Hk) numbers of kept keys.
+        output_final_state: Whether the state after the last token is wanted.
+        statistics: Counts how often a far part is dropped; None: nobody asks.
+        softmax_heads, sliding_window, backend: See `AttentionSettings`.
     """
 
     query: torch.Tensor
@@ -41,7 +45,9 @@ class OperatorCall:
     sink_logits: torch.Tensor | None
     state: RFAState | None
     backend: str = "auto"
-    kept_keys: int = 0
+    kept_of_heads: tuple[int, ...] = ()
+    output_final_state: bool = False
+    statistics: FarStatistics | None = None
 
     @classmethod
     def of(
@@ -60,7 +66,14 @@ class OperatorCall:
                 f"`window` must be >= 0 and `sink_tokens` between 0 and `window`. Got window={window}, "
                 f"sink_tokens={sink_tokens}. Set, for example, window=64, sink_tokens=4."
             )
-        if settings.kept_keys < 0 or (settings.kept_keys and not window):
+        kept = settings.kept_keys
+        kept = (kept,) * key_heads if isinstance(kept, int) else tuple(kept)
+        if len(kept) != key_heads:
+            raise ConfigError(
+                f"`kept_keys` must be a number, or one per key head ({key_heads}). Got {len(kept)} numbers. Pass one "
+                "for each."
+            )
+        if min(kept) < 0 or (any(kept) and not window):
             raise ConfigError(
                 "`kept_keys` must be >= 0, and 0 without a window: where nothing is exact no key has a score. Got "
                 f"kept_keys={settings.kept_keys}, window={window}. Set a window, for example 64."
@@ -90,7 +103,7 @@ class OperatorCall:
             raise ConfigError(f"`scaling` must be positive. Got {scaling}. Pass the factor that the model gives q.k.")
         return cls(
             query.unflatten(1, (key_heads, -1)), key, value, far, causal, window, sink_tokens, scaling, layout, exact,
-            sliding_window, sink_logits, state, settings.backend, settings.kept_keys,
+            sliding_window, sink_logits, state, settings.backend, kept,
         )  # fmt: skip
 
     @property
@@ -107,8 +120,40 @@ class OperatorCall:
             key=self.key[:, index],
             value=self.value[:, index],
             far=self.far.select(heads),
+            kept_of_heads=tuple(self.kept_of_heads[head] for head in index),
             sink_logits=logits,
         )
+
+    @property
+    def kept_keys(self) -> int:
+        """K of a call whose heads all keep the same number of keys, as those of a group do."""
+        numbers = set(self.kept_of_heads)
+        assert len(numbers) <= 1, "a call of several groups"
+        return numbers.pop() if numbers else 0
+
+    def groups(self) -> list[tuple[list[int], "OperatorCall"]]:
+        """The linear heads that keep equally many keys, and their calls with states of their own, in ascending order.
+
+        Raises:
+            ConfigError: The state has other groups.
+        """
+        linear = self.linear_heads
+        if not linear:
+            return []
+        numbers = sorted({self.kept_of_heads[head] for head in linear})
+        states = (None,) * len(numbers) if self.state is None else (self.state, *self.state.beside)
+        if len(states) != len(numbers):
+            raise ConfigError(
+                f"`initial_state` comes from another kind of call: its heads keep {len(states)} different numbers of "
+                f"keys, those of this call {len(numbers)}. Continue with the `kept_keys` of that call."
+            )
+        if len(numbers) == 1 and len(linear) == self.key.shape[1]:
+            return [(linear, self)]
+        found = []
+        for number, state in zip(numbers, states, strict=True):
+            heads = [head for head in linear if self.kept_of_heads[head] == number]
+            found.append((heads, self.heads(heads).replace(state=state)))
+        return found
 
     def to(self, dtype: torch.dtype) -> "OperatorCall":
         """The call with q, k, v and the far kernel in `dtype`."""
@@ -142,10 +187,11 @@ class OperatorCall:
                     "keys, heads, features and causality of that call."
                 )
 
-    def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int, int]:
+    def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int, int, int]:
         # The bidirectional form remembers no near keys and keeps none.
         window, kept_keys = (self.window, self.kept_keys) if self.causal else (0, 0)
-        return len(self.query), self.key, self.value, self.far.num_components, window, self.sink_tokens, kept_keys
+        exact = window, self.sink_tokens, kept_keys, self.query.shape[2]
+        return len(self.query), self.key, self.value, self.far.num_components, *exact
 
 
 def check_backend(name: str) -> None:

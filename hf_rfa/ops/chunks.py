@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.combine import FarStatistics, Part, combine
+from hf_rfa.ops.combine import Part, combine
 from hf_rfa.ops.layout import Plan
 
 #: Chunk size where there is no window to set it. Both costs of a chunk, C (D + M) and F (D + M), are then alike.
@@ -52,9 +52,7 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
 
-def finish(
-    near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, block: slice, statistics: FarStatistics | None
-) -> torch.Tensor:
+def finish(near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, block: slice) -> torch.Tensor:
     """Both parts of a block under one normaliser, (B, Hk, n, G * C, M); the far part comes without its gamma."""
     far, groups, chunk = call.far, call.query.shape[2], plan.token_mask.shape[-1]
     log_scale = far_part.log_scale + far.log_gamma().view(-1, 1, 1)
@@ -63,4 +61,4 @@ def finish(
     if sink_logits is not None:
         sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(log_scale.dtype)
     counted = plan.asked[:, None, block].repeat(1, 1, 1, groups)
-    return combine(near, far_part, sink_logits, statistics, counted)
+    return combine(near, far_part, sink_logits, call.statistics, counted)

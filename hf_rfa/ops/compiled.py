@@ -31,9 +31,7 @@ _STATE = (
 )  # fmt: skip
 
 
-def linear_heads_of_graph(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def linear_heads_of_graph(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """`linear_heads` as an operation that tracers do not look into."""
     named: dict[str, torch.Tensor | None] = {"query": call.query, "key": call.key, "value": call.value}
     named |= {name: getattr(call.far, name) for name in _KERNEL}
@@ -47,11 +45,11 @@ def linear_heads_of_graph(
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     output, counts, *state = torch.ops.hf_rfa.linear_heads(
         list(given.values()), ",".join(given), ",".join(call.far.feature_maps), [getattr(call, n) for n in _NUMBERS],
-        call.scaling, call.backend, output_final_state, statistics is not None,
+        call.scaling, call.backend, call.output_final_state, call.statistics is not None,
     )  # fmt: skip
-    if statistics is not None:
-        statistics.add_counts(counts)
-    return output, RFAState(**dict(zip(_STATE, state, strict=False))) if output_final_state else None
+    if call.statistics is not None:
+        call.statistics.add_counts(counts)
+    return output, RFAState(**dict(zip(_STATE, state, strict=False))) if call.output_final_state else None
 
 
 @torch.library.custom_op("hf_rfa::linear_heads", mutates_args=())
@@ -61,9 +59,11 @@ def _operation(
 ) -> list[torch.Tensor]:  # fmt: skip
     """[output, (dropped, queries), *state]; `names` says what the tensors are."""
     call = _call(tensors, names, feature_maps, numbers, scaling, backend)
-    call = call.replace(layout=_known_layout(call.layout))
     statistics = FarStatistics() if count else None
-    output, state = linear_heads(call, output_final_state, statistics)
+    call = call.replace(
+        layout=_known_layout(call.layout), output_final_state=output_final_state, statistics=statistics
+    )
+    output, state = linear_heads(call)
     counts = torch.zeros(2, dtype=torch.int64) if statistics is None else statistics.counts()
     # Operations hand out tensors of their own, as their fakes say.
     output = output.to(accumulation_dtype(call.query.dtype))
@@ -89,14 +89,15 @@ def _call(
 ) -> OperatorCall:  # fmt: skip
     given = dict(zip(names.split(","), tensors, strict=True))
     far = FarKernel(tuple(feature_maps.split(",")), **{name: given.get(name) for name in _KERNEL})  # type: ignore[arg-type]
-    state = RFAState(**{name: given[name] for name in _STATE if name in given}) if "count" in given else None
+    held: dict[str, Any] = {name: given[name] for name in _STATE if name in given}
+    state = RFAState(**held) if "count" in given else None
     causal, window, sink_tokens, kept_keys = numbers
     return OperatorCall(
         given["query"], given["key"], given["value"], far, scaling=scaling,
         causal=bool(causal), window=window, sink_tokens=sink_tokens,
         layout=TokenLayout(given.get("token_mask"), given.get("segment_ids")), softmax_heads=(), sliding_window=None,
         sink_logits=given.get("sink_logits"), state=state, backend=backend,
-        kept_keys=kept_keys,
+        kept_of_heads=(kept_keys,) * given["key"].shape[1],
     )  # fmt: skip
 
 
@@ -173,8 +174,7 @@ def _backward_operation(
         leaves = iter(chosen)
         whole = [next(leaves) if want else t for t, want in zip(tensors, wanted, strict=True)]
         call = _call(whole, names, feature_maps, numbers, scaling, backend)
-        call = call.replace(layout=layout)
-        output, state = linear_heads(call, output_final_state, None)
+        output, state = linear_heads(call.replace(layout=layout, output_final_state=output_final_state))
         results = [output, *_state_tensors(state)]
         return [t for t, present in zip(results, given, strict=True) if present]
 

@@ -1,5 +1,6 @@
 """Token after token of one layer, in place: what a cache keeps between the steps of `generate`."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -48,13 +49,21 @@ class Decoder:
         query (B, H, 1, D), key (B, Hk, 1, D), value (B, Hk, 1, M): the first token that will come, not yet read.
         """
         call = OperatorCall.of(query, key, value, kernel, settings, TokenLayout(), state)
-        linear = call.heads(call.linear_heads) if call.softmax_heads else call
-        linear.check_state()
-        wide = linear.to(accumulation_dtype(query.dtype))
-        self._heads = RecurrentHeads(wide, state or linear.empty_state(), prepare=True)
-        self._key_heads, self._wide = key.shape[1], wide.query.dtype
+        wide = accumulation_dtype(query.dtype)
+        self._groups, parts = [], []
+        for heads, group in call.groups():
+            group.check_state()
+            group = group.to(wide)
+            self._groups.append(RecurrentHeads(group, group.state or group.empty_state(), prepare=True))
+            parts.append(heads)
+        self._exact = None
+        if call.softmax_heads:
+            exact = call.heads(call.softmax_heads).replace(state=None)
+            self._exact = _ExactPart(exact, ExactCache.of_state(state))
+            parts.append(list(call.softmax_heads))
+        self._key_heads, self._wide = key.shape[1], wide
         self._kernel, self._settings, self._kinds = kernel, settings, _kinds(query, key, value)
-        self._exact = _ExactPart(call, ExactCache.of_state(state)) if call.softmax_heads else None
+        self._split = _Split(parts, query.device) if len(parts) > 1 else None
 
     def continues(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
@@ -71,55 +80,58 @@ class Decoder:
         """The output (B, H, 1, M) of one more token; see `rfa_attention` for the arguments."""
         layout = layout or TokenLayout()
         tokens = query.unflatten(1, (self._key_heads, -1)), key, value
-        if self._exact is None:
-            return self._linear(*tokens, layout, statistics).flatten(1, 2).to(value.dtype)
-        linear, exact = self._exact.split(tokens)
-        parts = self._linear(*linear, layout, statistics), self._exact.step(*exact, layout)
-        return self._exact.join([part.to(value.dtype) for part in parts]).flatten(1, 2)
+        if self._split is None:
+            return self._linear(self._groups[0], tokens, layout, statistics).flatten(1, 2).to(value.dtype)
+        of_parts = self._split.apart(tokens)
+        pairs = zip(self._groups, of_parts, strict=False)
+        answers = [self._linear(group, part, layout, statistics) for group, part in pairs]
+        if self._exact is not None:
+            answers.append(self._exact.step(*of_parts[-1], layout))
+        return self._split.together([answer.to(value.dtype) for answer in answers]).flatten(1, 2)
 
     def state(self) -> RFAState:
         """The state after the last token."""
-        state, cache = self._heads.state(), None if self._exact is None else self._exact.cache
-        return state if cache is None else cache.into(state)
+        first, *others = (group.state() for group in self._groups)
+        state = dataclasses.replace(first, beside=tuple(others)) if others else first
+        return state if self._exact is None or self._exact.cache is None else self._exact.cache.into(state)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows (n,) int64 of the batch."""
-        self._heads.select_rows(rows)
+        for group in self._groups:
+            group.select_rows(rows)
         if self._exact is not None:
             self._exact.select_rows(rows)
 
     def _linear(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout,
-        statistics: FarStatistics | None,
-    ) -> torch.Tensor:  # fmt: skip
-        wide = self._wide
-        return self._heads.step(query.to(wide), key.to(wide), value.to(wide), layout.token_mask, statistics)
+        self, group: RecurrentHeads, tokens: Tokens, layout: TokenLayout, statistics: FarStatistics | None
+    ) -> torch.Tensor:
+        query, key, value = (x.to(self._wide) for x in tokens)
+        return group.step(query, key, value, layout.token_mask, statistics)
+
+
+class _Split:
+    """The key heads of a layer in parts that are computed apart."""
+
+    def __init__(self, parts: list[list[int]], device: torch.device) -> None:
+        order = [head for part in parts for head in part]
+        self._parts = [torch.tensor(part, device=device) for part in parts]
+        self._back = torch.tensor([order.index(head) for head in range(len(order))], device=device)
+
+    def apart(self, tokens: Tokens) -> list[Tokens]:
+        """q, k, v (B, Hk, ...) of each part."""
+        query, key, value = tokens
+        return [(query.index_select(1, i), key.index_select(1, i), value.index_select(1, i)) for i in self._parts]
+
+    def together(self, answers: list[torch.Tensor]) -> torch.Tensor:
+        """The reverse, of what the parts answer."""
+        return torch.cat(answers, dim=1).index_select(1, self._back)
 
 
 class _ExactPart:
     """The exact heads of a layer that has linear ones, too."""
 
     def __init__(self, call: OperatorCall, cache: ExactCache | None) -> None:
-        self._call, self.cache = call.heads(call.softmax_heads).replace(state=None), cache
-        order = call.linear_heads + list(call.softmax_heads)
-        back = [order.index(head) for head in range(len(order))]
-        device = call.query.device
-        self._linear_index, self._exact_index, self._back = (
-            torch.tensor(heads, device=device) for heads in (call.linear_heads, call.softmax_heads, back)
-        )
-
-    def split(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
-        """q, k, v (B, Hk, ...) of the linear and of the exact heads."""
-        query, key, value = tokens
-        linear, exact = (
-            (query.index_select(1, index), key.index_select(1, index), value.index_select(1, index))
-            for index in (self._linear_index, self._exact_index)
-        )
-        return linear, exact
-
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The reverse."""
-        return torch.cat(parts, dim=1).index_select(1, self._back)
+        self._call, self.cache = call, cache
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """The output (B, He, G, 1, M) of one more token."""

@@ -16,7 +16,7 @@ from hf_rfa.ops.documents import Documents
 from hf_rfa.ops.recomputing import Flags, Tensors, recomputing
 
 #: Logits that are handled at once: they must stay in a CPU's cache. A GPU has many times as many at once.
-BLOCK_LOGITS, TIMES_ON_GPU = 2**18, 64
+BLOCK_LOGITS, TIMES_ON_GPU = 2**20, 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,15 +41,15 @@ class KeepingHeads:
         self._sink_logits = call.sink_logits
         self.decay, mass = decay.to(call.query.dtype), mass.to(call.query.dtype)
         near = self._count + self._sinks
-        self._mass = mass.new_zeros(*mass.shape[:2], near + 2 * self._window)  # sinks count for nothing
-        self._mass[:, :, : self._count], self._mass[:, :, near:] = mass[:, :, : self._count], mass[:, :, self._count :]
+        self._mass = mass.new_zeros(*mass.shape[:3], near + 2 * self._window)  # sinks count for nothing
+        self._mass[..., : self._count], self._mass[..., near:] = mass[..., : self._count], mass[..., self._count :]
 
     def into(self, state: RFAState, key: torch.Tensor, value: torch.Tensor) -> RFAState:
         """The state of `RecurrentHeads` with the kept keys and values (B, Hk, K, D or M)."""
-        kept, _, near = self._mass.split([self._count, self._sinks, 2 * self._window], dim=2)
+        kept, _, near = self._mass.split([self._count, self._sinks, 2 * self._window], dim=-1)
         return dataclasses.replace(
             state, kept_key=key, kept_value=value, kept_position=self.position.clone(), kept_decay=self.decay.clone(),
-            mass=torch.cat([kept, near], dim=2),
+            mass=torch.cat([kept, near], dim=-1),
         )  # fmt: skip
 
     def select_rows(self, index: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class KeepingHeads:
         else:
             logits = self._sink_logits.to(scores.dtype)[..., None].expand(*scores.shape[:3], 1)
             weights = torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
-        self._mass[:, :, slots] += weights.sum(2).masked_fill_(~counted, 0.0)
+        self._mass[..., slots] += weights.masked_fill(~counted.unsqueeze(1), 0.0)
 
     def choose(self, rivals: "Rivals") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose anew where a chunk leaves the window.
@@ -93,7 +93,7 @@ class KeepingHeads:
         leaving = torch.where(rivals.candidates & moved, count - 2 * size + slots, -1)
         position = torch.cat([self.position, leaving.unsqueeze(1).expand(batch, heads, size)], dim=2)
         first = kept + self._sinks
-        mass = torch.cat([self._mass[:, :, :kept], self._mass[:, :, first : first + size]], dim=2)
+        mass = torch.cat([self._mass[..., :kept], self._mass[..., first : first + size]], dim=-1)
         decay = torch.cat([self.decay, mass.new_zeros(batch, heads, size) if behind is None else behind], dim=2)
         score = kept_keys.scores(mass, rivals.lengths, position, count.unsqueeze(1), size)
         still = torch.where(torch.arange(kept + size, device=score.device) < kept, 0.0, kept_keys.NOTHING)
@@ -103,12 +103,13 @@ class KeepingHeads:
         self.position = position.gather(2, staying)
         empty = self.position < 0
         self.decay = decay.gather(2, staying).masked_fill(empty, 0.0)
-        self._mass[:, :, :kept] = mass.gather(2, staying).masked_fill(empty, 0.0)
+        chosen = staying.unsqueeze(2).expand(-1, -1, mass.shape[2], -1)
+        self._mass[..., :kept] = mass.gather(3, chosen).masked_fill(empty.unsqueeze(2), 0.0)
         return going, staying, of_going
 
     def shift(self, moved: torch.Tensor) -> None:
         """Chunk c0 takes the place of chunk c0 - 1 in the rows `moved` (B, 1)."""
-        previous, own = self._mass[:, :, self._count + self._sinks :].split(self._window, dim=2)
-        rows = moved.unsqueeze(-1)
+        previous, own = self._mass[..., self._count + self._sinks :].split(self._window, dim=-1)
+        rows = moved[..., None, None]
         previous.copy_(torch.where(rows, own, previous))
         own.masked_fill_(rows, 0.0)

@@ -23,7 +23,10 @@ import torch
 
 from hf_rfa.ops.kept_keys import NOTHING
 
-#: Queries of a document that are asked.
+#: Queries of a document that are asked. On all-MiniLM-L6-v2 (512 tokens, window 64, K = 64, one fixed far kernel) the
+#: square error of the layers' outputs is 0.0217, 0.0200, 0.0166 of their square with 64, 128, 256 of them, and the
+#: embedding's cosine distance 0.0143, 0.0144, 0.0135 (without kept keys 0.0532 and 0.0286). The choice takes as many
+#: times longer.
 QUERIES = 128
 
 

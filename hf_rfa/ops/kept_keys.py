@@ -4,11 +4,11 @@ When a chunk leaves the window, its keys compete with the K that are kept. Those
 others are added to the far sums, once and for good: nothing is dropped, and the state is of constant size.
 
     exact(i) = near(i) + sinks + kept(chunk of i),        far = every other key that i may see
-    score_j  = |v_j| sum_i p_ij / #i  over the queries i >= j + d so far,
+    score_j  = |v_j| max_g sum_i p_ij / #i  over the queries i >= j + d so far, of query head g,
     p_ij     = exp(s q_i.k_j) / sum_{exact(i)} exp(s q_i.k_m)
 
-The sum runs over the queries of all heads that share the key head; a learned sink logit counts in the normaliser. What
-the far sums lose of a key grows with its weight and with its value. The nearest d queries of a key are left out: most
+The maximum is over the query heads that share the key head; a learned sink logit counts in the normaliser. What the
+far sums lose of a key grows with its weight and with its value. The nearest d queries of a key are left out: most
 of them look at it for being near, which says nothing about those to come. Far keys have no part in p_ij, so that a
 choice needs neither features nor sums.
 
@@ -36,14 +36,14 @@ def scores(
     """score_j (..., L) after so many tokens of the document; `NOTHING` where there is no key.
 
     Args:
-        mass: (..., L) sum_i p_ij so far.
+        mass: (..., G, L) sum_i p_ij so far, of each query head.
         length: (..., L) |v_j|.
         position: (..., L) int64, number of the token in its document; -1 where there is none.
         count: Tokens so far, whole chunks.
         window: C, tokens per chunk.
     """
     queries = count - position - least_distance(window)
-    score = torch.nan_to_num(mass * length / queries, nan=-1.0)
+    score = torch.nan_to_num(mass.amax(-2) * length / queries, nan=-1.0)
     return score.masked_fill(position < 0, NOTHING)
 
 

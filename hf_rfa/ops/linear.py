@@ -6,7 +6,6 @@ from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.chunked import chunked_causal
 from hf_rfa.ops.chunks import PURE_CHUNK
-from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.dispatch import form_of_call
 from hf_rfa.ops.recurrent import RecurrentHeads
 from hf_rfa.ops.short_documents import short_documents
@@ -15,9 +14,7 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 from hf_rfa.ops.tiles import ShortRule
 
 
-def linear_heads(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def linear_heads(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """Output (B, Hk, G, N, M), and the state after the last token, if wanted.
 
     The output is float32 at least, or of value's type where it was written block by block.
@@ -28,35 +25,33 @@ def linear_heads(
         call = call.to(wide).replace(state=call.state or call.empty_state())  # whose near keys stay in their own type
         assert call.state is not None
         heads = RecurrentHeads(call, call.state)
-        output = heads.step(call.query, call.key, call.value, call.layout.token_mask, statistics)
-        return output, heads.state() if output_final_state else None
+        output = heads.step(call.query, call.key, call.value, call.layout.token_mask, call.statistics)
+        return output, heads.state() if call.output_final_state else None
     # Documents without far keys; without a window, where all keys are far, those that fit into a chunk.
     longest = 2 * call.window or PURE_CHUNK
-    rule = ShortRule(longest, first=call.state is None, last=not output_final_state)
+    rule = ShortRule(longest, first=call.state is None, last=not call.output_final_state)
     short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)
     if short is None:
-        return _run_form(form, call, output_final_state, statistics, None)
+        return _run_form(form, call, None)
     if call.window:
         output = short_documents(call, short)
     else:
-        output = short_estimates(call.replace(far=call.far.to(wide)), short, statistics)
-    if short.everything and not output_final_state:
+        output = short_estimates(call.replace(far=call.far.to(wide)), short)
+    if short.everything and not call.output_final_state:
         return output, None
-    others, state = _run_form(form, call, output_final_state, statistics, rule)
+    others, state = _run_form(form, call, rule)
     return output + others, state
 
 
-def _run_form(
-    form: str, call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None
-) -> tuple[torch.Tensor, RFAState | None]:
+def _run_form(form: str, call: OperatorCall, short: ShortRule | None) -> tuple[torch.Tensor, RFAState | None]:
     """`linear_heads` of all documents but the short ones, for which it is zero."""
     if form == "triton":
         # Not every machine has triton, and importing it takes a second.
         from hf_rfa.ops.triton.causal import triton_causal
 
-        return triton_causal(call.replace(far=call.far.to(torch.float32)), output_final_state, statistics, short)
+        return triton_causal(call.replace(far=call.far.to(torch.float32)), short)
     wide = accumulation_dtype(call.query.dtype)
     if form == "chunked":
-        return chunked_causal(call.replace(far=call.far.to(wide)), output_final_state, statistics, short)
+        return chunked_causal(call.replace(far=call.far.to(wide)), short)
     call = call.to(wide).replace(state=call.state or call.empty_state())
-    return chunked_bidirectional(call, output_final_state, statistics, short)
+    return chunked_bidirectional(call, short)

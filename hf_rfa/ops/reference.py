@@ -6,6 +6,8 @@ exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.
 that the document keeps, see `ops.kept_encoder_keys`.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
 
 
-def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[torch.Tensor, RFAState | None]:
+def reference_attention(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M)."""
     query, key, value, layout, initial_state = call.query, call.key, call.value, call.layout, call.state
     batch, _, _, length, _ = query.shape
@@ -34,9 +36,9 @@ def reference_attention(call: OperatorCall, output_final_state: bool) -> tuple[t
             sequence = _Sequence(k, v, state, call)
             output[one, ..., document, :] = sequence.attend(q)
             state = None
-        if output_final_state:
+        if call.output_final_state:
             finals.append(sequence.final_state())
-    return output, RFAState.cat(finals) if output_final_state else None
+    return output, RFAState.cat(finals) if call.output_final_state else None
 
 
 class _Sequence:
@@ -55,7 +57,7 @@ class _Sequence:
         # Without causality an earlier state is a bag of far keys; chunks and sinks are those of the new tokens.
         self.new_rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
         self.rank = self.new_rank.expand(key.shape[1], -1)  # (Hk, K), -1 where there is no key
-        self.mass = torch.zeros_like(key[0, ..., 0])
+        self.mass = key.new_zeros(key.shape[1], call.query.shape[2], key.shape[2])  # (Hk, G, K)
         self.decay, self.forgotten = self._decay(0)
         if state is not None and window and self.causal:
             self._remember(state)
@@ -68,15 +70,15 @@ class _Sequence:
         old = torch.arange(max(first, 0), self.seen)
         sinks_left = torch.arange(min(self.sinks, max(first, 0)))
         keys, values = [state.sink_key[:, :, sinks_left]], [state.sink_value[:, :, sinks_left]]
-        masses = [torch.zeros(self.key.shape[1], len(sinks_left))]
+        masses = [torch.zeros(*self.mass.shape[:2], len(sinks_left))]
         keys, values = [*keys, state.near_key[:, :, old - first]], [*values, state.near_value[:, :, old - first]]
         rank, decay = torch.cat([sinks_left, old]).expand(self.key.shape[1], -1), None
         if state.kept_key is not None:
             kept_key, kept_value, position, kept_decay, mass = state.kept
             keys, values = [kept_key, *keys], [kept_value, *values]
-            masses = [mass[0, :, : self.kept_keys], *masses, mass[0, :, self.kept_keys + old - first]]
+            masses = [mass[0, ..., : self.kept_keys], *masses, mass[0, ..., self.kept_keys + old - first]]
             rank, decay = torch.cat([position[0], rank], dim=1), -kept_decay.to(self.key)
-            self.mass = torch.cat([*(m.to(self.mass) for m in masses), self.mass], dim=1)
+            self.mass = torch.cat([*(m.to(self.mass) for m in masses), self.mass], dim=-1)
         key, value = self.key, self.value
         self.key, self.value = (
             torch.cat([*(k.to(key) for k in keys), key], 2),
@@ -160,7 +162,7 @@ class _Sequence:
             if self.sink_logits is not None:
                 total = total + self.sink_logits.to(total).exp()[..., None, None]
             counts = self.new_rank[rows, None] - self.rank[:, None] >= kept_keys.least_distance(self.window)
-            self.mass = self.mass + (share / total * counts[:, None]).sum((1, 2))
+            self.mass = self.mass + (share / total * counts[:, None]).sum(2)
             if self.new_rank[-1] + 1 >= (chunk + 1) * self.window:  # the chunk is full
                 rivals = self.kept | ((chunk_of_key == chunk - 1) & (self.rank >= self.sinks))
                 position, count = torch.where(rivals, self.rank, -1), (chunk + 1) * self.window
@@ -189,7 +191,8 @@ class _Sequence:
         window = self.window if self.causal else 0
         sinks = self.sinks if self.causal else 0
         kept_keys = self.kept_keys if self.causal else 0
-        state = RFAState.empty(1, self.key, self.value, self.far.num_components, window, sinks, kept_keys)
+        size = window, sinks, kept_keys, self.mass.shape[1]
+        state = RFAState.empty(1, self.key, self.value, self.far.num_components, *size)
         chunk = self.rank // window if window else self.rank
         is_far = (self.rank >= sinks) & ~self.kept & (chunk <= count // window - 2) if window else self.rank >= 0
         features, log_scale = self.far.key_features(self.key, self.scaling)
@@ -201,7 +204,7 @@ class _Sequence:
         if self.state is not None:
             scale = self.state.log_max.to(sums) + self.forgotten
             sums = sums + self.state.kv_state.to(sums) * scale.exp()[..., None, None]
-        tables = {n: t.clone() for n, t in vars(state).items() if t is not None and n not in ("kv_state", "log_max")}
+        tables: dict[str, Any] = {n: t.clone() for n, t in vars(state).items() if isinstance(t, torch.Tensor)}
         for head, ranks in enumerate(self.rank.tolist()):
             held = [index for index in range(len(ranks)) if self.kept[head, index]] if kept_keys else []
             places = {index: kept_keys - len(held) + place for place, index in enumerate(held)}
@@ -211,7 +214,7 @@ class _Sequence:
                     tables["near_key"][0, head, slot] = self.key[0, head, index]
                     tables["near_value"][0, head, slot] = self.value[0, head, index]
                     if kept_keys:
-                        tables["mass"][0, head, kept_keys + slot] = self.mass[head, index]
+                        tables["mass"][0, head, :, kept_keys + slot] = self.mass[head, :, index]
                 if 0 <= rank < sinks:
                     tables["sink_key"][0, head, rank] = self.key[0, head, index]
                     tables["sink_value"][0, head, rank] = self.value[0, head, index]
@@ -221,7 +224,7 @@ class _Sequence:
                     tables["kept_value"][0, head, place] = self.value[0, head, index]
                     tables["kept_position"][0, head, place] = rank
                     tables["kept_decay"][0, head, place] = decay[0, head, index]
-                    tables["mass"][0, head, place] = self.mass[head, index]
+                    tables["mass"][0, head, :, place] = self.mass[head, :, index]
         # The reference keeps its sums unscaled: log_max = 0 (-inf while no key is far).
         before = self.state is not None and bool((self.state.log_max > -torch.inf).any())
         log_max = torch.full_like(state.log_max, 0.0 if before or bool(is_far.any()) else -torch.inf)

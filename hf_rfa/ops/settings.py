@@ -17,7 +17,8 @@ class AttentionSettings:
     Args:
         window: Chunk size, tokens; 0 = pure RFA.
         sink_tokens: First tokens of a document that every query sees exactly; at most `window`.
-        kept_keys: K, the far keys of each linear key head that stay exact, see `ops.kept_keys`; needs a window.
+        kept_keys: K, the far keys of each linear key head that stay exact, see `ops.kept_keys` and, without
+            causality, `ops.kept_encoder_keys`; needs a window. Or one number per key head.
         scaling: Factor of q.k, usually D ** -0.5.
         causal: False for the bidirectional form.
         softmax_heads: Key heads that are computed by exact softmax.
@@ -28,7 +29,7 @@ class AttentionSettings:
 
     window: int = 64
     sink_tokens: int = 4
-    kept_keys: int = 0
+    kept_keys: int | tuple[int, ...] = 0
     scaling: float
     causal: bool = True
     softmax_heads: tuple[int, ...] = ()

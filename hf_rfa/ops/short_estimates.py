@@ -17,7 +17,7 @@ from hf_rfa.ops.state import accumulation_dtype
 from hf_rfa.ops.tiles import BLOCK_SLOTS, ShortPlan, Tiles, put_blocks, taken_blocks, token_rows
 
 
-def short_estimates(call: OperatorCall, plan: ShortPlan, statistics: FarStatistics | None) -> torch.Tensor:
+def short_estimates(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
     """The output (B, Hk, G, N, M) of the short documents of a call, zero for all other tokens; float32 at least.
 
     The far kernel is in float32 or float64.
@@ -30,8 +30,8 @@ def short_estimates(call: OperatorCall, plan: ShortPlan, statistics: FarStatisti
     blocks = []
     for tiles, (query, key, value) in taken_blocks(plan, rows, call.key.shape[1]):
         answer, counts = run(_block, call, tiles, query, key, value)
-        if statistics is not None:
-            statistics.add_counts(counts)
+        if call.statistics is not None:
+            call.statistics.add_counts(counts)
         blocks.append((tiles, answer))
     return put_blocks(blocks, (*call.query.shape[:-1], call.value.shape[-1]))
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,9 +27,11 @@ class RFAState:
             first; None if K = 0, as all of the following.
         kept_position: (B, Hk, K) int64, numbers of these tokens in their document; -1 in empty places.
         kept_decay: (B, Hk, K), sum of log g over the tokens behind each; 0 without a gate.
-        mass: (B, Hk, K + 2C), attention that the kept and the near keys have received, see `ops.kept_keys`.
+        mass: (B, Hk, G, K + 2C), attention that the kept and the near keys have received from each of the G query
+            heads, see `ops.kept_keys`.
         exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if none do.
         exact_mask: (B, T) bool, which of its slots hold a token; None if all do.
+        beside: The states of the heads that keep other numbers of keys, in ascending order; all else is of the first.
     """
 
     kv_state: torch.Tensor
@@ -46,16 +49,17 @@ class RFAState:
     exact_key: torch.Tensor | None = None
     exact_value: torch.Tensor | None = None
     exact_mask: torch.Tensor | None = None
+    beside: "tuple[RFAState, ...]" = ()
 
     @classmethod
     def empty(
         cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int,
-        kept_keys: int = 0,
+        kept_keys: int = 0, groups: int = 1,
     ) -> "RFAState":  # fmt: skip
         """The state before the first token, shaped and placed like key (_, Hk, _, D) and value (_, Hk, _, M)."""
-        shapes = cls.shapes(batch, key, value, components, window, sink_tokens, kept_keys)
+        shapes = cls.shapes(batch, key, value, components, window, sink_tokens, kept_keys, groups)
         wide = accumulation_dtype(key.dtype)
-        kept = {}
+        kept: dict[str, Any] = {}
         if kept_keys:
             kept = {
                 "kept_key": key.new_zeros(shapes["kept_key"]),
@@ -78,7 +82,7 @@ class RFAState:
     @staticmethod
     def shapes(
         batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int,
-        kept_keys: int = 0,
+        kept_keys: int = 0, groups: int = 1,
     ) -> dict[str, tuple[int, ...]]:  # fmt: skip
         """The shapes of the linear heads' tensors, see `empty`."""
         heads, dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
@@ -90,7 +94,7 @@ class RFAState:
                 "kept_value": (batch, heads, kept_keys, value_dim),
                 "kept_position": (batch, heads, kept_keys),
                 "kept_decay": (batch, heads, kept_keys),
-                "mass": (batch, heads, kept_keys + 2 * window),
+                "mass": (batch, heads, groups, kept_keys + 2 * window),
             }
         return {
             "kv_state": (batch, heads, components, value_dim + 1),
@@ -123,17 +127,19 @@ class RFAState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self._tensors().values()) + sum(state.nbytes for state in self.beside)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RFAState":
         """The state with `function` applied to every tensor (all have the batch as first dimension)."""
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        tensors = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **tensors, beside=tuple(state.map(function) for state in self.beside))
 
     @classmethod
     def cat(cls, states: Sequence["RFAState"]) -> "RFAState":
         """The rows of several states in one."""
         names = states[0]._tensors()
-        return cls(**{name: torch.cat([getattr(state, name) for state in states]) for name in names})
+        rows: dict[str, Any] = {name: torch.cat([getattr(state, name) for state in states]) for name in names}
+        return cls(**rows)
 
     def select_rows(self, rows: torch.Tensor) -> "RFAState":
         """The state of some rows, for beams and batch selection; `rows` (n,) int64."""
@@ -141,7 +147,8 @@ class RFAState:
 
     def to(self, device: torch.device) -> "RFAState":
         """The state on another device; `count` stays on the CPU."""
-        return dataclasses.replace(self.map(lambda tensor: tensor.to(device)), count=self.count)
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items() if name != "count"}
+        return dataclasses.replace(self, **moved, beside=tuple(state.to(device) for state in self.beside))
 
     def detach(self) -> "RFAState":
         """The state cut from autograd, for truncated backpropagation through time."""
@@ -149,7 +156,17 @@ class RFAState:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tensors by name, to be saved."""
+        return {**self._tensors(), "beside": [state.to_dict() for state in self.beside]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "RFAState":
+        """The state that `to_dict` was called on."""
+        beside = tuple(cls.from_dict(state) for state in saved.get("beside", ()))
+        return cls(**{**saved, "beside": beside})
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.runtime.fingerprint import digest_of
 from hf_rfa.runtime.float32 import Float32Module
+from hf_rfa.runtime.trainable import freeze, make_parameters, unfreeze
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
 ADAPTER_NAME = "rfa"
@@ -158,6 +159,13 @@ class RFAAdapter(Float32Module):
         return known[1]
 
     @property
+    def kept_keys(self) -> int | tuple[int, ...]:
+        """The number of far keys that stay exact, or that of each key head where they differ."""
+        if "kept" not in self._python:
+            self._python["kept"] = self.config.kept_of(self.layer, self.key_heads)
+        return self._python["kept"]
+
+    @property
     def feature_maps(self) -> tuple[str, ...]:
         """The map of each key head."""
         if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
@@ -186,11 +194,7 @@ class RFAAdapter(Float32Module):
 
     def learn(self) -> None:
         """Make the tensors of `LEARNED` Parameters, so that fine-tuning trains them with the model."""
-        for name in LEARNED:
-            if name in self._buffers:
-                tensor = getattr(self, name)
-                del self._buffers[name]
-                self.register_parameter(name, nn.Parameter(tensor))
+        make_parameters(self, LEARNED)
         self._known_kernel = None
         self._train_what_acts()
 
@@ -200,6 +204,19 @@ class RFAAdapter(Float32Module):
         if "softmax_heads" not in self._python:
             self._python["softmax_heads"] = tuple(self.softmax_mask.nonzero().flatten().tolist())
         return self._python["softmax_heads"]
+
+    def set_kept_keys(self, config: RFAConfig) -> None:
+        """Keep as many far keys as `config` says, which differs from the layer's own in nothing else."""
+        self.config = config
+        self._read()
+
+    @property
+    def linear_heads(self) -> list[int]:
+        """The other key heads in order of the layer's state: by the number of keys that they keep, then by head."""
+        kept = self.kept_keys
+        numbers = (kept,) * self.key_heads if isinstance(kept, int) else kept
+        linear = [head for head in range(self.key_heads) if head not in self.softmax_heads]
+        return sorted(linear, key=lambda head: (numbers[head], head))
 
     @property
     def draw_number(self) -> int:
@@ -229,18 +246,11 @@ class RFAAdapter(Float32Module):
             self._train_what_acts()
 
     def _train_what_acts(self) -> None:
-        """Freeze the Parameters while every key head is exact: they would get no gradient, an error to DDP.
-
-        Those that were trained before are trained again once a head is linear.
-        """
+        """Freeze the Parameters while every key head is exact: they would get no gradient, an error to DDP."""
         if len(self.softmax_heads) == self.key_heads:
-            trained = {name for name, parameter in self.named_parameters(recurse=False) if parameter.requires_grad}
-            self._resting |= trained
-            for name in trained:
-                getattr(self, name).requires_grad_(False)
+            self._resting |= freeze(self)
         else:
-            for name in self._resting:
-                getattr(self, name).requires_grad_(True)
+            unfreeze(self, self._resting)
             self._resting = set()
 
     def drawn(self, draw: int) -> torch.Tensor:

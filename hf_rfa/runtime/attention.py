@@ -203,7 +203,7 @@ def _unforeseen_mask(module: nn.Module) -> UnsupportedModelError:
 def _inputs(adapter: RFAAdapter, call: AttentionCall) -> AttendInputs:
     config = adapter.config
     settings = call.settings(
-        window=config.window, sink_tokens=config.sink_tokens, kept_keys=config.kept_keys,
+        window=config.window, sink_tokens=config.sink_tokens, kept_keys=adapter.kept_keys,
         softmax_heads=adapter.softmax_heads, backend=adapter.backend,
     )  # fmt: skip
     statistics = adapter.statistics if "trigonometric" in adapter.feature_maps else None

@@ -87,8 +87,7 @@ class RFACacheLayer(CacheLayerMixin):
         fingerprint, draw = adapter.fingerprint, adapter.draw_number
         if self.filled_by is None or not self.seen:
             self.filled_by, self.draw = fingerprint, draw
-            heads = (head for head in range(adapter.key_heads) if head not in adapter.softmax_heads)
-            self.linear_heads = tuple((adapter.layer, head) for head in heads)
+            self.linear_heads = tuple((adapter.layer, head) for head in adapter.linear_heads)
             self.state = self.state  # drops the decoder, which was prepared from another adapter's tensors
         elif fingerprint != self.filled_by and self.draw != draw:
             raise StaleStateError(

@@ -15,7 +15,7 @@ def digest_of(adapter: "RFAAdapter") -> str:
     digest = hashlib.blake2b(digest_size=12)
     config = adapter.config
     digest.update(
-        repr((config.window, config.sink_tokens, config.kept_keys, adapter.converted, adapter.layer)).encode()
+        repr((config.window, config.sink_tokens, adapter.kept_keys, adapter.converted, adapter.layer)).encode()
     )
     for name, tensor in adapter.state_dict().items():
         if name != "draw":  # what was drawn counts, not how often

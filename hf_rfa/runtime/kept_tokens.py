@@ -1,5 +1,6 @@
 """`kept_tokens`: which far tokens the heads of a converted model go on seeing exactly, and for how long."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.ops import kept_keys
+from hf_rfa.ops.state import RFAState
 from hf_rfa.runtime.arguments import cache_argument, cache_of
 from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.devices import execution_device
@@ -167,7 +169,7 @@ def _of_cache(cache: Cache) -> KeptTokens:
             "RFAConfig(kept_keys=K)."
         )
     found = [(layer, state) for layer in _with_companions(layers) if (state := layer.state) is not None]
-    found = [(layer, state) for layer, state in found if state.kept_key is not None and layer.linear_heads]
+    found = [(layer, state) for layer, state in found if _most(state) and layer.linear_heads]
     if not found:
         raise UnsupportedModelError(
             "The model that filled this cache keeps no far keys: it was converted with kept_keys=0, or all its heads "
@@ -175,8 +177,13 @@ def _of_cache(cache: Cache) -> KeptTokens:
         )
     each = [head for layer, state in found for head in _heads_of(layer, state)]
     heads, state = sorted(each, key=lambda head: (head.row, head.layer, head.key_head)), found[0][1]
-    position = state.kept[2]
-    return KeptTokens(tuple(heads), tuple(state.count.tolist()), position.shape[2], state.near_key.shape[2] // 2)
+    most = max(_most(state) for _, state in found)
+    return KeptTokens(tuple(heads), tuple(state.count.tolist()), most, state.near_key.shape[2] // 2)
+
+
+def _most(state: RFAState) -> int:
+    """The largest number of keys that a head of a layer keeps."""
+    return max(0 if part.kept_key is None else part.kept_key.shape[2] for part in (state, *state.beside))
 
 
 def _with_companions(layers: list[RFACacheLayer]) -> Iterator[RFACacheLayer]:
@@ -185,21 +192,28 @@ def _with_companions(layers: list[RFACacheLayer]) -> Iterator[RFACacheLayer]:
         yield from _with_companions(list(layer.companions.values()))
 
 
-def _heads_of(layer: RFACacheLayer, state: Any) -> Iterator[KeptHead]:
-    """Every row and linear head of a layer."""
-    _, value, position, _, mass = state.kept
-    window, length = state.near_key.shape[2] // 2, torch.linalg.vector_norm(value, dim=-1, dtype=mass.dtype)
-    count = state.count.to(position.device).view(-1, 1, 1)
-    score = kept_keys.scores(mass[..., : position.shape[2]], length, position, count, window)
-    for row, (positions, scores) in enumerate(zip(position.tolist(), score.tolist(), strict=True)):
-        for (number, head), places, values in zip(layer.linear_heads, positions, scores, strict=True):
-            pairs = [(place, value) for place, value in zip(places, values, strict=True) if place >= 0]
-            yield KeptHead(row, number, head, tuple(p for p, _ in pairs), tuple(s for _, s in pairs))
+def _heads_of(layer: RFACacheLayer, whole: RFAState) -> Iterator[KeptHead]:
+    """Every row and linear head of a layer; heads that keep equally many keys have a state of their own."""
+    names = iter(layer.linear_heads)
+    for state in (whole, *whole.beside):
+        own = list(itertools.islice(names, state.kv_state.shape[1]))
+        if state.kept_key is None:
+            for row, (number, head) in itertools.product(range(len(state.count)), own):
+                yield KeptHead(row, number, head, (), ())
+            continue
+        _, value, position, _, mass = state.kept
+        window, length = state.near_key.shape[2] // 2, torch.linalg.vector_norm(value, dim=-1, dtype=mass.dtype)
+        count = state.count.to(position.device).view(-1, 1, 1)
+        score = kept_keys.scores(mass[..., : position.shape[2]], length, position, count, window)
+        for row, (positions, scores) in enumerate(zip(position.tolist(), score.tolist(), strict=True)):
+            for (number, head), places, values in zip(own, positions, scores, strict=True):
+                pairs = [(place, value) for place, value in zip(places, values, strict=True) if place >= 0]
+                yield KeptHead(row, number, head, tuple(p for p, _ in pairs), tuple(s for _, s in pairs))
 
 
 def _over_text(model: nn.Module, input_ids: Any) -> KeptTokens:
     config, base = conversion_config(model), base_model(model)
-    if not config.kept_keys:
+    if not config.keeps_keys:
         raise UnsupportedModelError(
             f"This {type(base).__name__} keeps no far keys: it was converted with kept_keys=0. Convert it with "
             "RFAConfig(kept_keys=K)."

@@ -45,9 +45,7 @@ class Carry:
         for layer in layers:
             assert isinstance(layer, RFACacheLayer)
             assert layer.state is not None
-            tensors = {field.name: getattr(layer.state, field.name) for field in dataclasses.fields(RFAState)}
-            tensors = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-            saved.append({"state": tensors, "seen": layer.seen})
+            saved.append({"state": layer.state.detach().to_dict(), "seen": layer.seen})
         return saved
 
     def load_state_dict(self, saved: list[dict[str, Any]], device: torch.device) -> None:
@@ -55,7 +53,7 @@ class Carry:
         self.cache = DynamicCache() if saved else None
         for entry in saved:
             layer = RFACacheLayer()
-            layer.state = RFAState(**entry["state"]).to(device)
+            layer.state = RFAState.from_dict(entry["state"]).to(device)
             layer.seen = entry["seen"]
             layer.lazy_initialization(layer.state.near_key, layer.state.near_value)
             assert self.cache is not None
@@ -100,6 +98,7 @@ def without_rows(state: RFAState, rows: Tensor) -> RFAState:
         state = dataclasses.replace(emptied, log_max=cleared(state.log_max, -torch.inf))
         if state.kept_position is not None:
             state = dataclasses.replace(state, kept_position=cleared(state.kept_position, -1))
+        state = dataclasses.replace(state, beside=tuple(without_rows(other, rows) for other in state.beside))
     if state.exact_key is None or state.exact_value is None or state.exact_mask is None:
         return state
     used = state.exact_mask.any(0).nonzero()

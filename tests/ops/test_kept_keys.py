@@ -48,7 +48,7 @@ def test_the_definition_is_a_loop_over_tokens(kept_keys):
         psi = [(0.6 * x @ omega.T - (0.6 * x).square().sum(-1, keepdim=True) / 2).exp() for x in (q, k)]
         return psi[0] @ psi[1] / len(omega)
 
-    kept, mass, want = set(), torch.zeros(N, dtype=torch.float64), torch.zeros(2, N, 6, dtype=torch.float64)
+    kept, mass, want = set(), torch.zeros(2, N, dtype=torch.float64), torch.zeros(2, N, 6, dtype=torch.float64)
     for i in range(N):
         for head in range(2):
             weights, exact = torch.zeros(2, N, dtype=torch.float64)
@@ -58,11 +58,11 @@ def test_the_definition_is_a_loop_over_tokens(kept_keys):
                 else:
                     weights[j] = estimate(scale**0.5 * query[head, i], scale**0.5 * key[j])
             want[head, i] = weights @ value / weights.sum()
-            mass += exact / exact.sum() * (torch.arange(N) <= i - 8)
+            mass[head] += exact / exact.sum() * (torch.arange(N) <= i - 8)
         if (i + 1) % WINDOW == 0:
             chunk = i // WINDOW
             rivals = kept | {j for j in range((chunk - 1) * WINDOW, chunk * WINDOW) if j >= SINKS}
-            score = {j: value[j].norm() * mass[j] / ((chunk + 1) * WINDOW - j - 8) for j in rivals}
+            score = {j: value[j].norm() * mass[:, j].max() / ((chunk + 1) * WINDOW - j - 8) for j in rivals}
             kept = set(sorted(rivals, key=score.get)[-kept_keys:])
     got, state = rfa_attention_reference(**inputs, **OPTIONS, kept_keys=kept_keys, output_final_state=True)
     assert_near(got[0], want, 1e-12)
@@ -110,6 +110,40 @@ def test_value_dims_and_parameters_of_each_head(kept_keys):
     assert_near(got, want, 1e-11)
     for name, gradient in want_gradients.items():
         assert_near(got_gradients[name], gradient, 1e-10, name)
+
+
+@pytest.mark.parametrize("kept_keys", [(3, 20, 3), (0, 8, 20), (5, 5, 0)])
+@pytest.mark.parametrize("softmax_heads", [(), (1,)])
+def test_each_head_may_keep_a_number_of_its_own(kept_keys, softmax_heads):
+    inputs = random_inputs(N, heads=6, key_heads=3)
+    options = {**OPTIONS, "kept_keys": kept_keys}
+    want, want_gradients = with_gradients(rfa_attention_reference, inputs, **options)
+    got, got_gradients = with_gradients(rfa_attention, inputs, **options)
+    assert_near(got, want, 1e-11)
+    for name, gradient in want_gradients.items():
+        assert_near(got_gradients[name], gradient, 1e-10, name)
+    whole, final = rfa_attention(**inputs, **options, softmax_heads=softmax_heads, output_final_state=True)
+    linear = [head for head in range(6) if head // 2 not in softmax_heads]
+    assert_near(whole[:, linear], want[:, linear], 1e-11)
+    output, state = run_in_pieces(inputs, [37, *[1] * 23], **options, softmax_heads=softmax_heads)
+    assert_near(output, whole, 1e-11)
+    assert_equal_states(state, final)
+    kernel, settings, _ = operator_arguments(**inputs, **options, softmax_heads=softmax_heads)
+    _, state = rfa_attention(
+        **tokens(inputs, slice(37)), **options, softmax_heads=softmax_heads, output_final_state=True
+    )
+    steps = [[inputs[n][:, :, i : i + 1] for n in ("query", "key", "value")] for i in range(37, N)]
+    decoder = Decoder(*steps[0], kernel, settings, state)
+    assert_near(torch.cat([decoder.step(*step) for step in steps], dim=2), whole[:, :, 37:], 1e-11)
+    assert_equal_states(decoder.state(), final)
+    # Bytes are those of what each head keeps: 8 + 6 numbers and the bookkeeping per key.
+    held = [number for head, number in enumerate(kept_keys) if head not in softmax_heads]
+    per_key = (8 + 6 + 1 + 1 + 2) * 8  # key, value, position, decay, mass of two query heads
+    bare = rfa_attention(**inputs, **{**options, "kept_keys": 0}, softmax_heads=softmax_heads, output_final_state=True)
+    kept = sum(number > 0 for number in held)
+    assert final.nbytes - bare[1].nbytes == 2 * (per_key * sum(held) + kept * 2 * 2 * WINDOW * 8) + 16 * len(
+        final.beside
+    )
 
 
 # --- where a sequence is split --------------------------------------------------------------------------------------
@@ -282,7 +316,7 @@ def test_within_what_is_kept_it_is_softmax():
 
 def test_ties_and_what_is_not_a_number():
     position = torch.tensor([-1, 0, 4, 2, 3, 6, 5])
-    mass = torch.tensor([9.0, 2.0, 1.0, torch.nan, 0.0, 1.0, 1.0])
+    mass = torch.tensor([[9.0, 2.0, 0.0, torch.nan, 0.0, 1.0, 0.5], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]])
     length = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.5])
     score = scores(mass, length, position, 12, 4)  # queries from 4 tokens on: 8, 4, 6, 5, 2, 3
     assert score.tolist() == [NOTHING, 0.25, 0.25, -1.0, 0.0, 1.0, 0.5]
@@ -336,6 +370,7 @@ def test_no_gradient_flows_through_a_choice():
     [
         ({"window": 0, "sink_tokens": 0, "kept_keys": 4}, "where nothing is exact no key has a score"),
         ({"kept_keys": -1}, "kept_keys=-1"),
+        ({"kept_keys": (1, 2, 3)}, "one per key head"),
         ({"kept_keys": 4, "backend": "triton"}, "far keys are kept"),
     ],
 )
@@ -350,6 +385,8 @@ def test_a_state_that_keeps_another_number_of_keys(change):
     _, state = rfa_attention(**inputs, **OPTIONS, kept_keys=6, output_final_state=True)
     with pytest.raises(ConfigError, match="another kind of call"):
         rfa_attention(**inputs, **OPTIONS, kept_keys=change, initial_state=state)
+    with pytest.raises(ConfigError, match=r"different numbers of keys"):
+        rfa_attention(**inputs, **OPTIONS, kept_keys=(6, 5), initial_state=state)
     _, state = rfa_attention(**inputs, **OPTIONS, output_final_state=True)
     with pytest.raises(ConfigError, match="another kind of call"):
         rfa_attention(**inputs, **OPTIONS, kept_keys=6, initial_state=state)

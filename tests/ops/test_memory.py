@@ -65,6 +65,8 @@ def test_the_recorder_sees_a_quadratic_operation():
         {"window": 16, "feature_map": "trigonometric"},
         {"window": 16, "padded": True},
         {"window": 16, "packed": True},
+        {"window": 16, "kept_keys": 32},
+        {"window": 16, "kept_keys": 32, "padded": True, "packed": True},
         {"window": 16, "padded": True, "softmax_heads": [0]},
         {"window": 16, "packed": True, "softmax_heads": [0]},
         {"window": 16, "softmax_heads": [0], "sliding_window": 64},
@@ -89,14 +91,15 @@ def test_softmax_heads_without_a_mask_make_no_scores():
     assert max(largest(LONG, window=16, softmax_heads=[0])) <= HEADS * LONG * 8
 
 
+@pytest.mark.parametrize("kept_keys", [0, 32])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_the_final_state_costs_nothing_quadratic(causal):
-    sizes = []
+def test_the_final_state_costs_nothing_quadratic(causal, kept_keys):
+    options, sizes = {"window": 16, "causal": causal, "kept_keys": kept_keys}, []
     for length in (SHORT, LONG):
         inputs = random_inputs(length, batch=1, heads=HEADS, key_heads=1, dtype=torch.float32)
         with LargestTensor() as recorder:
-            _, state = rfa_attention(**inputs, window=16, causal=causal, output_final_state=True)
-            rfa_attention(**inputs, window=16, causal=causal, initial_state=state)
+            _, state = rfa_attention(**inputs, **options, output_final_state=True)
+            rfa_attention(**inputs, **options, initial_state=state)
         sizes.append(recorder.numel)
     assert sizes[1] < 2.2 * sizes[0]
 

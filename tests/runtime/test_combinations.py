@@ -1,4 +1,4 @@
-"""Everything with everything: padding, packing, exact heads, caches, redraws, activation checkpointing, at random.
+"""Everything with everything, at random: padding, packing, exact heads, kept keys, caches, redraws, checkpointing.
 
 Each seed is one combination. What a document comes to does not depend on what is beside it, on how it is cut into
 forwards, or on whether layers run once or twice.
@@ -38,6 +38,7 @@ def random_config(rng, family, **settings):
         "alpha": rng.choice([0.0, 0.25, 1.0]),
         "gamma": rng.choice([0.5, 1.0]),
         "seed": rng.randrange(9),
+        "kept_keys": rng.choice([0, 3, 20]),
     }
     return RFAConfig(**{**values, **settings})
 

@@ -18,25 +18,23 @@ from hf_rfa.ops.causal.function import PassSettings, causal_attention
 from hf_rfa.ops.causal.keeping import decay_of_evicted, with_kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
-from hf_rfa.ops.combine import FarStatistics, Part
+from hf_rfa.ops.combine import Part
 from hf_rfa.ops.layout import Plan, PlanSpec
 from hf_rfa.ops.state import RFAState, accumulation_dtype
 from hf_rfa.ops.tiles import ShortRule
 
 
-def chunked_causal(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
-) -> tuple[torch.Tensor, RFAState | None]:
+def chunked_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
     """Causal RFA of a call, q, k and v in their own type, the far kernel in float32 or float64.
 
     Returns the output (B, Hk, G, N, M), zero for the documents that are `short`, and the state after the last token,
     if wanted.
     """
-    aligned = align(call, output_final_state, short)
-    settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, statistics)
+    aligned = align(call, short)
+    settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, call.statistics)
     output, kv_state, log_max = causal_attention(aligned.inputs, settings)
     final = None
-    if output_final_state:
+    if call.output_final_state:
         final = final_state(aligned, kv_state, log_max, call.window)
         if aligned.choice is not None:
             final = with_kept_keys(final, aligned.choice, aligned.inputs, aligned.state, aligned.plan)
@@ -47,7 +45,7 @@ class CausalPass:
     """The two parts of a call before they are put together; without gradients."""
 
     def __init__(self, call: OperatorCall) -> None:
-        aligned = align(call, output_final_state=False)
+        aligned = align(call)
         self.plan = aligned.plan
         self._pass = ChunkedPass(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
@@ -74,7 +72,7 @@ class Aligned:
     choice: Choice | None = None
 
 
-def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None = None) -> Aligned:
+def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
     """Lay the tokens of a call out in chunks, but for the documents that are `short`."""
     query, key, value, window = call.query, call.key, call.value, call.window
     batch, heads, groups, length, dim = query.shape
@@ -82,7 +80,7 @@ def align(call: OperatorCall, output_final_state: bool, short: ShortRule | None 
     sinks = call.sink_tokens if window else 0
     state = call.state or call.empty_state()
     history = bool(window) and call.state is not None
-    spec = PlanSpec(chunk, sinks, history=history, final=bool(window) and output_final_state, short=short)
+    spec = PlanSpec(chunk, sinks, history=history, final=bool(window) and call.output_final_state, short=short)
     plan = call.layout.plan(length, spec, state.count, query.device)
     if history:
         near_key, near_value = state.near_key.to(key.dtype), state.near_value.to(value.dtype)

@@ -33,7 +33,7 @@ class Choice:
         evicted, evicted_mask: (A, n, C): what is added to the far sums once each chunk has been answered.
         near, near_log: (A, n, R, M), (A, n, R): softmax over the exact keys, and the log of its normaliser.
         last: (A, K) int64: what is kept in the end, -1 where nothing is.
-        mass: (A, K + n * C): what the keys in `last`, then the tokens, have received.
+        mass: (A, G, K + n * C): what the keys in `last`, then the tokens, have received.
     """
 
     kept: torch.Tensor
@@ -54,11 +54,12 @@ def choose_keys(chunked: ChunkedPass, state: RFAState, history: bool) -> Choice:
     inputs, plan = chunked.inputs, chunked.plan
     _, _, position, _, mass = state.kept
     kept_count = position.shape[2]
-    token_mass = mass.new_zeros(*mass.shape[:2], plan.token_mask[0].numel())
+    token_mass = mass.new_zeros(*mass.shape[:3], plan.token_mask[0].numel())
     if history:
-        near = mass[..., kept_count:].unsqueeze(-1)
-        remembered = (plan.token_mask & ~plan.asked).flatten(1).unsqueeze(1)
-        token_mass = take(near, plan.source.clamp_max(near.shape[2] - 1)).squeeze(-1).masked_fill(~remembered, 0.0)
+        near = mass[..., kept_count:].transpose(2, 3)
+        remembered = (plan.token_mask & ~plan.asked).flatten(1)[:, None, None]
+        near = take(near, plan.source.clamp_max(near.shape[2] - 1)).transpose(2, 3)
+        token_mass = near.masked_fill(~remembered, 0.0)
     tensors = [getattr(inputs, name) for name in _READ]
     mass = torch.cat([mass[..., :kept_count], token_mass], dim=-1)
     return Choice(*recomputing(_Recipe(chunked), *tensors, position, mass))
@@ -80,8 +81,12 @@ class _Recipe:
     def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         *read, position, mass = tensors
         whole = self.chunked
-        inputs = dataclasses.replace(whole.inputs, **dict(zip(_READ, read, strict=True)))
-        chunked = ChunkedPass(inputs, whole.far, whole.plan, whole.window, whole.scaling, may_bound=False)
+        # What is not read may belong to a transform, which is off in here.
+        nothing = position.new_zeros(0, dtype=whole.inputs.wide)
+        given = dict(zip(_READ, read, strict=True))
+        inputs = dataclasses.replace(whole.inputs, **given, decay=None, kv_state=nothing, log_max=nothing)
+        far = dataclasses.replace(whole.far, gamma=nothing.new_ones(inputs.key.shape[1]))
+        chunked = ChunkedPass(inputs, far, whole.plan, whole.window, whole.scaling, may_bound=False)
         return _ExactPass(chunked, position.flatten(0, 1), mass.flatten(0, 1)).run()
 
     def backward(self, *_: object) -> Sequence[torch.Tensor | None]:
@@ -110,9 +115,10 @@ class _ExactPass:
         missing = plan.token_mask[0].numel() - inputs.value.shape[2]
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
         lengths = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
-        # Of each key that is kept, and of each token by chunk: what it has received, and |v|.
-        self.numbers = torch.stack([mass[:, : self.count], lengths[:, : self.count]])
-        self.tokens = torch.stack([mass[:, self.count :], lengths[:, self.count :]]).unflatten(2, (-1, size))
+        # Of each key that is kept, and of each token by chunk: what each of G query heads gave it, and |v|.
+        numbers = torch.cat([mass, lengths.unsqueeze(1)], dim=1)
+        self.numbers, tokens = numbers[..., : self.count], numbers[..., self.count :]
+        self.tokens = tokens.unflatten(2, (-1, size))
         slots = torch.arange(size, device=position.device)
         rival = plan.token_mask & ((plan.rank > 0).unsqueeze(-1) | (slots >= self.sinks))
         places = torch.where(rival, plan.rank.unsqueeze(-1) * size + slots, -1)
@@ -161,7 +167,7 @@ class _ExactPass:
                 near_log[:, chunk] = self._attend(query[:, i], chunk, near[:, chunk])
                 lists.append((self.index, self._there, *self._advance(chunk)))
         last = torch.where(self.position >= 0, self.index, -1)
-        mass = torch.cat([self.numbers[0], self.tokens[0].flatten(1)], dim=1)
+        mass = torch.cat([self.numbers, self.tokens.flatten(2)], dim=2)[:, :-1]
         stacked = [torch.stack(x, dim=1) for x in zip(*lists, strict=True)]
         return *stacked, near, near_log.mul_(LN2), last, mass
 
@@ -206,13 +212,15 @@ class _ExactPass:
             share = 1 / (total + (self._sink_logits() - highest).exp2_())
         first, size = self.count + self.sinks, self.chunked.chunk
         weights[:, :, first:] *= self.counted[chunk % 2]
-        given = torch.bmm((share * self.asked[:, chunk]).unsqueeze(1), weights).squeeze(1)
-        self.numbers[0] += given[:, : self.count]
-        one, other = given[:, first : first + size], given[:, first + size :]
+        # Of each query head apart.
+        asked = (share * self.asked[:, chunk]).view(-1, 1, size)
+        given = torch.bmm(asked, weights.view(-1, size, weights.shape[2])).view(len(query), -1, weights.shape[2])
+        self.numbers[:, :-1] += given[..., : self.count]
+        one, other = given[..., first : first + size], given[..., first + size :]
         own, before = (other, one) if chunk % 2 else (one, other)
-        self.tokens[0, :, chunk] += own
+        self.tokens[:, :-1, chunk] += own
         if chunk:
-            self.tokens[0, :, chunk - 1] += before
+            self.tokens[:, :-1, chunk - 1] += before
         return log
 
     def _sink_logits(self) -> torch.Tensor:
@@ -236,7 +244,7 @@ class _ExactPass:
         index = torch.cat([self.index, self._slots[:, before].expand_as(leaving)], dim=1)
         position = torch.cat([self.position, leaving], dim=1)
         numbers = torch.cat([self.numbers, self.tokens[:, :, before]], dim=2)
-        score = kept_keys.scores(numbers[0], numbers[1], position, self._ends[:, chunk : chunk + 1], window)
+        score = kept_keys.scores(numbers[:, :-1], numbers[:, -1], position, self._ends[:, chunk : chunk + 1], window)
         if not boundaries.all_advance[chunk]:  # other rows stay as they are
             still = torch.arange(score.shape[1], device=score.device) < self.count
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
@@ -244,7 +252,7 @@ class _ExactPass:
         going, staying = kept_keys.split(score, self.count, all_keys=ordinary)
         evicted = index.gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
         self.index, self.position = index.gather(1, staying), position.gather(1, staying)
-        self.numbers = numbers.gather(2, staying.expand(2, -1, -1))
+        self.numbers = numbers.gather(2, staying.unsqueeze(1).expand(-1, numbers.shape[1], -1))
         self._begin(chunk)
         self._take()
         return evicted
@@ -254,5 +262,5 @@ class _ExactPass:
         if self.plan.boundaries.any_begins[chunk]:
             begins = self._begins[:, chunk : chunk + 1]
             self.position = self.position.masked_fill(begins, -1)
-            self.numbers = self.numbers.masked_fill(begins, 0.0)
+            self.numbers = self.numbers.masked_fill(begins.unsqueeze(1), 0.0)
             self.full, self._there = False, self.position >= 0

@@ -51,17 +51,17 @@ def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: R
 
 
 def _mass(choice: Choice, plan: Plan, batch: int, heads: int, count: int) -> torch.Tensor:
-    """(B, Hk, K + 2C): of the kept keys, then of the chunks c0 - 1 and c0."""
+    """(B, Hk, G, K + 2C): of the kept keys, then of the chunks c0 - 1 and c0."""
     chunk = plan.token_mask.shape[-1]
-    kept = choice.mass[:, :count].masked_fill(choice.last < 0, 0.0).unflatten(0, (batch, heads))
-    tokens = choice.mass[:, count:].unflatten(0, (batch, heads)).unflatten(2, (-1, chunk))
+    kept = choice.mass[..., :count].masked_fill((choice.last < 0).unsqueeze(1), 0.0).unflatten(0, (batch, heads))
+    tokens = choice.mass[..., count:].unflatten(0, (batch, heads)).unflatten(3, (-1, chunk))
     last = plan.last[:, None]
     both = torch.cat([last - 1, last], dim=1)
     belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, last))
     filled = plan.token_mask.gather(1, both.clamp_min(0).unsqueeze(-1).expand(-1, -1, chunk)) & belongs.unsqueeze(-1)
-    both = both.clamp_min(0).expand(batch, -1)[:, None, :, None].expand(-1, heads, -1, chunk)
-    near = tokens.gather(2, both).masked_fill(~filled.unsqueeze(1), 0.0)
-    return torch.cat([kept, near.flatten(2)], dim=2)
+    both = both.clamp_min(0).expand(batch, -1)[:, None, None, :, None].expand(-1, heads, tokens.shape[2], -1, chunk)
+    near = tokens.gather(3, both).masked_fill(~filled[:, None, None], 0.0)
+    return torch.cat([kept, near.flatten(3)], dim=3)
 
 
 def _gate_sums(decay: torch.Tensor, state: RFAState, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ import torch
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.chunked import align, final_state
 from hf_rfa.ops.chunks import tokens_of
-from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.state import RFAState
 from hf_rfa.ops.tiles import ShortRule
 from hf_rfa.ops.triton.fold import fold_keys, fold_queries, form_of
@@ -17,15 +16,13 @@ from hf_rfa.ops.triton.function import Inputs, Settings, causal_attention
 BLOCKS = (8, 4, 2, 1)
 
 
-def triton_causal(
-    call: OperatorCall, output_final_state: bool, statistics: FarStatistics | None, short: ShortRule | None = None
-) -> tuple[torch.Tensor, RFAState | None]:
+def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
     """Causal RFA of a call, q, k and v in their own type, the far kernel in float32.
 
     Returns the output (B, Hk, G, N, M) in value's dtype, zero for the documents that are `short`, and the state after
     the last token, if wanted.
     """
-    aligned = align(call, output_final_state, short)
+    aligned = align(call, short)
     x, plan = aligned.inputs, aligned.plan
     query, key = fold_queries(x.query, call.far, call.scaling), fold_keys(x.key, call.far, call.scaling)
     form = form_of(call.far)
@@ -35,10 +32,10 @@ def triton_causal(
     )  # fmt: skip
     settings = Settings(
         plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device),
-        _block(plan.token_mask.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), statistics,
+        _block(plan.token_mask.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), call.statistics,
     )  # fmt: skip
     output, kv_state, peak = causal_attention(inputs, settings)
-    final = final_state(aligned, kv_state, peak, call.window) if output_final_state else None
+    final = final_state(aligned, kv_state, peak, call.window) if call.output_final_state else None
     return tokens_of(output, plan, call.query.shape[3]), final
 
 

@@ -1,0 +1,158 @@
+"""Nats that each key head costs, for any number of ways to compute it, from one forward and one backward pass.
+
+    cost_h = 1/2 E_y[(g_h . delta_h)^2] summed over tokens / tokens ~ KL(original || the model with that head changed)
+
+delta_h is what a way of computing head h changes of its exact output, y is drawn from the model's own next-token
+distribution, g_h = d log p(y) / d (output of head h). Since delta is the layer's own business, every further way takes
+an evaluation of the layer, not of the model. Source: the quadratic approximation of the KL divergence by the Fisher
+information, per head.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_rfa.config import HeadIndex
+from hf_rfa.errors import ConfigError
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.ops.attention import attend
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
+from hf_rfa.runtime.calls import Interception, intercept
+from hf_rfa.runtime.quiet import quiet_eval
+from hf_rfa.runtime.record import base_model
+
+_Name = TypeVar("_Name")
+
+
+@dataclass(frozen=True)
+class HeadOption:
+    """A way to compute the heads of a layer; None: as the model was converted.
+
+    Attributes:
+        window, sink_tokens, kept_keys: See `RFAConfig`.
+        far: Whether there is a far part.
+    """
+
+    window: int | None = None
+    sink_tokens: int | None = None
+    kept_keys: int | None = None
+    far: bool = True
+
+    def kernel(self, adapter: RFAAdapter) -> FarKernel:
+        """The far kernel of a layer."""
+        kernel = adapter.kernel
+        return kernel if self.far else dataclasses.replace(kernel, gamma=torch.zeros_like(kernel.gamma))
+
+    def settings(self, adapter: RFAAdapter, settings: AttentionSettings) -> AttentionSettings:
+        """How the layer attends, made of the settings of its exact call."""
+        config = adapter.config
+        return settings.replace(
+            window=config.window if self.window is None else self.window,
+            sink_tokens=config.sink_tokens if self.sink_tokens is None else self.sink_tokens,
+            kept_keys=adapter.kept_keys if self.kept_keys is None else self.kept_keys,
+            softmax_heads=(), sliding_window=None,
+        )  # fmt: skip
+
+
+def head_costs(
+    model: PreTrainedModel, input_ids: torch.Tensor, options: Mapping[_Name, HeadOption], *, draws: int = 1,
+    seed: int = 0,
+) -> dict[_Name, dict[HeadIndex, float]]:  # fmt: skip
+    """Nats/token that each key head of a converted language model costs by itself, for every option.
+
+    All heads count, those that are exact now too. The costs of the heads that are changed together add up to about the
+    divergence that they cause.
+
+    Args:
+        input_ids: (batch, seq) without padding.
+        draws: Number of texts y that the expectation is taken over; each takes a forward and a backward pass.
+
+    Raises:
+        UnsupportedModelError: The model is not converted.
+        ConfigError: `input_ids` has another shape, or there are no `options` or `draws`.
+
+    Example:
+        >>> import torch, hf_rfa
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
+        >>> size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=64)
+        >>> model = hf_rfa.convert(
+        ...     LlamaForCausalLM(LlamaConfig(**size)), hf_rfa.RFAConfig(window=16), calibrate=False
+        ... )
+        >>> options = {"window": hf_rfa.HeadOption(far=False), "all": hf_rfa.HeadOption(window=100)}
+        >>> costs = hf_rfa.head_costs(model, torch.randint(64, (1, 200)), options)
+        >>> sorted(costs["window"]) == [(0, 0), (0, 1), (1, 0), (1, 1)], max(costs["all"].values()) < 1e-9
+        (True, True)
+    """
+    if input_ids.dim() != 2 or not options or draws < 1:
+        raise ConfigError(
+            "`head_costs` needs `input_ids` (batch, seq), at least one option and one draw. Got "
+            f"{tuple(input_ids.shape)}, {len(options)} options and draws={draws}."
+        )
+    base = base_model(model)
+    adapters = [adapter for adapter in require_adapters(base) if adapter.converted]
+    noted = {adapter: _Noted(dict(options)) for adapter in adapters}
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(base), quiet_eval(base), torch.enable_grad():
+        for _ in range(draws):
+            embedded = base.get_input_embeddings()(input_ids.to(base.device)).detach().requires_grad_()
+            with intercept(Interception(observers={adapter: noted[adapter] for adapter in adapters})):
+                logits = base(inputs_embeds=embedded, use_cache=False).logits
+            log_p = logits.float().log_softmax(-1)
+            drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
+            log_p.flatten(0, 1).gather(1, drawn.to(log_p.device)).sum().backward()
+    count = draws * input_ids.numel()
+    return {
+        name: {
+            (adapter.layer, head): cost / count
+            for adapter in adapters
+            for head, cost in enumerate(noted[adapter].costs[name].tolist())
+        }
+        for name in options
+    }
+
+
+@dataclass
+class _Noted:
+    """Observes the calls of one layer, and adds up what its heads cost when their gradients come."""
+
+    options: dict[Any, HeadOption]
+    costs: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
+    ) -> None:  # fmt: skip
+        query, key, value, output = (x.detach() for x in (query, key, value, exact))
+
+        def note(gradient: torch.Tensor) -> None:
+            for name, option in self.options.items():
+                with torch.no_grad():
+                    kernel, own = option.kernel(adapter), option.settings(adapter, settings)
+                    changed, _ = attend(query, key, value, kernel, own, layout)
+                    product = (gradient * (changed - output)).float().sum(-1).unflatten(1, (key.shape[1], -1))
+                    cost = product.sum(2).square().sum((0, 2)) / 2
+                self.costs[name] = self.costs.get(name, torch.zeros_like(cost)) + cost
+
+        exact.register_hook(note)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block no parameter gets a gradient, which nobody reads."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
