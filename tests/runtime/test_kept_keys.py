@@ -394,11 +394,12 @@ def test_calibration_is_never_worse_than_window_and_kept_keys_alone():
 
 def test_distillation_with_kept_keys_lowers_the_loss():
     ids = token_ids(4, 96)
-    model = converted("llama", KEEPING, calibrate=ids, omega="learned")
-    before = whole(model, ids)
-    losses = hf_rfa.distill(model, [ids] * 6, hf_rfa.DistillConfig(steps=6, learning_rate=1e-3))
-    assert losses is not None
-    assert not torch.equal(whole(model, ids), before)
+    model = converted("llama", KEEPING, omega="learned")
+    losses = hf_rfa.distill(
+        model, [ids] * 12, hf_rfa.DistillConfig(steps=12, learning_rate=3e-2, progress=False)
+    ).losses
+    for layer in (0, 1):
+        assert losses[-1][layer] < 0.8 * losses[0][layer]
     assert_close(in_pieces(model, ids, [60, 1, 35])[0], whole(model, ids), atol=1e-4, rtol=0)
 
 
