@@ -115,6 +115,7 @@ def _setting(options: Options) -> Setting:
         heads=heads,
         key_heads=options.key_heads or (heads // 4 if few else heads),
         head_dim=options.head_dim or (128 if wide else 64),
+        kept_keys=options.kept_keys or 0,
         dtype=options.dtype or ("bfloat16" if options.device == "cuda" else "float32"),
         device=options.device,
     )

@@ -2,6 +2,7 @@
 
     python scripts/profile_operator.py
     python scripts/profile_operator.py --length 32768 --passes forward+backward --rows 20
+    python scripts/profile_operator.py --kept-keys 128
 
 The call is that of `benchmark.py`: one batch row, 8 heads, head_dim 64, float32, one thread, causal, window 64, 4 sink
 tokens, 64 features. Operations are told apart by what they do and by the shapes of their tensors, the same block after
@@ -13,7 +14,9 @@ large product. Fused attention counts its two products (five in the backward pas
 import argparse
 import math
 import time
+import unittest.mock
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from benchmarks.setting import PASSES, Setting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_rfa
+from hf_rfa.ops.causal import exact_pass
 
 #: Products of the operations that have any.
 PRODUCTS = {
@@ -34,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16384, help="tokens N")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--kept-keys", type=int, default=0, help="far keys per key head that stay exact")
     parser.add_argument("--repeats", type=int, default=3, help="calls that are averaged")
     parser.add_argument("--rows", type=int, default=14, help="operations that are named; the others are one row")
     options = parser.parse_args(arguments)
@@ -41,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     rate = machine_rates(Meter("cpu", "cpu"), torch.float32)["matmul_flops"]
     print(f"N = {options.length}; a large matrix product runs at {rate / 1e9:.0f} Gflop/s")
     for which in options.passes:
-        print_table(which, profile(which, options.length, options.repeats), options.rows)
+        if options.kept_keys:
+            share = choosing(which, options.length, options.repeats, options.kept_keys)
+            print(f"\n{which}: choosing which keys are kept takes {share:.0%} of the time")
+        print_table(which, profile(which, options.length, options.repeats, options.kept_keys), options.rows)
 
 
 class Stopwatch(TorchDispatchMode):
@@ -75,9 +83,22 @@ def flops(name: str, shapes: tuple[torch.Size, ...]) -> float:
     return 2.0 * products * math.prod(query) * key[-2]
 
 
-def profile(which: str, length: int, repeats: int) -> dict[tuple[str, tuple[torch.Size, ...]], list[float]]:
+def profile(
+    which: str, length: int, repeats: int, kept_keys: int = 0
+) -> dict[tuple[str, tuple[torch.Size, ...]], list[float]]:
     """The operations of one call, as in `Stopwatch.found`, averaged over several calls."""
-    setting = Setting()
+    call = call_of(which, length, kept_keys)
+    call()
+    stopwatch = Stopwatch()
+    with stopwatch:
+        for _ in range(repeats):
+            call()
+    return {name: [number / repeats for number in entry] for name, entry in stopwatch.found.items()}
+
+
+def call_of(which: str, length: int, kept_keys: int) -> Callable[[], None]:
+    """The call that is timed."""
+    setting = Setting(kept_keys=kept_keys)
     backward = which != "forward"
     tensors, options = setting.tensors(length, backward=backward), setting.rfa_options()
     gradient = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
@@ -87,12 +108,27 @@ def profile(which: str, length: int, repeats: int) -> dict[tuple[str, tuple[torc
         if backward:
             torch.autograd.grad(output, tensors, gradient)
 
+    return call
+
+
+def choosing(which: str, length: int, repeats: int, kept_keys: int) -> float:
+    """The share of a call that goes to the choice of kept keys: all but the attention to them."""
+    spent = [0.0]
+    chosen = exact_pass._ExactPass._advance
+
+    def timed(*args: Any) -> Any:
+        begun = time.thread_time()
+        result = chosen(*args)
+        spent[0] += time.thread_time() - begun
+        return result
+
+    call = call_of(which, length, kept_keys)
     call()
-    stopwatch = Stopwatch()
-    with stopwatch:
+    with unittest.mock.patch.object(exact_pass._ExactPass, "_advance", timed):
+        begun = time.thread_time()
         for _ in range(repeats):
             call()
-    return {name: [number / repeats for number in entry] for name, entry in stopwatch.found.items()}
+    return spent[0] / (time.thread_time() - begun)
 
 
 def print_table(which: str, found: dict[tuple[str, tuple[torch.Size, ...]], list[float]], rows: int) -> None:

@@ -80,7 +80,7 @@ def random_context(setting: Setting, batch: int, context: int) -> tuple[Tensor, 
 def _rfa(setting: Setting, new: Tokens, key: Tensor, value: Tensor) -> Callable[[], None]:
     """Steps of what a converted model's cache keeps; it goes on from call to call, and its time does not change."""
     kernel, settings, layout = operator_arguments(key, key, value, **setting.rfa_options())
-    with torch.no_grad():  # which queries came before does not matter to the state
+    with torch.no_grad():  # which queries came before decides at most which keys are kept
         _, state = attend(key, key, value, kernel, settings, layout, output_final_state=True)
     assert state is not None
     decoder = Decoder(*new, kernel, settings, state.select_rows(torch.zeros(len(new[0]), dtype=torch.int64)))

@@ -13,7 +13,7 @@ def floor_seconds(which: str, setting: Setting, length: int, machine: dict[str, 
     projection = 2 * s.num_features * dim * (1 + shared)
     sums = 2 * s.components * (value_dim + 1) * (1 + shared)
     if s.window:
-        near = 2 * (2 * s.window + s.sinks) * (dim + value_dim)
+        near = 2 * (2 * s.window + s.sinks + s.kept_keys) * (dim + value_dim)
     else:
         near = 2 * PURE_CHUNK * (s.components + value_dim + 1)
     operations = projection + sums + near

@@ -44,6 +44,7 @@ class Options(argparse.Namespace):
     heads: int | None = None
     key_heads: int | None = None
     head_dim: int | None = None
+    kept_keys: int | None = None
     output: Path | None = None
     peers: Sequence[str] | None = None
     lengths: Any = None
@@ -91,6 +92,7 @@ def parse(arguments: Sequence[str], description: str | None) -> Options:
     parser.add_argument("--heads", type=int)
     parser.add_argument("--key-heads", type=int, help="a divisor of --heads")
     parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--kept-keys", type=int, help="far keys per key head that stay exact")
     parser.add_argument("--output", type=Path, help="folder for JSON, Markdown and plot")
     options = parser.parse_args(arguments, namespace=Options())
     if options.peers is not None:
@@ -119,6 +121,7 @@ def _check(options: Options, error: Any) -> None:
         "heads",
         "key_heads",
         "head_dim",
+        "kept_keys",
         "longest_softmax",
     ):
         value = getattr(options, name)

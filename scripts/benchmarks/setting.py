@@ -18,6 +18,7 @@ class Setting:
     Attributes:
         num_features: Rows of omega, m; the maps of two components make 2m numbers of each query and key.
         window, sinks: 0 = pure RFA, without an exact part.
+        kept_keys: Far keys per key head that stay exact.
         alpha: Tempering of the far kernel; 1 is the unbiased estimate.
     """
 
@@ -27,6 +28,7 @@ class Setting:
     num_features: int = 64
     window: int = 64
     sinks: int = 4
+    kept_keys: int = 0
     alpha: float = 0.25
     feature_map: str = "hyperbolic"
     dtype: str = "float32"
@@ -60,5 +62,6 @@ class Setting:
             "feature_map": self.feature_map,
             "window": self.window,
             "sink_tokens": self.sinks if self.window else 0,
+            "kept_keys": self.kept_keys if self.window else 0,
             "alpha": self.alpha,
         }

@@ -32,3 +32,11 @@ def test_products_are_counted(profile_operator):
     assert counted["bmm"] == 512 * heads * (2 * 2 * features * dim + sums)
     assert counted["baddbmm_"] == 512 * heads * sums
     assert counted["exp2"] == 0
+
+
+def test_the_share_of_the_choice_of_kept_keys(profile_operator, capsys):
+    profile_operator.main(["--length", "600", "--repeats", "1", "--rows", "3", "--kept-keys", "16"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "choosing which keys are kept" in line]
+    shares = [float(line.split("takes ")[1].split("%")[0]) for line in lines]
+    assert len(shares) == 2  # of each pass
+    assert all(0 < share < 100 for share in shares)
