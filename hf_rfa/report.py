@@ -48,7 +48,7 @@ class CalibrationReport:
         window_divergence: Of the same model with its far parts left out: window and kept keys alone.
         silenced: Layers whose far parts were switched off because with them the model was worse than without.
         window, sink_tokens: Those of the config; None in reports of versions that did not record them.
-        kept_keys: That of the config.
+        kept_keys: The most that a head of the config keeps.
     """
 
     heads: list[HeadCalibration]

@@ -60,7 +60,7 @@ class Options(Settings):
 
     conversion: hf_rfa.RFAConfig = part(
         hf_rfa.RFAConfig(softmax_heads="auto"),
-        only=("feature_map", "num_features", "window", "sink_tokens", "seed"),
+        only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "seed"),
         group="Conversion of the untrained columns",
     )
 

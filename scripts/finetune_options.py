@@ -60,7 +60,10 @@ class Options(Settings):
 
     conversion: hf_rfa.RFAConfig = part(
         hf_rfa.RFAConfig(feature_map="auto", softmax_heads="auto"),
-        only=("feature_map", "num_features", "window", "sink_tokens", "softmax_heads", "resample", "seed"),
+        only=(
+            *("feature_map", "num_features", "window", "sink_tokens", "kept_keys"),
+            *("softmax_heads", "resample", "seed"),
+        ),
         group="Conversion",
     )
     finetuning: FinetuneConfig = part(

@@ -107,7 +107,8 @@ def _calibrate(model: nn.Module, batches: list[ModelInput], plant_repeats: bool)
         for head, row in enumerate(_silent(rows) if layer in silenced else rows)
     ]
     tokens = int(next(iter(fits.values())).totals[1])
-    seen = {name: getattr(config, name) for name in ("window", "sink_tokens", "kept_keys")}
+    most = max([config.kept_keys, *(number for _, number in config.head_kept_keys or ())])
+    seen = {"window": config.window, "sink_tokens": config.sink_tokens, "kept_keys": most}
     report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced, **seen)
     store_report(base, report)
     return report

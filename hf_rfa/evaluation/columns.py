@@ -72,7 +72,7 @@ def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) ->
             none, there is no fourth column.
     """
     config = conversion_config(calibrated)
-    near = dataclasses.replace(config, gamma=0.0, kept_keys=0, softmax_heads=None)
+    near = dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None, softmax_heads=None)
     models = {
         ORIGINAL: original,
         WINDOW_ONLY: hf_rfa.convert(_with_same_weights(original), near, calibrate=False),

@@ -120,7 +120,7 @@ def compare(
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
-        if settings.conversion.kept_keys:
+        if settings.conversion.keeps_keys:
             comparison.kept = hf_rfa.kept_tokens(models[LINEAR], tokens.prompt(tokens.longest))
 
         for context in speed_contexts:
@@ -171,7 +171,7 @@ def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[s
     """Three converted copies of the original, not calibrated yet."""
     config = dataclasses.replace(settings.conversion, softmax_heads=None)
     configs = {
-        WINDOW_ONLY: dataclasses.replace(config, gamma=0.0, kept_keys=0),
+        WINDOW_ONLY: dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None),
         LINEAR: config,
         EXACT: settings.conversion,
     }

@@ -150,7 +150,7 @@ class AttentionCall:
         missing = self.key.shape[2] - self.query.shape[2]
         if missing <= 0 or not shares_keys(self.module):
             return self
-        if self.adapter is not None and self.adapter.config.kept_keys and self.adapter.kind == "linear":
+        if self.adapter is not None and self.adapter.kept_keys and self.adapter.kind == "linear":
             raise UnsupportedModelError(
                 f"The queries of all tokens decide which keys {type(self.module).__name__} keeps. Got those of the "
                 f"last {self.query.shape[2]} of {self.key.shape[2]}. Pass `logits_to_keep` by name, or none, or "

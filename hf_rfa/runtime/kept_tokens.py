@@ -30,8 +30,8 @@ class KeptHead:
     Attributes:
         row, layer, key_head: Its place.
         positions: Numbers of the kept tokens in their document (padding does not count), in order.
-        scores: The attention that each has received a query, times the norm of its value: those with the largest
-            scores stay, see `hf_rfa.ops.kept_keys`.
+        scores: The attention that each has received per query, of the query head that gave it most, times the norm of
+            its value: those with the largest scores stay, see `hf_rfa.ops.kept_keys`.
         history: `positions` after each whole chunk of the text; empty where a cache was asked, which forgets them.
     """
 
@@ -169,15 +169,15 @@ def _of_cache(cache: Cache) -> KeptTokens:
             "RFAConfig(kept_keys=K)."
         )
     found = [(layer, state) for layer in _with_companions(layers) if (state := layer.state) is not None]
-    found = [(layer, state) for layer, state in found if _most(state) and layer.linear_heads]
-    if not found:
+    found = [(layer, state) for layer, state in found if layer.linear_heads]
+    most = max((_most(state) for _, state in found), default=0)
+    if not most:
         raise UnsupportedModelError(
             "The model that filled this cache keeps no far keys: it was converted with kept_keys=0, or all its heads "
             "are exact. Convert with RFAConfig(kept_keys=K)."
         )
     each = [head for layer, state in found for head in _heads_of(layer, state)]
     heads, state = sorted(each, key=lambda head: (head.row, head.layer, head.key_head)), found[0][1]
-    most = max(_most(state) for _, state in found)
     return KeptTokens(tuple(heads), tuple(state.count.tolist()), most, state.near_key.shape[2] // 2)
 
 

@@ -50,7 +50,7 @@ def test_scores_are_the_attention_that_a_query_gives():
     query, key = seen["query"], seen["key"].repeat_interleave(2, 1)
     logits = query @ key.mT * seen["scaling"]
     causal = torch.ones(2 * WINDOW, 2 * WINDOW, dtype=torch.bool).tril()
-    weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).unflatten(1, (2, 2)).sum(2)[0]
+    weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).unflatten(1, (2, 2))[0]
     norm = seen["value"][0].norm(dim=-1)
     for head in hf_rfa.kept_tokens(cache).heads:
         if head.layer:
@@ -58,11 +58,29 @@ def test_scores_are_the_attention_that_a_query_gives():
         wanted = {}
         for position in range(SINKS, WINDOW):  # the chunk that left
             queries = range(position + WINDOW, 2 * WINDOW)
-            mass = sum(weights[head.key_head, i, position] for i in queries)
+            mass = sum(weights[head.key_head, :, i, position] for i in queries).max()  # of the two query heads
             wanted[position] = float(mass * norm[head.key_head, position] / len(queries))
         best = sorted(sorted(wanted, key=wanted.get)[-KEPT:])
         assert list(head.positions) == best
         assert list(head.scores) == pytest.approx([wanted[position] for position in best], rel=1e-4)
+
+
+def test_heads_that_keep_other_numbers():
+    """Their states lie in another order than the heads."""
+    model, ids = keeping(head_kept_keys={(1, 0): 2}), token_ids(2, 70)
+    hf_rfa.set_softmax_heads(model, [(1, 1)])
+    hf_rfa.set_kept_keys(model, KEPT, {(0, 0): 9, (1, 0): 0})
+    numbers = {(0, 0): 9, (0, 1): KEPT, (1, 0): 0}
+    kept = hf_rfa.kept_tokens(model, ids)
+    assert kept.kept_keys == 9
+    assert [(h.row, h.layer, h.key_head) for h in kept.heads] == [(row, *head) for row in (0, 1) for head in numbers]
+    for head in kept.heads:
+        assert len(head.positions) == numbers[head.layer, head.key_head]
+    # In the first layer a head keeps the same, whatever the others do.
+    alike = hf_rfa.kept_tokens(converted(kept_keys=KEPT), ids)
+    assert kept.heads[1].history == alike.heads[1].history
+    assert kept.heads[0].history == hf_rfa.kept_tokens(converted(kept_keys=9), ids).heads[0].history
+    assert len(str(kept).splitlines()) == 4 + 6
 
 
 def test_a_decoder_in_progress_says_the_same_as_a_prefill():
