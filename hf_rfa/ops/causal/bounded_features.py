@@ -112,7 +112,7 @@ class BoundedMap:
     def _large(
         self, exponent: torch.Tensor, square: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None:
-        """Tokens with large exponents (A * n, m, R) in base 2: indices, maxima and exponents; None if there are none."""
+        """Tokens with large exponents (A * n, m, R) in base 2: indices, maxima, exponents; None if there are none."""
         if (square.amax((1, 2)).sqrt_() * self._longest).max() <= LARGEST:  # |w.x'| <= |w| |x'|
             return None
         low, high = torch.aminmax(exponent)

@@ -149,7 +149,7 @@ class _ExactPass:
             self.full = bool(self._there.all())
 
     def _counted(self, slots: torch.Tensor) -> torch.Tensor:
-        """(2, R, 2C): 1 where a query of an even or odd chunk is far enough from a near key to count for it, else 0."""
+        """(2, R, 2C): 1 where a query of an even or odd chunk is far enough from a near key to count for it."""
         distance, size, least = slots[:, None] - slots, len(slots), kept_keys.least_distance(len(slots))
         own, before = distance >= least, distance + size >= least
         counted = torch.stack([torch.cat([own, before], dim=1), torch.cat([before, own], dim=1)])
@@ -198,7 +198,7 @@ class _ExactPass:
         return mask
 
     def _attend(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
-        """Write a chunk's attention to `output` (A, R, M), record the mass it gives; returns log2 of the normaliser."""
+        """Write a chunk's attention to `output` (A, R, M) and add up the mass it gives; log2 of the normaliser."""
         key, value = (table.transpose(0, 1) for table in self.tables)
         weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
         torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)

@@ -38,7 +38,7 @@ class PassSettings:
 def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk.
 
-    The output has value's dtype if no gradient is needed, else `PassInputs.wide`, since the backward pass reads it.
+    Without gradients the output has value's dtype; with gradients everything is in `PassInputs.wide`.
     """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     kernel = {name: getattr(settings.far, name) for name in KERNEL}

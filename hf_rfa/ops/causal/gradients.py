@@ -24,8 +24,8 @@ class Answered:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the fields of `Block`, of psi and of the state before the block. That of log gamma is the sum of that
-    of psi's query_scale."""
+    """Gradients of the fields of `Block`, of psi and of the state before the block. That of log gamma is the sum of
+    that of psi's query_scale."""
 
     value: torch.Tensor
     near: "NearGradients | None"

@@ -28,7 +28,7 @@ class PassInputs:
     """Tensors of a pass, in the aligned order of `plan`; the last chunk may be cut short.
 
     query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those of the
-    state; all of these in any dtype, see `wide`. decay (B, Hk, n, C), log g summed from the first slot of each chunk, or
+    state; all of these in any dtype, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
     None; sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1), log_max (B, Hk), the state before the first slot.
 
     With kept keys: kept_key, kept_value (B, Hk, K, D or M), those of the state; the first fields of
@@ -195,7 +195,7 @@ class ChunkedPass:
         whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
 
     def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
-        """Write a block's gradients of chunks (A, n + 1, C, D), of which the first precedes the span, to whole (A, T, D).
+        """Write a block's gradients of chunks (A, n + 1, C, D), the first before the span, to whole (A, T, D).
 
         Call it from the last block to the first: the following block has already written to this one's last chunk.
         """
