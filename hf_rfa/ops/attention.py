@@ -114,8 +114,8 @@ def rfa_attention(
             exp(s q.c): the mean is exact for alpha = 1, the terms in b and c for any alpha. None = zero.
         query_transform, key_transform: (Hk, D, D) A and A^-T, the change of variable q.k = (A q).(A^-T k) in the
             estimated part. None = the identity.
-        query_radius, key_radius: A number, or one per key head: bounds of |A (q - b)| and |A^-T (k - c)|; longer vectors
-            are clipped. 0 or None = no bound.
+        query_radius, key_radius: A number, or one per key head: bounds of |A (q - b)| and |A^-T (k - c)|; longer
+            vectors are clipped. 0 or None = no bound.
         gate_weight, gate_bias: (Hk, D), (Hk,) w and b of a forget gate: the weight of far key j for query i is
             multiplied by prod_{t=j+1..i} sigmoid(w.k_t + b) over the tokens of the document. Causal only; None = none.
         scaling: Factor of q.k; None = D ** -0.5.
@@ -129,8 +129,8 @@ def rfa_attention(
         initial_state: The state to continue from; the first document of each row continues it.
         output_final_state: Also return the state after the last token.
         statistics: Counts how often the far part was dropped.
-        backend: The implementation for causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused kernels for
-            GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
+        backend: The implementation for causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused
+            kernels for GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
 
     Returns:
         The output (B, H, N, M) in value's dtype, or (output, RFAState) if `output_final_state`.

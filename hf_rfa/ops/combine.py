@@ -74,8 +74,8 @@ def combine(
 ) -> torch.Tensor:
     """out (..., M) = (near + far) / (near + far + exp(sink logit)), in one stabilised division.
 
-    Where the far denominator is not positive (possible with the trigonometric estimate) the far part is dropped and the near
-    part alone answers. Where there is no near part either (`window = 0`), the output is zero: the layer adds nothing.
+    Where the far denominator is not positive (possible with the trigonometric estimate) the far part is dropped and the
+    near part alone answers. Without a near part (`window = 0`) the output is then zero: the layer adds nothing.
 
     Args:
         near, far: The two parts; one may be None.

@@ -118,7 +118,7 @@ class _Split:
         self._back = torch.tensor([order.index(head) for head in range(len(order))], device=device)
 
     def apart(self, tokens: Tokens) -> list[Tokens]:
-        """q, k, v (B, Hk, ...) of each part."""
+        """q, k, v (B, Hk, ...) for each part."""
         query, key, value = tokens
         return [(query.index_select(1, i), key.index_select(1, i), value.index_select(1, i)) for i in self._parts]
 

@@ -21,8 +21,8 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import PURE_CHUNK
 from hf_rfa.ops.triton.fold import FORMS
 
-#: Whether 'auto' picks the Triton kernels where they can run. They agree with the reference in Triton's interpreter and
-#: compile for GPUs, but no GPU has run them yet.
+#: Whether 'auto' picks the Triton kernels where they can run. They agree with the reference in Triton's interpreter
+#: and compile for GPUs, but no GPU has run them yet.
 AUTO_PICKS_TRITON = False
 #: Largest head dim, chunk, and size of the far sums (features x value dim, both powers of two) per program.
 LARGEST_DIM, LARGEST_CHUNK, LARGEST_SUMS = 256, 128, 128 * 128
