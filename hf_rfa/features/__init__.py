@@ -1,1 +1,1 @@
-"""Feature maps and the draws of omega."""
+"""Feature maps, the draws of omega, and the far kernel built from both."""

@@ -1,7 +1,7 @@
-"""The far kernel of a layer: a feature map per key head, with all that stands around it.
+"""The far kernel of a layer: one feature map per key head, and the parameters around it.
 
-Centres and a change of variable are exact; bounds and tempering keep the variance of the estimate small; gamma weighs
-the far part and the gate lets it forget.
+Centring and the change of variable are exact; norm bounds and tempering keep the variance of the estimate small; gamma
+weighs the far part, and the gate makes it forget.
 """
 
 import math
@@ -17,23 +17,23 @@ from hf_rfa.registry import MapFunction
 
 
 def squared_bound(radius: torch.Tensor) -> torch.Tensor:
-    """The bound of |y|^2 for a radius, never 0 and never infinite; a radius of 0 means no bound."""
-    # Not infinite, since inf / inf is no number; not smaller, since the square of a tiny radius is 0.
+    """Bound of |y|^2 for a given radius, never 0 and never infinite; a radius of 0 means no bound."""
+    # Finite, because inf / inf is NaN; clamped from below, because the square of a tiny radius underflows to 0.
     return torch.where(radius > 0, radius.square().clamp_min(1e-30), torch.finfo(radius.dtype).max)
 
 
 def pull_in(square: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """min(1, radius / |y|), the factor that pulls what lies outside the bound in to it.
+    """min(1, radius / |y|), the factor that clips |y| to the radius.
 
-    square: |y|^2, before any tempering; bound: `squared_bound`. Every form of the operator takes the factor from here:
-    |y| is 0 where a query equals its centre, alpha |y| where alpha is 0, and neither value nor gradient may then be
-    0 / 0.
+    square: |y|^2, before any tempering; bound: see `squared_bound`. Every form of the operator takes the factor from
+    here: |y| is 0 if a query equals its centre, alpha |y| is 0 if alpha is, and neither the value nor the gradient may
+    then become 0 / 0.
     """
     return (bound / torch.maximum(square, bound)).sqrt()
 
 
 def _of_heads(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x (B, H, ..., D) times the rows (H, E, D) of its head: (B, H, ..., E)."""
+    """Products of x (B, H, ..., D) with the rows (H, E, D) of each head: (B, H, ..., E)."""
     tokens = x.transpose(0, 1)
     product = torch.bmm(tokens.reshape(len(rows), -1, x.shape[-1]), rows.mT)
     return product.view(*tokens.shape[:-1], rows.shape[1]).transpose(0, 1)
@@ -46,26 +46,26 @@ def _function(name: str, keys: bool) -> MapFunction:
 
 @dataclass(frozen=True, eq=False)
 class FarKernel:
-    """The estimated kernel of the far keys of all key heads of a layer.
+    """The estimated kernel over the far keys, for all key heads of a layer.
 
         kernel(q, k) = gamma exp(s q.c) exp(s b.(k - c)) psi(alpha A (q - b)').psi(alpha A^-T (k - c)')
 
-    with s = scaling and x' = x sqrt(s). For alpha = 1 its mean is exp(s q.k): what b and c say is exact, and only the
-    rest is estimated and tempered. Two kernels are equal if they are one object: what is prepared from a kernel's
-    tensors is kept for as long as the kernel is.
+    with s = scaling and x' = x sqrt(s). For alpha = 1 its mean is exp(s q.k): the terms in b and c are exact, only the
+    rest is estimated and tempered. Kernels compare by identity, because results prepared from a kernel's tensors are
+    kept for as long as the kernel object lives.
 
     Args:
-        feature_maps: A name of `FEATURE_MAPS` per key head; all make equally many components.
-        omega: (key_heads, m, D), rows N(0, I) (or learned). (key_heads, 2m, D) if a head is clustered: the others
-            then use the first m rows.
-        alpha: (key_heads,) tempering; 1 = unbiased, 0 = only b and c tell far keys apart.
-        gamma: (key_heads,) weight of the far part; 0 = none (a switch: gamma has no gradient there).
-        proposal: (key_heads,) A of the optimal positive features; the other maps do not read it.
+        feature_maps: One name from `FEATURE_MAPS` per key head; all must have the same number of components.
+        omega: (key_heads, m, D), rows N(0, I) (or learned). (key_heads, 2m, D) if any head is
+            clustered: the other heads then use the first m rows.
+        alpha: (key_heads,) tempering; 1 = unbiased, 0 = far keys differ by b and c only.
+        gamma: (key_heads,) weight of the far part; 0 = no far part (and no gradient of gamma).
+        proposal: (key_heads,) A of the optimal positive features; the other maps ignore it.
         query_center, key_center: (key_heads, D) b and c.
         query_transform, key_transform: (key_heads, D, D) the change of variable A and A^-T; None for the identity.
-        query_radius, key_radius: (key_heads,) bound of |A (q - b)| and |A^-T (k - c)|: what lies further out is pulled
-            in to it. The variance of every map grows exponentially with these norms, so that a few outliers would
-            drown what all others say. 0 or None = no bound.
+        query_radius, key_radius: (key_heads,) bounds of |A (q - b)| and |A^-T (k - c)|: longer vectors are clipped.
+            The variance of every map grows exponentially with these norms, so a few outliers would drown all other
+            keys. 0 or None = no bound.
         gate_weight, gate_bias: (key_heads, D), (key_heads,) of the forget gate, see `log_gate`; None = no gate.
     """
 
@@ -103,7 +103,7 @@ class FarKernel:
         self, x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
         scaling: float, shift: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """The exact part of a token as a log-weight, and the rest, which is to be estimated."""
+        """Split a token into its exact part, a log-weight, and the rest, which is estimated."""
         center = center.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         other = other.view(-1, *(1,) * (x.dim() - 3), x.shape[-1])
         centred = x - center
@@ -129,7 +129,7 @@ class FarKernel:
     def map_heads(
         self, square: torch.Tensor, projection: torch.Tensor, proposal: torch.Tensor, keys: bool
     ) -> Features:
-        """The map of each head on its own slice."""
+        """Apply each head's feature map to its own slice."""
         names = sorted(set(self.feature_maps))
         if len(names) <= 1:
             return _function(names[0] if names else "positive", keys)(square, projection, self.omega, proposal)
@@ -146,11 +146,11 @@ class FarKernel:
         return features, log_scale
 
     def log_gate(self, key: torch.Tensor) -> torch.Tensor | None:
-        """log g of tokens with keys (batch, key_heads, ..., N, D), as (batch, key_heads, ..., N); None = no gate.
+        """log g of tokens with keys (batch, key_heads, ..., N, D), as (batch, key_heads, ..., N); None without a gate.
 
             g_t = sigmoid(w.k_t + b),       weight of far key j for query i:  times prod_{t = j+1..i} g_t
 
-        Source: Peng et al. 2021, section 3.2; there the gate reads the layer's input, here the token's key.
+        Source: Peng et al. 2021, section 3.2; there the gate reads the layer's input, here it reads the key.
         """
         if self.gate_weight is None or self.gate_bias is None:
             return None
@@ -163,11 +163,11 @@ class FarKernel:
         return torch.where(alive, self.gamma, torch.ones_like(self.gamma)).log().masked_fill(~alive, -torch.inf)
 
     def alive(self) -> torch.Tensor:
-        """Which key heads have a far part at all (key_heads,) bool."""
+        """Which key heads have a far part, (key_heads,) bool."""
         return self.gamma > 0
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "FarKernel":
-        """The same kernel with its tensors in `dtype`, and on `device` unless that is None."""
+        """The same kernel in `dtype`, and on `device` if one is given."""
         device = self.omega.device if device is None else device
         if all(t.dtype == dtype and t.device == device for t in self.tensors().values()):
             return self
@@ -180,7 +180,7 @@ class FarKernel:
         return replace(kernel, feature_maps=tuple(self.feature_maps[head] for head in chosen))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by name, without those that are None."""
+        """The tensors by name, leaving out those that are None."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "feature_maps"}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

@@ -6,8 +6,8 @@ in two pieces,
 
     psi(x') = exp(log_scale) * features,        features (..., N, F), log_scale (..., N)
 
-with bounded `features`, so that the caller can stabilise: the exponential is never taken here. To add a map, write its
-function and add an entry to `FEATURE_MAPS` below.
+with bounded `features`, so that the caller can stabilise: exp(log_scale) is never computed here. To add a map, write
+its function and add an entry to `FEATURE_MAPS` below.
 
 | map              | F  | psi_i(x')                                                                           |
 |------------------|----|-------------------------------------------------------------------------------------|
@@ -17,9 +17,9 @@ function and add an entry to `FEATURE_MAPS` below.
 | optimal_positive | m  | (1-4A)^(D/4) sqrt(1/m) exp(A|w_i|^2 + sqrt(1-4A) w_i.x' - |x'|^2/2)                 |
 | clustered        | 2m | exp(w_i.q') for queries, softmax_i(w_i.k' - |w_i|^2/2) for keys                     |
 
-The last is the exception, for 2m rows w_i that are no draw but the centroids of clusters of keys: it reads the kernel
-of each key off the centroid it is nearest to. It is biased, but needs far fewer components for heads that look things
-up.
+`clustered` is the exception: its 2m rows w_i are not random but the centroids of clusters of keys, and each key is
+represented by the centroids nearest to it. It is biased, but needs far fewer components for heads that look single
+tokens up.
 
 Sources: trigonometric, Rahimi and Recht 2007 and Peng et al. 2021; positive and hyperbolic, Choromanski et al. 2021,
 Lemma 1; optimal_positive, Likhosherstov et al. 2022; clustered, normalised features of keys as in Hedgehog (Zhang et
@@ -40,7 +40,7 @@ Features = tuple[torch.Tensor, torch.Tensor]
 def trigonometric(
     square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
 ) -> Features:
-    """psi itself: unbiased, bounded, but its estimates can be negative."""
+    """The trigonometric psi: unbiased and bounded, but its estimates can be negative."""
     features = torch.cat([projection.sin(), projection.cos()], dim=-1) * omega.shape[-2] ** -0.5
     return features, square / 2
 
@@ -80,7 +80,7 @@ def cluster_logits(
 def cluster_shares(
     square: torch.Tensor, projection: torch.Tensor, omega: torch.Tensor, proposal: torch.Tensor
 ) -> Features:
-    """How much a key belongs to each cluster: the posterior of a mixture of unit Gaussians around omega's rows."""
+    """Share of each cluster in a key: the posterior of a mixture of unit Gaussians centred on omega's rows."""
     size = omega.square().sum(-1).view(-1, *(1,) * (projection.dim() - 3), omega.shape[1])
     return (projection - size / 2).softmax(-1), torch.zeros_like(projection[..., 0])
 
@@ -92,7 +92,7 @@ def optimal_proposal(mean_square_sum: torch.Tensor, head_dim: int) -> torch.Tens
     """
     nu = mean_square_sum.clamp_min(1e-6 * head_dim)
     s = 2 * nu + head_dim
-    # The same root written without the difference of two nearly equal numbers.
+    # The same root, written so that no two nearly equal numbers are subtracted.
     rho = 2 * head_dim / ((s.square() + 8 * head_dim * nu).sqrt() + s)
     return (1 - 1 / rho) / 8
 
@@ -103,7 +103,7 @@ def _normalised(exponent: torch.Tensor, log_constant: torch.Tensor) -> Features:
     return (exponent - peak.unsqueeze(-1)).exp(), log_constant + peak
 
 
-# The order is part of the saved format, which holds a map as its place in it: add at the end.
+# The order is part of the saved format, which stores a map as its index: add new maps at the end.
 FEATURE_MAPS.update({
     "trigonometric": FeatureMap(trigonometric, 2, "sin and cos, unbiased, may be negative", signed=True),
     "positive": FeatureMap(positive, 1, "exp"),
@@ -125,8 +125,8 @@ def feature_map_of_heads(names: str | Sequence[str], key_heads: int) -> tuple[st
     """One name per key head.
 
     Raises:
-        ConfigError: An unknown name, another number of names than of key heads, or maps that make different numbers
-            of components.
+        ConfigError: A name is unknown, the number of names is not that of the key heads, or the maps have different
+            numbers of components.
     """
     maps = (names,) * key_heads if isinstance(names, str) else tuple(names)
     for name in maps:

@@ -1,7 +1,7 @@
 """Draws of omega: all of the project's randomness is here.
 
-`omega` is a pure function of (seed, layer, draw number): it is drawn on the CPU in float32 from a generator of its
-own, so that every rank, device and recomputation of a forward sees the same directions.
+`omega` is a pure function of (seed, layer, draw number): it is drawn on the CPU in float32 from its own
+generator, so that every rank, device and recomputed forward pass gets the same directions.
 """
 
 import numpy as np
@@ -11,23 +11,23 @@ import torch
 def draw_omega(
     num_heads: int, num_features: int, head_dim: int, *, kind: str, seed: int, layer: int, draw: int
 ) -> torch.Tensor:
-    """omega (num_heads, num_features, head_dim), float32 on the CPU; rows N(0, I) (but for "sphere").
+    """omega (num_heads, num_features, head_dim), float32 on the CPU; rows N(0, I) (except for "sphere").
 
     `kind="gaussian"` draws the rows independently. `kind="orthogonal"` makes blocks of `head_dim` rows whose
-    directions are orthogonal (Choromanski et al. 2021, section 2.4): each row alone is still N(0, I), the estimate
-    stays unbiased and its variance falls. `kind="sphere"` gives all of those directions the length sqrt(head_dim)
-    that they have in the mean: a full block then carries the terms of first and second order of the kernel without
-    error, at the price of a bias of higher order (the regularised softmax kernel of Choromanski et al. 2021).
+    directions are orthogonal (Choromanski et al. 2021, section 2.4): each row by itself is still N(0, I), so the
+    estimate stays unbiased, and its variance falls. `kind="sphere"` gives all of these directions the length
+    sqrt(head_dim), their root mean square: a full block then has no error in the kernel's first and second order, at
+    the price of a bias of higher order (the regularised softmax kernel of Choromanski et al. 2021).
     """
     words = np.random.SeedSequence((seed, layer, draw)).generate_state(2)
     generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
     make = {"orthogonal": _orthogonal, "sphere": _sphere, "learned": _sphere, "gaussian": _gaussian}[kind]
-    # Head after head, so that the omega of a head does not depend on how many heads follow it.
+    # Head by head, so that the omega of a head does not depend on how many heads follow.
     return torch.stack([make(num_features, head_dim, generator) for _ in range(num_heads)])
 
 
 def _gaussian(rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
-    # Explicit, because `from_pretrained` builds models under another default dtype or device.
+    # Explicit, because `from_pretrained` builds models under other default dtypes and devices.
     return torch.randn(rows, dim, generator=generator, dtype=torch.float32, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""The keyword arguments of `rfa_attention` as the objects that `attend` takes: far kernel, settings and layout."""
+"""From the keyword arguments of `rfa_attention` to the objects that `attend` takes: kernel, settings and layout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def operator_arguments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, token_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None, layout: TokenLayout | None = None, **keywords: Any,
 ) -> tuple[FarKernel, AttentionSettings, TokenLayout]:  # fmt: skip
-    """What `rfa_attention`'s keywords describe; those that are neither layout nor settings are the far kernel's.
+    """Kernel, settings and layout from `rfa_attention`'s keywords; what is neither layout nor setting is the kernel's.
 
     Raises:
-        ConfigError: The tensors are no queries, keys and values, or the keywords contradict each other. Shapes and
+        ConfigError: The tensors are not queries, keys and values, or the keywords contradict each other. Shapes and
             values are checked by `OperatorCall.of`.
     """
     check_tokens(query, key, value)
@@ -44,14 +44,14 @@ def far_kernel(
     like: torch.Tensor, key_heads: int, *, omega: torch.Tensor, feature_map: str | Sequence[str] = "positive",
     **numbers: Any,
 ) -> FarKernel:  # fmt: skip
-    """The far kernel of `key_heads` heads for queries `like` (..., D), where a number stands for all heads.
+    """The far kernel of `key_heads` heads for queries `like` (..., D); a single number applies to all heads.
 
-    What is not given of `FarKernel`'s fields is that of `rfa_attention`.
+    Fields of `FarKernel` that are not given have the defaults of `rfa_attention`.
     """
     dim, wide = like.shape[-1], accumulation_dtype(like.dtype)
     maps = feature_map_of_heads(feature_map, key_heads)
     given = {"alpha": 1.0, "gamma": 1.0} | {name: x for name, x in numbers.items() if x is not None}
-    if "proposal" not in given:  # the other maps do not read it
+    if "proposal" not in given:  # the other maps ignore it
         given["proposal"] = optimal_proposal(torch.tensor(dim / 2), dim) if "optimal_positive" in maps else 0.0
     tensors = {name: torch.as_tensor(x, dtype=wide, device=like.device) for name, x in given.items()}
     tensors = {name: x.expand(key_heads) if x.dim() == 0 else x for name, x in tensors.items()}

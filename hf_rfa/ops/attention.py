@@ -32,12 +32,12 @@ def attend(
     statistics: FarStatistics | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, RFAState | None]:
-    """What `rfa_attention` computes, of the far kernel of a layer, its settings and the layout of the new tokens.
+    """`rfa_attention`, given a layer's far kernel, its settings and the layout of the new tokens.
 
     Args:
         query, key, value: (B, H, N, D), (B, Hk, N, D), (B, Hk, N, M).
         state: The state to continue from.
-        statistics: Counts how often a far part was dropped.
+        statistics: Counts how often the far part was dropped.
 
     Returns:
         The output (B, H, N, M) in value's dtype, and the state after the last token if `output_final_state`.
@@ -97,40 +97,40 @@ def rfa_attention(
 
     Args:
         query: (B, H, N, D).
-        key: (B, Hk, N, D), Hk dividing H: query head h reads key head h // (H / Hk). Never repeated.
+        key: (B, Hk, N, D), Hk divides H: query head h reads key head h // (H / Hk). Keys are never repeated.
         value: (B, Hk, N, M).
         omega: (Hk, m, D), rows N(0, I); `hf_rfa.features.omega.draw_omega` draws it.
-        feature_map: 'trigonometric', 'positive', 'hyperbolic' or 'optimal_positive'; or one for each key head, where
-            all make equally many components ('trigonometric' with 'hyperbolic').
+        feature_map: 'trigonometric', 'positive', 'hyperbolic' or 'optimal_positive'; or one per key head, all with
+            the same number of components ('trigonometric' with 'hyperbolic').
         window: Chunk size, tokens; 0 = pure RFA (all keys estimated, no sinks).
         sink_tokens: At most `window`.
-        kept_keys: K, the far keys of each key head that stay exact: those that took the largest mean weight from the
-            queries that saw them exactly, chosen anew at each chunk boundary, see `hf_rfa.ops.kept_keys`; in the
-            bidirectional form once per document, see `hf_rfa.ops.kept_encoder_keys`. 0 = none. Or one number per key
-            head.
-        alpha, gamma: A number, or one a key head (Hk,).
+        kept_keys: K, the number of far keys per key head that stay exact: those with the largest mean weight from the
+            queries that saw them exactly. They are chosen again at each chunk boundary, see `hf_rfa.ops.kept_keys`,
+            in the bidirectional form once per document, see `hf_rfa.ops.kept_encoder_keys`. 0 = none. Or one number
+            per key head.
+        alpha, gamma: A number, or one per key head (Hk,).
         proposal: (Hk,) A of the optimal positive features; None = the best one for |q'+k'|^2 of mean D / 2.
         query_center, key_center: (Hk, D) b and c. Far keys are estimated as exp(alpha^2 s (q-b).(k-c)) exp(s b.(k-c))
-            exp(s q.c): exact for alpha = 1, and what b and c say stays exact for alpha < 1. None = zero.
-        query_transform, key_transform: (Hk, D, D) A and A^-T, the change of variable q.k = (A q).(A^-T k) of what is
-            estimated. None = the identity.
-        query_radius, key_radius: A number, or one a key head: the bound of |A (q - b)| and |A^-T (k - c)|; what lies
-            further out is pulled in. 0 or None = no bound.
+            exp(s q.c): the mean is exact for alpha = 1, the terms in b and c for any alpha. None = zero.
+        query_transform, key_transform: (Hk, D, D) A and A^-T, the change of variable q.k = (A q).(A^-T k) in the
+            estimated part. None = the identity.
+        query_radius, key_radius: A number, or one per key head: bounds of |A (q - b)| and |A^-T (k - c)|; longer
+            vectors are clipped. 0 or None = no bound.
         gate_weight, gate_bias: (Hk, D), (Hk,) w and b of a forget gate: the weight of far key j for query i is
             multiplied by prod_{t=j+1..i} sigmoid(w.k_t + b) over the tokens of the document. Causal only; None = none.
         scaling: Factor of q.k; None = D ** -0.5.
-        causal: False for the bidirectional form (then near has the chunk behind, too).
-        token_mask: (B, N) bool, False for padding, anywhere. Padding gets zeros and is seen by nobody.
+        causal: False for the bidirectional form (the following chunk is then near, too).
+        token_mask: (B, N) bool, False for padding, anywhere. Padding gets zeros, and no token sees it.
         segment_ids: (B, N) int, equal within each packed document; nothing is seen across documents.
         layout: `token_mask` and `segment_ids` in one object, which layers may share; excludes both.
-        softmax_heads: Key heads that are computed by exact softmax instead.
+        softmax_heads: Key heads computed by exact softmax instead.
         sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
         sink_logits: (H,) learned logits that add exp(logit) to the denominator (gpt-oss).
         initial_state: The state to continue from; the first document of each row continues it.
-        output_final_state: Return the state after the last token, too.
-        statistics: Counts how often a far part was dropped.
-        backend: What computes causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused kernels for
-            GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
+        output_final_state: Also return the state after the last token.
+        statistics: Counts how often the far part was dropped.
+        backend: The implementation for causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused
+            kernels for GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
 
     Returns:
         The output (B, H, N, M) in value's dtype, or (output, RFAState) if `output_final_state`.
@@ -228,7 +228,7 @@ def rfa_attention_reference(
 
 
 def _run(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
-    """Split the key heads into linear and exact ones, run each, and put them together again: (B, H, N, M)."""
+    """Run the linear and the exact key heads separately and join their outputs: (B, H, N, M)."""
     groups = call.groups()
     if len(groups) == 1 and groups[0][1] is call:
         output, state = _linear(call)
@@ -252,18 +252,18 @@ def _run(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
 
 
 def _joined(states: Sequence[RFAState | None]) -> RFAState | None:
-    """The states of several groups of heads as one; None if there are none."""
+    """Join the states of several groups of heads; None if there are none."""
     found = [state for state in states if state is not None]
     return dataclasses.replace(found[0], beside=tuple(found[1:])) if found else None
 
 
 def _put(output: torch.Tensor, heads: Sequence[int], part: torch.Tensor) -> torch.Tensor:
-    """`output` (B, Hk, G, N, M) with the part of some key heads in its place."""
+    """`output` (B, Hk, G, N, M) with the results of some key heads filled in."""
     return output.index_copy(1, torch.tensor(heads, device=output.device), part.to(output.dtype))
 
 
 def _linear(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
-    """The linear heads, their state checked; (B, Hk, G, N, M)."""
+    """Check the state and run the linear heads; (B, Hk, G, N, M)."""
     call.check_state()
     run = linear_heads_of_graph if torch.compiler.is_compiling() else linear_heads
     return run(call)

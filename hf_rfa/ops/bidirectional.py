@@ -1,7 +1,7 @@
 """The bidirectional operator in chunks, for encoders: far keys lie on both sides.
 
 Chunk c attends exactly to chunks c - 1, c, c + 1, to the sinks and to the keys that its document keeps. Far sums are
-prefix plus suffix sums: subtracting the near chunks from a total would cancel digits.
+prefix plus suffix sums: subtracting the near chunks from a total would lose digits to cancellation.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def chunked_bidirectional(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
-    """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M), zero for the documents that are
-    `short`.
+    """Bidirectional RFA of a call in float32 or float64; output (B, Hk, G, N, M), zero for the `short`
+    documents.
 
-    The keys of the initial state are far keys of the row's first document; the final state holds all keys of the row's
-    last document (and of the initial state, if that is the first) in its sums, kept ones too. Such a state has no near
-    keys.
+    The keys of the initial state are far keys of the row's first document; the sums of the final state hold
+    all keys of the row's last document, kept keys included (and those of the initial state, if that document is the
+    first). Such a state has no near keys.
     """
     run = BidirectionalPass(call, short)
     outputs = [finish(near, far, call, run.plan, span) for span, near, far in run.blocks()]
@@ -45,7 +45,7 @@ def chunked_bidirectional(call: OperatorCall, short: ShortRule | None = None) ->
 
 
 class BidirectionalPass:
-    """One pass over the chunks of a call: `blocks` yields the two parts of each block, `final_state` what remains."""
+    """One pass over the chunks of a call: `blocks` yields both parts of each block, `final_state` gives the state."""
 
     def __init__(self, call: OperatorCall, short: ShortRule | None = None) -> None:
         batch, sinks = len(call.query), call.sink_tokens if call.window else 0
@@ -63,11 +63,11 @@ class BidirectionalPass:
         self.start = (state.kv_state.to(self.keys.dtype), state.log_max.to(self.keys.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
-        """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
+        """Yield (chunks, near part, far part without gamma) block by block, (B, Hk, n, G * C [, M])."""
         call, plan = self.call, self.plan
         queries = queries_to_chunks(call.query, plan)
         nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
-        near_chunks = 1 if call.window else -1  # chunks on each side that are exact; -1: not even the own one
+        near_chunks = 1 if call.window else -1  # exact chunks on each side; -1: not even its own
         log_scale = self.log_scale if self.kept is None else self.kept.without(self.log_scale)
         sums = chunk_sums(self.features, log_scale, self.values, plan.fold)
         before = _running(sums, plan.segment_ids, near_chunks + 1, self.start)
@@ -76,7 +76,7 @@ class BidirectionalPass:
         if call.window:
             near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
             near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
-        # Split and not sliced: the gradient of a slice is as long as the whole sequence, and there is one a block.
+        # Split, not sliced: the gradient of a slice is as long as the whole sequence, and there is one per block.
         parts = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, log_max)), strict=True)
         begin = 0
         for number, (block_queries, block_states, block_maxima) in enumerate(parts):
@@ -94,7 +94,7 @@ class BidirectionalPass:
             begin = span.stop
 
     def final_state(self) -> RFAState:
-        """Every key, sinks and near ones too, of the document that each row ends with."""
+        """The sums of all keys, including sinks and near keys, of the last document in each row."""
         plan, state = self.plan, self.state
         whole = chunk_sums(self.features, self.log_scale, self.values, plan.token_mask)
         kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.segment_ids, 0, self.start))
@@ -105,14 +105,14 @@ class BidirectionalPass:
 
 
 def _running(sums: Sums, segment_ids: torch.Tensor, lag: int, start: Sums) -> Sums:
-    """For every chunk, the sums over the chunks of its document that lie at least `lag` before it."""
+    """Per chunk, the sums over the chunks of its document that are at least `lag` chunks earlier."""
     states, first, kv_state = [], 0, start
     lead_sums, lead_log_max = sums[0][:, :, :0], sums[1][:, :, :0]
     for block_sums, block_log_max in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in sums), strict=True):
         last = first + block_log_max.shape[2]
         all_sums, all_log_max = torch.cat([lead_sums, block_sums], 2), torch.cat([lead_log_max, block_log_max], 2)
         low, count = max(0, first - lag), max(0, last - lag) - max(0, first - lag)
-        # At least one chunk, even if nobody reads it, so that the maximum is over something.
+        # At least one chunk, even if none is read, so that the maximum is over a non-empty set.
         added = torch.arange(low, low + max(1, count), device=segment_ids.device)
         readers = torch.arange(first, last, device=segment_ids.device)
         member = (added <= readers[:, None] - lag) & (segment_ids[:, first:last, None] == segment_ids[:, None, added])
@@ -133,7 +133,7 @@ def _flip(sums: Sums) -> Sums:
 
 
 def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(B, H, n, s + 3 C, D): the sinks, the chunk before, the chunk itself and the one behind."""
+    """(B, H, n, s + 3 C, D): the sinks, the previous chunk, the chunk itself and the next one."""
     before, behind = (
         torch.cat([chunks[:, :, :1], chunks[:, :, :-1]], 2),
         torch.cat([chunks[:, :, 1:], chunks[:, :, -1:]], 2),
@@ -142,7 +142,7 @@ def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -
 
 
 def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:
-    """(R, 1, n, G * C, s + 3 C) bool: what the queries of each chunk of the block see of its neighbourhood."""
+    """(R, 1, n, G * C, s + 3 C) bool: which of its neighbourhood the queries of each chunk see."""
     total, chunk = plan.token_mask.shape[1:]
     center = torch.arange(span.start, span.stop, device=plan.token_mask.device)
     visible = [(plan.rank[:, span] > 1).unsqueeze(-1).expand(-1, -1, sinks)]
@@ -150,6 +150,6 @@ def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:
         other = (center + step).clamp(0, total - 1)
         inside = (center + step == other) & (plan.segment_ids[:, other] == plan.segment_ids[:, span])
         visible.append(plan.token_mask[:, other] & inside.unsqueeze(-1))
-    # A row without any key (all padding) looks at its own chunk, so that it is not empty; its output is dropped.
+    # A chunk that is all padding sees itself, so that no row is empty; its output is discarded.
     visible[2] = visible[2] | ~plan.token_mask[:, span].any(-1, keepdim=True)
     return torch.cat(visible, dim=-1)[:, None, :, None, :].expand(-1, -1, -1, groups * chunk, -1)

@@ -1,4 +1,4 @@
-"""`OperatorCall`: the arguments of the operator, checked once at the door, in the shapes that all forms work on."""
+"""`OperatorCall`: the operator's arguments, checked once, in the shapes that all forms work on."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCall:
-    """One call of the operator. B rows, Hk key heads, G query heads of each, N new tokens, D and M the head dims.
+    """One call of the operator: B rows, Hk key heads with G query heads each, N new tokens, head dims D and M.
 
     Attributes:
-        query: (B, Hk, G, N, D), the query heads that share a key head beside each other.
+        query: (B, Hk, G, N, D), the query heads grouped by key head.
         key, value: (B, Hk, N, D), (B, Hk, N, M).
         far: The far kernel of the Hk key heads.
         sink_logits: (Hk, G) or None.
-        state: What the call continues from; None at the beginning of a sequence.
-        kept_of_heads: (Hk) numbers of kept keys.
+        state: The state to continue from; None at the beginning of a sequence.
+        kept_of_heads: Number of kept keys per key head.
         output_final_state: Whether the state after the last token is wanted.
-        statistics: Counts how often a far part is dropped; None: nobody asks.
+        statistics: Counts how often the far part is dropped; None if that is not wanted.
         softmax_heads, sliding_window, backend: See `AttentionSettings`.
     """
 
@@ -54,7 +54,7 @@ class OperatorCall:
         cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
         settings: AttentionSettings, layout: TokenLayout, state: RFAState | None = None,
     ) -> "OperatorCall":  # fmt: skip
-        """The call of `attend` with these arguments; raises `ConfigError` where they do not fit."""
+        """The call for these arguments of `attend`; raises `ConfigError` if they do not fit."""
         check_tokens(query, key, value)
         batch, heads, length, dim = query.shape
         key_heads = key.shape[1]
@@ -112,7 +112,7 @@ class OperatorCall:
         return [head for head in range(self.key.shape[1]) if head not in self.softmax_heads]
 
     def heads(self, heads: Sequence[int]) -> "OperatorCall":
-        """The call of some key heads only; the state is passed on as it is."""
+        """The call restricted to some key heads; the state is passed on unchanged."""
         index = list(heads)
         logits = None if self.sink_logits is None else self.sink_logits[index]
         return self.replace(
@@ -126,16 +126,16 @@ class OperatorCall:
 
     @property
     def kept_keys(self) -> int:
-        """K of a call whose heads all keep the same number of keys, as those of a group do."""
+        """K, for calls whose heads all keep the same number of keys, such as those of one group."""
         numbers = set(self.kept_of_heads)
         assert len(numbers) <= 1, "a call of several groups"
         return numbers.pop() if numbers else 0
 
     def groups(self) -> list[tuple[list[int], "OperatorCall"]]:
-        """The linear heads that keep equally many keys, and their calls with states of their own, in ascending order.
+        """Linear heads grouped by their number of kept keys (ascending), each group with its own call and state.
 
         Raises:
-            ConfigError: The state has other groups.
+            ConfigError: The state has different groups.
         """
         linear = self.linear_heads
         if not linear:
@@ -171,7 +171,7 @@ class OperatorCall:
         return RFAState.empty(*self._state_size())
 
     def check_state(self) -> None:
-        """Raise `ConfigError` if the initial state belongs to a call with other shapes, windows or sinks."""
+        """Raise `ConfigError` if the initial state belongs to a call with different shapes, window or sinks."""
         if self.state is None:
             return
         shapes = RFAState.shapes(*self._state_size())
@@ -188,20 +188,20 @@ class OperatorCall:
                 )
 
     def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int, int, int]:
-        # The bidirectional form remembers no near keys and keeps none.
+        # A state of the bidirectional form has neither near nor kept keys.
         window, kept_keys = (self.window, self.kept_keys) if self.causal else (0, 0)
         exact = window, self.sink_tokens, kept_keys, self.query.shape[2]
         return len(self.query), self.key, self.value, self.far.num_components, *exact
 
 
 def check_backend(name: str) -> None:
-    """Raise `ConfigError` unless there is such a backend."""
+    """Raise `ConfigError` if there is no backend of that name."""
     if name not in BACKENDS:
         raise ConfigError(f"`backend` must be one of {list(BACKENDS)}. Got {name!r}. Leave it 'auto'.")
 
 
 def check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise `ConfigError` unless these are queries, keys and values of one call."""
+    """Raise `ConfigError` unless the shapes and types of q, k and v fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
             is_tensor = isinstance(tensor, torch.Tensor)
@@ -221,7 +221,7 @@ def check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 def _fitting(kernel: FarKernel, key_heads: int, dim: int, causal: bool) -> FarKernel:
-    """The kernel, if it is one of so many key heads of that dim; `ConfigError` otherwise."""
+    """The kernel, if it fits the number of key heads and the head dim; raises `ConfigError` otherwise."""
     omega = kernel.omega
     if omega.dim() != 3 or omega.shape[0] != key_heads or omega.shape[2] != dim:
         raise ConfigError(

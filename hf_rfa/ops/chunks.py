@@ -1,4 +1,4 @@
-"""What the chunked operators share: tokens to chunks and back, and the end of a block."""
+"""Steps that the chunked operators share: tokens to chunks and back, and the end of a block."""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import Part, combine
 from hf_rfa.ops.layout import Plan
 
-#: Chunk size where there is no window to set it. Both costs of a chunk, C (D + M) and F (D + M), are then alike.
+#: Chunk size without a window. It balances the two costs of a token, C (D + M) and F (D + M).
 PURE_CHUNK = 64
-#: Chunks handled at once. More makes larger products; the features and scores of a block must stay in the cache.
+#: Chunks per block. More give larger products, but the features and scores of a block must fit into the cache.
 BLOCK_CHUNKS = 8
 
 
@@ -21,7 +21,7 @@ def to_chunks(x: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 
 def queries_to_chunks(query: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(B, H, G, tokens, D) -> (B, H, n, G * C, D): the queries of a key head's group lie beside each other."""
+    """(B, H, G, tokens, D) -> (B, H, n, G * C, D): the queries of a key head's group are concatenated."""
     chunks = to_chunks(query.flatten(1, 2), plan).unflatten(1, query.shape[1:3])
     return chunks.transpose(2, 3).flatten(3, 4)
 
@@ -40,12 +40,12 @@ def tokens_of(output: torch.Tensor, plan: Plan, length: int) -> torch.Tensor:
 
 
 def sink_table(chunks: torch.Tensor, sinks_of_state: torch.Tensor, sinks: int) -> torch.Tensor:
-    """(B, H, n + 1, s, D): the first s slots of every chunk, behind those that the state remembers."""
+    """(B, H, n + 1, s, D): the first s slots of every chunk, after the sinks of the state."""
     return torch.cat([sinks_of_state.to(chunks.dtype).unsqueeze(2), chunks[:, :, :, :sinks]], dim=2)
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entries `index` (R, n) of dimension 2 of x (B, H, tokens or chunks, ...)."""
+    """Gather the entries `index` (R, n) along dimension 2 of x (B, H, tokens or chunks, ...)."""
     if index.shape[0] == 1:
         return x.index_select(2, index[0])
     index = index.view(index.shape[0], 1, index.shape[1], *(1,) * (x.dim() - 3))
@@ -53,7 +53,7 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def finish(near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, block: slice) -> torch.Tensor:
-    """Both parts of a block under one normaliser, (B, Hk, n, G * C, M); the far part comes without its gamma."""
+    """Both parts of a block under one normaliser, (B, Hk, n, G * C, M); the far part comes without gamma."""
     far, groups, chunk = call.far, call.query.shape[2], plan.token_mask.shape[-1]
     log_scale = far_part.log_scale + far.log_gamma().view(-1, 1, 1)
     far_part = Part(far_part.numerator, far_part.denominator, log_scale)

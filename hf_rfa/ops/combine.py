@@ -1,7 +1,7 @@
 """One normaliser for the exact near part and the estimated far part.
 
-Both parts estimate sums of `exp(q'.k')`, so they add up in the same units. Each comes as (numerator, denominator,
-log_scale), the true sums being `exp(log_scale)` times the first two; the far log-scale holds the query's own factor.
+Both parts estimate sums of `exp(q'.k')`, so they add up in the same units. Each is given as (numerator, denominator,
+log_scale): the true sums are `exp(log_scale)` times the first two. The far log-scale includes the query's factor.
 """
 
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ class Part:
 class FarStatistics:
     """How often the estimate of the far sum was not positive, so that the far part was dropped."""
 
-    # Tensors from the start: compiled code would be made anew where an int becomes one.
+    # Tensors from the start: compiled code would be recompiled when an int became one.
     dropped: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     queries: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def add(self, dropped: torch.Tensor, queries: torch.Tensor) -> None:
-        """Count bool tensors of the queries whose far part was dropped, and of those that had far keys."""
+        """Count the queries whose far part was dropped and those that had far keys, both given as bool tensors."""
         # Kept as tensors: reading them here would make a GPU wait in every layer.
         self.dropped = self.dropped + dropped.sum()
         self.queries = self.queries + queries.sum()
@@ -37,7 +37,7 @@ class FarStatistics:
         return torch.stack([self.dropped, self.queries])
 
     def add_counts(self, counts: torch.Tensor) -> None:
-        """Add the `counts` of another."""
+        """Add the `counts` of another object."""
         self.dropped = self.dropped + counts[0]
         self.queries = self.queries + counts[1]
 
@@ -49,14 +49,14 @@ class FarStatistics:
 
 
 def smallest_denominator(dtype: torch.dtype) -> float:
-    """What still counts as positive: the reciprocal, times gradients of ordinary size, must not overflow."""
+    """The least value that counts as positive: its reciprocal, times ordinary gradients, must not overflow."""
     return torch.finfo(dtype).tiny * 2**24
 
 
 def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None) -> Part:
-    """Exact attention over a few keys: scores (..., R, K) scaled, value (..., K, M), visible (..., R, K) bool or None.
+    """Exact attention over a few keys: scaled scores (..., R, K), value (..., K, M), visible (..., R, K) bool or None.
 
-    Every row must see at least one key; None: it sees all.
+    Every row must see at least one key; with `visible=None` it sees all.
     """
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -74,17 +74,17 @@ def combine(
 ) -> torch.Tensor:
     """out (..., M) = (near + far) / (near + far + exp(sink logit)), in one stabilised division.
 
-    Where the far denominator is not positive (the trigonometric estimate can be) the far part is dropped and the near
-    part alone answers. Where there is no near part either (`window = 0`), the output is zero: the layer adds nothing.
+    Where the far denominator is not positive (possible with the trigonometric estimate) the far part is dropped and the
+    near part alone answers. Without a near part (`window = 0`) the output is then zero: the layer adds nothing.
 
     Args:
-        near, far: The two parts; one may be missing.
-        sink_logits: broadcast against the denominators: a learned logit that takes weight and gives no value.
+        near, far: The two parts; one may be None.
+        sink_logits: Broadcast against the denominators: a learned logit that takes weight and contributes no value.
         statistics: Counts the dropped far parts.
-        counted: bool, broadcast against far.denominator: which rows are tokens, not padding.
+        counted: bool, broadcast against far.denominator: True for tokens, False for padding.
     """
     parts: list[Part] = []
-    total: torch.Tensor | None = None  # a log-weight that none of the parts exceeds by much
+    total: torch.Tensor | None = None  # a log-weight that no part exceeds by much
     if near is not None:
         parts, total = [near], near.log_scale
     if far is not None:
@@ -101,7 +101,7 @@ def combine(
     assert total is not None
     if sink_logits is not None:
         total = torch.maximum(total, sink_logits.detach().expand_as(total))
-    if near is None:  # a row that nothing answers has -inf: any finite number keeps the subtractions below defined
+    if near is None:  # rows without any weight have -inf: a finite number keeps the subtractions below defined
         total = total.masked_fill(total == -torch.inf, 0.0)
     weights = [(part.log_scale - total).exp() for part in parts]
     numerator, denominator = weights[0].unsqueeze(-1) * parts[0].numerator, weights[0] * parts[0].denominator

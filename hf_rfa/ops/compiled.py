@@ -1,8 +1,8 @@
 """The linear heads as one operation of a graph, for `torch.compile(fullgraph=True)` and `torch.export`.
 
-What the operator does depends on numbers that a tracer cannot see: where the padding lies, how far each row's chunk is
-filled. `torch.ops.hf_rfa.linear_heads` hides that from it: one operation, the same for every length and every decoding
-step, that changes none of its inputs. Its backward pass runs the forward pass again, with gradients.
+The operator branches on values that a tracer cannot see: where the padding is, how far each row's chunk is filled.
+`torch.ops.hf_rfa.linear_heads` hides this from the tracer: it is one operation, the same for every length and every
+decoding step, and changes none of its inputs. Its backward pass runs the forward pass again, with gradients.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from hf_rfa.ops.state import RFAState, accumulation_dtype
 
 _Run = Callable[..., list[torch.Tensor]]
 _KERNEL = tuple(f.name for f in dataclasses.fields(FarKernel) if f.name != "feature_maps")
-#: Fields of `OperatorCall` that the operation takes as one list.
+#: Numeric fields of `OperatorCall`, which the operation takes as one list.
 _NUMBERS = ("causal", "window", "sink_tokens", "kept_keys")
 _STATE = (
     "kv_state", "log_max", "near_key", "near_value", "sink_key", "sink_value", "count", "kept_key", "kept_value",
@@ -32,7 +32,7 @@ _STATE = (
 
 
 def linear_heads_of_graph(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
-    """`linear_heads` as an operation that tracers do not look into."""
+    """`linear_heads` as an operation that is opaque to tracers."""
     named: dict[str, torch.Tensor | None] = {"query": call.query, "key": call.key, "value": call.value}
     named |= {name: getattr(call.far, name) for name in _KERNEL}
     named |= {
@@ -57,7 +57,7 @@ def _operation(
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
     backend: str, output_final_state: bool, count: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """[output, (dropped, queries), *state]; `names` says what the tensors are."""
+    """[output, (dropped, queries), *state]; `names` names the input tensors."""
     call = _call(tensors, names, feature_maps, numbers, scaling, backend)
     statistics = FarStatistics() if count else None
     call = call.replace(
@@ -65,7 +65,7 @@ def _operation(
     )
     output, state = linear_heads(call)
     counts = torch.zeros(2, dtype=torch.int64) if statistics is None else statistics.counts()
-    # Operations hand out tensors of their own, as their fakes say.
+    # Operations must return new tensors, as their fakes promise.
     output = output.to(accumulation_dtype(call.query.dtype))
     return [output.contiguous(), counts.to(output.device), *(t.clone() for t in _state_tensors(state))]
 
@@ -102,7 +102,7 @@ def _call(
 
 
 def _known_layout(layout: TokenLayout) -> TokenLayout:
-    """The layout in the least words, one object for all layers; reads the tensors."""
+    """The layout in its simplest form, one object for all layers; reads the tensors."""
     token_mask, segment_ids = (None if t is None else t.cpu() for t in (layout.token_mask, layout.segment_ids))
     if token_mask is not None and bool(token_mask.all()):
         token_mask = None
@@ -138,7 +138,7 @@ def _by_transform(run: _Run, sources: list[torch.Tensor], gradients: Sequence[to
 
 @functools.cache
 def recording_works() -> bool:
-    """Whether `_recording`, which is private, does that; asked inside of an operation."""
+    """Whether `_recording`, which uses private calls, works; to be called inside an operation."""
     return works("the switches of autograd inside of an operation", _recording_is_right)
 
 
@@ -149,7 +149,7 @@ def _recording_is_right() -> bool:
 
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd, also inside an operation, below which it is switched off."""
+    """Switch autograd on inside an operation, where torch has switched it off."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
@@ -157,7 +157,7 @@ def _recording() -> Iterator[None]:
 
 
 def _state_tensors(state: RFAState | None) -> list[torch.Tensor]:
-    # Those of kept keys come last, and are missing together.
+    # The tensors of kept keys come last; all or none of them are there.
     return [] if state is None else [getattr(state, name) for name in _STATE if getattr(state, name) is not None]
 
 
@@ -167,7 +167,7 @@ def _backward_operation(
     tensors: Sequence[torch.Tensor], names: str, feature_maps: str, numbers: Sequence[int], scaling: float,
     backend: str, output_final_state: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of the wanted tensors, from those of the given outputs (of the output and the state's tensors)."""
+    """Gradients of the wanted tensors, given those of the outputs (the output and the state's tensors)."""
     sources = [t for t, want in zip(tensors, wanted, strict=True) if want]
 
     def run(*chosen: torch.Tensor) -> list[torch.Tensor]:
@@ -179,7 +179,7 @@ def _backward_operation(
         return [t for t, present in zip(results, given, strict=True) if present]
 
     layout = _known_layout(_call(tensors, names, feature_maps, numbers, scaling, backend).layout)
-    # Autograd takes a few per cent less time than its transform, which is the public way inside of an operation.
+    # Autograd is a few per cent faster than `torch.func`, which is the public way inside an operation.
     found = (_by_autograd if recording_works() else _by_transform)(run, sources, gradients)
     return [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
 
@@ -194,7 +194,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    tensors, *settings, _ = inputs  # whether to count has no part in the gradients
+    tensors, *settings, _ = inputs  # `count` has no influence on the gradients
     ctx.save_for_backward(*tensors)
     ctx.settings = settings
     ctx.set_materialize_grads(False)
@@ -203,7 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
 def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     wanted = [t.is_floating_point() and need for t, need in zip(tensors, ctx.needs_input_grad[0], strict=True)]
-    gradients = [gradients[0], *gradients[2:]]  # counts have none
+    gradients = [gradients[0], *gradients[2:]]  # counts have no gradient
     found = iter(
         torch.ops.hf_rfa.linear_heads_backward(
             [g for g in gradients if g is not None], wanted, [g is not None for g in gradients], tensors, *ctx.settings

@@ -1,4 +1,4 @@
-"""Token after token of one layer, in place: what a cache keeps between the steps of `generate`."""
+"""In-place decoding of one layer, token by token: a cache keeps this object between the steps of `generate`."""
 
 import dataclasses
 from typing import Any
@@ -18,10 +18,10 @@ Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Decoder:
-    """`rfa_attention` of one token at a time: its arguments checked and prepared once, its near keys written in place.
+    """`rfa_attention` for one token at a time: arguments are checked and prepared once, near keys written in place.
 
-    For causal layers with linear heads; without gradients. The state that it begins with stays as it is, and what
-    `state` hands out never changes.
+    For causal layers with linear heads; without gradients. The initial state is not modified, and a state that `state`
+    has returned never changes.
 
     Example:
         >>> import torch, hf_rfa
@@ -44,9 +44,9 @@ class Decoder:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
         settings: AttentionSettings, state: RFAState | None,
     ) -> None:  # fmt: skip
-        """Goes on from `state`, for as long as the kernel's tensors are what they are now.
+        """Continue from `state`; valid as long as the kernel's tensors do not change.
 
-        query (B, H, 1, D), key (B, Hk, 1, D), value (B, Hk, 1, M): the first token that will come, not yet read.
+        query (B, H, 1, D), key (B, Hk, 1, D), value (B, Hk, 1, M): the first token to come, which is not consumed.
         """
         call = OperatorCall.of(query, key, value, kernel, settings, TokenLayout(), state)
         wide = accumulation_dtype(query.dtype)
@@ -69,7 +69,7 @@ class Decoder:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: FarKernel,
         settings: AttentionSettings,
     ) -> bool:  # fmt: skip
-        """Whether it is made for such tokens, for this very kernel and for these settings."""
+        """Whether this decoder was made for tokens of this kind, this very kernel and these settings."""
         same = self._kernel is kernel and settings.same_as(self._settings)
         return same and self._kinds == _kinds(query, key, value)
 
@@ -77,7 +77,7 @@ class Decoder:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout | None = None,
         statistics: FarStatistics | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """The output (B, H, 1, M) of one more token; see `rfa_attention` for the arguments."""
+        """The output (B, H, 1, M) for one more token; see `rfa_attention` for the arguments."""
         layout = layout or TokenLayout()
         tokens = query.unflatten(1, (self._key_heads, -1)), key, value
         if self._split is None:
@@ -96,7 +96,7 @@ class Decoder:
         return state if self._exact is None or self._exact.cache is None else self._exact.cache.into(state)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (n,) int64 of the batch."""
+        """Continue with these rows (n,) int64 of the batch."""
         for group in self._groups:
             group.select_rows(rows)
         if self._exact is not None:
@@ -110,7 +110,7 @@ class Decoder:
 
 
 class _Split:
-    """The key heads of a layer in parts that are computed apart."""
+    """The key heads of a layer, split into parts that are computed separately."""
 
     def __init__(self, parts: list[list[int]], device: torch.device) -> None:
         order = [head for part in parts for head in part]
@@ -118,23 +118,23 @@ class _Split:
         self._back = torch.tensor([order.index(head) for head in range(len(order))], device=device)
 
     def apart(self, tokens: Tokens) -> list[Tokens]:
-        """q, k, v (B, Hk, ...) of each part."""
+        """q, k, v (B, Hk, ...) for each part."""
         query, key, value = tokens
         return [(query.index_select(1, i), key.index_select(1, i), value.index_select(1, i)) for i in self._parts]
 
     def together(self, answers: list[torch.Tensor]) -> torch.Tensor:
-        """The reverse, of what the parts answer."""
+        """Join the outputs of the parts in the order of the heads."""
         return torch.cat(answers, dim=1).index_select(1, self._back)
 
 
 class _ExactPart:
-    """The exact heads of a layer that has linear ones, too."""
+    """The exact heads of a layer that also has linear heads."""
 
     def __init__(self, call: OperatorCall, cache: ExactCache | None) -> None:
         self._call, self.cache = call, cache
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """The output (B, He, G, 1, M) of one more token."""
+        """The output (B, He, G, 1, M) for one more token."""
         call = self._call.replace(query=query, key=key, value=value, layout=layout)
         output, self.cache = exact_heads(call, self.cache)
         return output
@@ -145,5 +145,5 @@ class _ExactPart:
 
 
 def _kinds(*tokens: torch.Tensor) -> tuple[Any, ...]:
-    """What a decoder was made for; outside of inference mode nobody may write into tables that were made in it."""
+    """The kind of tokens a decoder is made for; tables made in inference mode cannot be written outside of it."""
     return torch.is_inference_mode_enabled(), [(t.shape, t.dtype, t.device) for t in tokens]

@@ -1,13 +1,13 @@
-"""Which form of the operator computes the linear heads of a call: decided here, and nowhere else.
+"""Choice of the form that computes the linear heads of a call: made here, and nowhere else.
 
 | a call with            | runs                                                                             |
 |------------------------|----------------------------------------------------------------------------------|
 | one token, causal      | `recurrent`, always: one read of the state                                       |
 | both sides (encoders)  | `bidirectional`, always                                                          |
-| more tokens, causal    | `triton` or `chunked`: the one that is asked for, or the choice of `auto`        |
+| more tokens, causal    | `triton` or `chunked`: the one requested, or the choice of `auto`                |
 
-Whatever computes a call, documents that are short enough to need no sums that are carried on are answered apart, see
-`ops.linear`. A backend that is asked for and cannot run is an error with the reason, never another one.
+In every form, documents short enough to need no running sums are computed separately, see `ops.linear`. If the
+requested backend cannot run, that is an error with the reason; no other backend takes its place.
 """
 
 import importlib.util
@@ -21,16 +21,16 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import PURE_CHUNK
 from hf_rfa.ops.triton.fold import FORMS
 
-#: Whether 'auto' picks the kernels where they can run. They are held to the reference by Triton's interpreter and
-#: compile for GPUs, but no GPU has run them yet.
+#: Whether 'auto' picks the Triton kernels where they can run. They agree with the reference in Triton's interpreter
+#: and compile for GPUs, but no GPU has run them yet.
 AUTO_PICKS_TRITON = False
-#: Largest head dims, chunk, and numbers of the far sums (features x value dim, powers of two) of a program.
+#: Largest head dim, chunk, and size of the far sums (features x value dim, both powers of two) per program.
 LARGEST_DIM, LARGEST_CHUNK, LARGEST_SUMS = 256, 128, 128 * 128
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def form_of_call(call: OperatorCall) -> str:
-    """'recurrent', 'bidirectional', 'triton' or 'chunked'; raises `ConfigError` if what is asked for cannot run."""
+    """'recurrent', 'bidirectional', 'triton' or 'chunked'; raises `ConfigError` if the requested one cannot run."""
     if call.causal and call.query.shape[3] == 1 and call.layout.segment_ids is None:
         return "recurrent"
     if not call.causal:
@@ -57,7 +57,7 @@ def pick(backend: str, far: FarKernel, device: torch.device, dtype: torch.dtype,
 def why_not_triton(
     far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int
 ) -> str | None:
-    """What keeps the kernels from computing such calls; None if nothing does."""
+    """The reason why the kernels cannot compute such calls; None if they can."""
     rows, dim = far.omega.shape[1:]
     chunk = window or PURE_CHUNK
     if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""Which tokens of a batch belong to which document, as tables on the CPU: what layouts are planned from."""
+"""Tables on the CPU of which tokens of a batch belong to which document; layouts are planned from them."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch, row by row in their order; a row without a token has one that is empty.
+    """The documents of a batch in order, row by row; a row without tokens has one empty document.
 
     Attributes:
         rows: B.
         slots: N, slots of a row, padding included.
         token: (T,) row * N + slot of every token, document by document; padding is left out.
-        row: (d,) the row that a document lies in.
-        number: (d,) its number in the row, from 0.
+        row: (d,) the row of each document.
+        number: (d,) its number within the row, from 0.
         begin: (d,) its first entry in `token`.
-        length: (d,) tokens.
+        length: (d,) its number of tokens.
         last: (d,) whether it is the last one of its row.
     """
 
@@ -31,9 +31,9 @@ class Documents:
 
     @classmethod
     def find(cls, rows: int, slots: int, token_mask: np.ndarray | None, segment_ids: np.ndarray | None) -> "Documents":
-        """Of `token_mask` (B, N) bool and `segment_ids` (B, N), different in neighbours.
+        """The documents given by `token_mask` (B, N) bool and `segment_ids` (B, N), which differ between neighbours.
 
-        Without the one there is no padding, without the other one document per row.
+        Without a mask there is no padding; without segment ids there is one document per row.
         """
         token = np.arange(rows * slots) if token_mask is None else np.flatnonzero(token_mask)
         row = token // slots
@@ -61,8 +61,8 @@ class Documents:
         return cls(rows, slots, token, row, number, begin, length, np.append(first[1:], True))
 
     def select(self, which: np.ndarray) -> "Documents":
-        """Some of the documents, `which` (d,) bool, with the numbers that they have here; rows that keep none get an
-        empty one, of number 0."""
+        """The documents `which` (d,) bool, with their present numbers; rows left without one get an empty document,
+        number 0."""
         row, begin, length = self.row[which], self.begin[which], self.length[which]
         some = Documents._of(self.rows, self.slots, self.token, row, begin, length)
         numbers = some.number.copy()
@@ -70,9 +70,9 @@ class Documents:
         return Documents(**{**vars(some), "number": numbers})
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """(B, N) the first slot of each token's document, 0 for a row's first one, and (B, N) the one behind its last.
+        """First slot of each token's document (B, N), 0 for the first one of a row, and the slot behind its last (B, N).
 
-        Padding has itself.
+        For padding they enclose the slot itself.
         """
         first = np.tile(np.arange(self.slots), self.rows)
         stop = first + 1
@@ -85,11 +85,11 @@ class Documents:
         return first.reshape(self.rows, -1), stop.reshape(self.rows, -1)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
-        """(document, place in it) of every token, document by document."""
+        """(document, position in it) of every token, document by document."""
         owner = np.repeat(np.arange(len(self.length)), self.length)
         return owner, np.arange(len(owner)) - np.repeat(self.length.cumsum() - self.length, self.length)
 
     def tokens(self) -> np.ndarray:
-        """row * N + slot of the tokens that `entries` counts."""
+        """row * N + slot of the tokens, in the order of `entries`."""
         owner, place = self.entries()
         return self.token[self.begin[owner] + place]

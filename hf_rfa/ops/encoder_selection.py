@@ -1,6 +1,6 @@
-"""Which keys the documents of a bidirectional call keep: a pass over all keys with a few queries of each document.
+"""Choice of the kept keys of a bidirectional call: one pass over all keys, with a few queries per document.
 
-The logits of a document are worked through a block at a time, so that they take little memory whatever its length.
+The logits are computed block by block, so that memory stays small whatever the length of a document.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.documents import Documents
 from hf_rfa.ops.recomputing import Flags, Tensors, recomputing
 
-#: Logits that are handled at once: they must stay in a CPU's cache. A GPU has many times as many at once.
+#: Logits per block: they must fit into a CPU's cache; a GPU takes many times as many.
 BLOCK_LOGITS, TIMES_ON_GPU = 2**20, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderChoice:
-    """What a call keeps.
+    """The keys that a call keeps.
 
     Attributes:
-        slots: (d, Hk, K) int64, slots in the row of the keys that each of d documents keeps, ascending; -1, before all
-            others, where there are no more. The documents are those that are longer than what is near.
-        kept: (B, Hk, N) bool: the same of every token.
+        slots: (d, Hk, K) int64, the kept keys' slots in the row, ascending, for each of the d documents that are longer
+            than the near range; empty places come first and hold -1.
+        kept: (B, Hk, N) bool: whether each token is kept.
         documents: All documents of the call.
-        chosen: (d,) which of them these are.
+        chosen: (d,) which of them the d documents are.
     """
 
     slots: torch.Tensor
@@ -37,7 +37,7 @@ class EncoderChoice:
     chosen: np.ndarray
 
     def of_chunks(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """`slots` (B, Hk, n, K) of the document of each chunk, `segment_ids` (R, n); n is 1 if no row has two."""
+        """`slots` (B, Hk, n, K) for the document of each chunk, `segment_ids` (R, n); n is 1 if no row has two documents."""
         documents, device = self.documents, self.slots.device
         rows, number = documents.row[self.chosen], documents.number[self.chosen]
         most = int(documents.number.max())
@@ -46,12 +46,12 @@ class EncoderChoice:
         of_chunk = torch.from_numpy(index).to(device)
         if most:
             of_chunk = of_chunk.gather(1, segment_ids.expand(len(of_chunk), -1))
-        slots = F.pad(self.slots, (0, 0, 0, 0, 0, 1), value=-1)  # documents that keep nothing
+        slots = F.pad(self.slots, (0, 0, 0, 0, 0, 1), value=-1)  # for documents that keep nothing
         return slots[of_chunk].transpose(1, 2)
 
 
 def choose_encoder_keys(call: OperatorCall) -> EncoderChoice | None:
-    """The choice of a call in float32 or float64; None where all keys are near."""
+    """The choice for a call in float32 or float64; None if all keys are near."""
     documents = call.layout.documents(len(call.query), call.query.shape[3])
     chosen = np.flatnonzero(documents.length > 2 * call.window)
     if not call.kept_keys or not len(chosen):
@@ -65,7 +65,7 @@ def choose_encoder_keys(call: OperatorCall) -> EncoderChoice | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Selection:
-    """See `ops.recomputing`; nothing of it has a gradient."""
+    """See `ops.recomputing`; none of the outputs has a gradient."""
 
     documents: Documents
     chosen: np.ndarray
@@ -88,7 +88,7 @@ class _Selection:
         most = min(self.kept_keys, int(lengths.max()))
         slots = key.new_full((len(chosen), heads, most), -1, dtype=torch.int64)
         chunks = -(-lengths // self.window)
-        for size in np.unique(chunks):  # those of equally many chunks together
+        for size in np.unique(chunks):  # documents with equally many chunks together
             own = np.flatnonzero(chunks == size)
             group = _Group.of(documents, chosen[own], self.window, self.sink_tokens, device)
             rank = kept_encoder_keys.best(asking.scores(group), most)
@@ -106,16 +106,16 @@ class _Selection:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """g documents of at most L tokens each, S queries of each asked, and which keys lie near to these.
+    """g documents of at most L tokens, S queries (the *asked* tokens) of each, and the keys that are near to those.
 
     Attributes:
-        row: (g,) the rows that they lie in.
-        slot: (g, L) slot in the row of each token; behind the last one, that of the first.
+        row: (g,) the row of each document.
+        slot: (g, L) slot of each token in the row; beyond the document's end, that of its first token.
         token_mask: (g, L) whether there is a token.
-        count: (g, L) how many queries that are asked count for each key; 0 for sinks and where there is no token.
-        rank: (g, S) number in the document of each token that is asked.
-        asked: (g, S) whether there is one.
-        near: (g, S, 3C) numbers of the tokens that are near to it, some of them twice.
+        count: (g, L) number of asked queries that count for each key; 0 for sinks and where there is no token.
+        rank: (g, S) number of each asked token within the document.
+        asked: (g, S) whether there is an asked token.
+        near: (g, S, 3C) numbers of the tokens that are near to it; some occur twice.
     """
 
     row: torch.Tensor
@@ -128,7 +128,7 @@ class _Group:
 
     @classmethod
     def of(cls, documents: Documents, which: np.ndarray, window: int, sinks: int, device: torch.device) -> "_Group":
-        """Of some of the documents, `which` (g,)."""
+        """The group of the documents `which` (g,)."""
         length = documents.length[which][:, None]
         place = np.arange(length.max())
         token_mask = place < length
@@ -139,7 +139,7 @@ class _Group:
         first = (rank // window - 1) * window
         near = first[..., None] + np.arange(3 * window)
         near = np.where((near >= 0) & (near < length[..., None]), near, rank[..., None])
-        # How many are asked in each chunk, between two of none; then of three chunks together.
+        # The number of asked tokens per chunk, with an empty chunk at both ends; then summed over three chunks.
         chunks = -(-len(place) // window)
         of_chunk = np.zeros((len(which), chunks + 2), dtype=np.int64)
         np.add.at(of_chunk, (np.nonzero(asked)[0], rank[asked] // window + 1), 1)
@@ -152,7 +152,7 @@ class _Group:
 
 @dataclasses.dataclass(frozen=True)
 class _Asking:
-    """Scores of all keys of documents: query (B, Hk, G, N, D), key (B, Hk, N, D), length (B, Hk, N) of the values."""
+    """Scores of all keys, from query (B, Hk, G, N, D), key (B, Hk, N, D) and length (B, Hk, N), the values' norms."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -161,13 +161,13 @@ class _Asking:
     scaling: float
 
     def scores(self, group: _Group) -> torch.Tensor:
-        """(g, Hk, L), see `ops.kept_encoder_keys`."""
+        """Scores (g, Hk, L), see `ops.kept_encoder_keys`."""
         heads, groups = self.query.shape[1:3]
         asked, size = group.rank.shape[1], group.slot.shape[1]
         block = BLOCK_LOGITS * (1 if self.key.device.type == "cpu" else TIMES_ON_GPU)
         pairs = torch.arange(len(group.row) * heads, device=self.key.device)
         found = []
-        for part in pairs.split(max(1, block // (asked * groups * size))):  # documents and heads
+        for part in pairs.split(max(1, block // (asked * groups * size))):  # pairs of a document and a head
             document, head = part // heads, part % heads
             place = group.row[document].unsqueeze(1), head.unsqueeze(1), group.slot[document]
             key, length, mass = self.key[place], self.length[place], self.length.new_zeros(len(part), size)
@@ -179,7 +179,7 @@ class _Asking:
     def _mass(
         self, group: _Group, document: torch.Tensor, head: torch.Tensor, some: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        """(P, L) what some of the queries that are asked (S',) give to the keys (P, L, D) of P documents and heads."""
+        """Mass (P, L) that S' of the asked queries give to the keys (P, L, D) of P pairs of a document and a head."""
         of_pair, row = document.unsqueeze(1), group.row[document].unsqueeze(1)
         slot = group.slot[of_pair, group.rank[of_pair, some]]
         query = self.query.transpose(2, 3)[row, head.unsqueeze(1), slot] * self.scaling  # (P, S', G, D)

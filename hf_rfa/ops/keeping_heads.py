@@ -1,4 +1,4 @@
-"""The kept keys of heads that decode: what each exact key has received, and the choice at a chunk's end."""
+"""The kept keys of decoding heads: the attention that each exact key has received, and the choice at a chunk's end."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from hf_rfa.ops.state import RFAState
 
 @dataclasses.dataclass(frozen=True)
 class Rivals:
-    """What competes at the end of a chunk.
+    """The keys that compete at the end of a chunk.
 
     Attributes:
         counts: Tokens of each row, the last one included.
         candidates: (B, C) bool: which keys of the chunk that leaves the window may be kept.
-        moved: (B, 1) bool: the rows in which one does.
+        moved: (B, 1) bool: the rows in which a chunk leaves the window.
         lengths: (B, Hk, K + C) |v| of the kept keys and of that chunk.
-        behind: (B, Hk, C) log g summed behind each of its keys; None without a gate.
+        behind: (B, Hk, C) log g summed from behind each of its keys; None without a gate.
     """
 
     counts: Sequence[int]
@@ -30,9 +30,10 @@ class Rivals:
 
 
 class KeepingHeads:
-    """Beside the tables `[kept | sinks | chunk c0 - 1 | chunk c0]` of `RecurrentHeads`; log g alone has a gradient.
+    """Mass, position and decay for the tables `[kept | sinks | chunk c0 - 1 | chunk c0]` of `RecurrentHeads`.
 
-    A token's slot among the last two chunks is its place in them, so that all that is said of a key lies at its slot.
+    A token's slot among the last two chunks is its place in them, so that everything about a key is stored at its
+    slot. Only log g has a gradient.
     """
 
     def __init__(self, call: OperatorCall, state: RFAState) -> None:
@@ -41,11 +42,11 @@ class KeepingHeads:
         self._sink_logits = call.sink_logits
         self.decay, mass = decay.to(call.query.dtype), mass.to(call.query.dtype)
         near = self._count + self._sinks
-        self._mass = mass.new_zeros(*mass.shape[:3], near + 2 * self._window)  # sinks count for nothing
+        self._mass = mass.new_zeros(*mass.shape[:3], near + 2 * self._window)  # the mass of sinks is never used
         self._mass[..., : self._count], self._mass[..., near:] = mass[..., : self._count], mass[..., self._count :]
 
     def into(self, state: RFAState, key: torch.Tensor, value: torch.Tensor) -> RFAState:
-        """The state of `RecurrentHeads` with the kept keys and values (B, Hk, K, D or M)."""
+        """The state of `RecurrentHeads` with the kept keys and values (B, Hk, K, D or M) added."""
         kept, _, near = self._mass.split([self._count, self._sinks, 2 * self._window], dim=-1)
         return dataclasses.replace(
             state, kept_key=key, kept_value=value, kept_position=self.position.clone(), kept_decay=self.decay.clone(),
@@ -53,22 +54,22 @@ class KeepingHeads:
         )  # fmt: skip
 
     def select_rows(self, index: torch.Tensor) -> None:
-        """Go on with these rows (n,) of the batch."""
+        """Continue with these rows (n,) of the batch."""
         self.position, self.decay = self.position.index_select(0, index), self.decay.index_select(0, index)
         self._mass = self._mass.index_select(0, index)
 
     def forget(self, log_gate: torch.Tensor) -> None:
-        """One more token, with its log g (B, Hk), lies behind all kept keys."""
+        """Add a new token's log g (B, Hk) to the decay of all kept keys."""
         self.decay = torch.where(self.position < 0, self.decay, self.decay + log_gate.unsqueeze(-1))
 
     @torch.no_grad()
     def receive(self, scores: torch.Tensor, visible: torch.Tensor | None, slots: slice, counted: torch.Tensor) -> None:
-        """Add what a token's queries give to the exact keys.
+        """Add the attention that a token's queries give to the exact keys.
 
         Args:
-            scores: (B, Hk, G, W) s q.k of the keys in `slots`.
-            visible: (B, 1, 1, W) bool; None if all are.
-            counted: (B or 1, 1, W) bool: for which keys the token counts; none, where it is padding.
+            scores: (B, Hk, G, W), s q.k for the keys in `slots`.
+            visible: (B, 1, 1, W) bool; None if all are visible.
+            counted: (B or 1, 1, W) bool: for which keys the token counts; all False if it is padding.
         """
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
@@ -80,11 +81,11 @@ class KeepingHeads:
         self._mass[..., slots] += weights.masked_fill(~counted.unsqueeze(1), 0.0)
 
     def choose(self, rivals: "Rivals") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose anew where a chunk leaves the window.
+        """Choose again in the rows where a chunk leaves the window.
 
         Returns:
-            Indices into [kept | leaving chunk] of those that go (B, Hk, C) and that stay (B, Hk, K), and log g behind
-            those that go, -inf where there is no key.
+            Indices into [kept | leaving chunk] of the evicted (B, Hk, C) and of the kept keys (B, Hk, K), and log g
+            summed from behind the evicted ones, -inf where there is no key.
         """
         size, kept, moved, behind = self._window, self._count, rivals.moved, rivals.behind
         batch, heads = self.position.shape[:2]
@@ -108,7 +109,7 @@ class KeepingHeads:
         return going, staying, of_going
 
     def shift(self, moved: torch.Tensor) -> None:
-        """Chunk c0 takes the place of chunk c0 - 1 in the rows `moved` (B, 1)."""
+        """Move chunk c0 to the place of chunk c0 - 1 in the rows `moved` (B, 1)."""
         previous, own = self._mass[..., self._count + self._sinks :].split(self._window, dim=-1)
         rows = moved[..., None, None]
         previous.copy_(torch.where(rows, own, previous))

@@ -1,21 +1,21 @@
 """Kept keys of the bidirectional form: the far keys that all queries of a document see exactly.
 
-An encoder has its whole text before it, so that its keys are chosen once for a document. To ask all queries would cost
-N x N; a fixed number of them, spread evenly over the text, says which keys many queries look at:
+An encoder sees its whole text at once, so the keys are chosen once per document. Asking all queries would cost N x N;
+a fixed number of queries, spread evenly over the text, shows which keys many queries attend to:
 
     exact(i) = near(i) + sinks + kept,        far = every other key of the document
     score_j  = |v_j| sum_i p_ij / #i  over the queries i that are asked and do not have j in their near chunks,
     p_ij     = exp(s q_i.k_j) / sum_m exp(s q_i.k_m)  over all keys m of the document
 
-The K keys with the largest score are kept, of those that a query was asked about and that are no sinks. The sum runs
-over the queries of all heads that share the key head; a learned sink logit counts in the normaliser. A kept key that
-is near to a query anyway counts once.
+The K keys with the largest scores are kept, among those that are no sinks and for which some query counts. The sum runs
+over the queries of all heads that share the key head; a learned sink logit is part of the normaliser. A kept key that
+is near to a query anyway is attended to once.
 
 Padding and other documents never compete, and no gradient flows through a choice. Of two equal scores the later key
-stays; a score that is not a number loses to all others. The keys of an initial state are a bag of far keys, and have
-no part in the choice. A final state is such a bag again, of all keys: the kept ones are in its sums, too.
+stays; a NaN loses to all other scores. The keys of an initial state exist only as far sums and have no part in the
+choice. A final state, too, holds only sums: those of all keys, kept ones included.
 
-`ops.kept_keys` has the rule of the causal form.
+For the causal form see `ops.kept_keys`.
 """
 
 import numpy as np
@@ -23,17 +23,16 @@ import torch
 
 from hf_rfa.ops.kept_keys import NOTHING
 
-#: Queries of a document that are asked. On all-MiniLM-L6-v2 (512 tokens, window 64, K = 64, one fixed far kernel) the
-#: square error of the layers' outputs is 0.0217, 0.0200, 0.0166 of their square with 64, 128, 256 of them, and the
-#: embedding's cosine distance 0.0143, 0.0144, 0.0135 (without kept keys 0.0532 and 0.0286). The choice takes as many
-#: times longer.
+#: Queries asked per document. On all-MiniLM-L6-v2 (512 tokens, window 64, K = 64, one fixed far kernel) the relative
+#: squared error of the layers' outputs is 0.0217, 0.0200, 0.0166 with 64, 128, 256 queries, and the embedding's cosine
+#: distance 0.0143, 0.0144, 0.0135 (without kept keys 0.0532 and 0.0286). The time of the choice grows in proportion.
 QUERIES = 128
 
 
 def asked_ranks(lengths: np.ndarray) -> np.ndarray:
-    """(d, S) int64: which tokens of documents of `lengths` (d,) are asked, ascending; -1 where no more are.
+    """(d, S) int64: the asked tokens of documents of `lengths` (d,), ascending, then -1.
 
-    All tokens of a document of at most `QUERIES`; of others the middle one of each of `QUERIES` equal parts.
+    All tokens of a document of at most `QUERIES` tokens; else the middle one of each of `QUERIES` equal parts.
     """
     lengths = lengths[:, None]
     count = np.minimum(lengths, QUERIES)
@@ -42,17 +41,17 @@ def asked_ranks(lengths: np.ndarray) -> np.ndarray:
 
 
 def scores(mass: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """score_j (..., L), `NOTHING` for keys that may not be kept.
+    """score_j (..., L); `NOTHING` for keys that cannot be kept.
 
     Args:
         mass: (..., L) sum_i p_ij.
         length: (..., L) |v_j|.
-        count: (..., L) how many queries count; 0 for sinks and where there is no key.
+        count: (..., L) number of queries that count; 0 for sinks and where there is no key.
     """
     return torch.nan_to_num(mass * length / count, nan=-1.0).masked_fill(count == 0, NOTHING)
 
 
 def best(score: torch.Tensor, kept_keys: int) -> torch.Tensor:
-    """Indices (..., K) of the keys that are kept, ascending; -1, before all others, where there are no more."""
+    """Indices (..., K) of the kept keys, ascending; empty places come first and hold -1."""
     index = score.argsort(dim=-1, stable=True)[..., max(0, score.shape[-1] - kept_keys) :]
     return index.masked_fill(score.gather(-1, index) == NOTHING, -1).sort(dim=-1).values

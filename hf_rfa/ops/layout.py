@@ -1,9 +1,9 @@
-"""Where tokens lie: padding and packed documents, laid out in chunks.
+"""Layout of tokens in chunks, with padding and packed documents.
 
-The definition of near and far counts a document's own tokens, so that a padded or packed row gives what the bare
-sequence gives. The chunked operators therefore work on an *aligned* sequence in which every document begins at a chunk
-boundary and padding is gone; `TokenLayout.plan` says where each token goes. Documents without far keys may be left out
-of it: `TokenLayout.short` packs them into tiles instead. All layers of a forward share both.
+Near and far are defined by positions within a document, so that a padded or packed row gives the same result as the
+bare sequence. The chunked operators therefore work on an *aligned* sequence, in which every document begins at a chunk
+boundary and padding is removed; `TokenLayout.plan` says where each token goes. Documents without far keys may be left
+out of it: `TokenLayout.short` packs them into tiles instead. All layers of a forward pass share both.
 """
 
 import functools
@@ -26,20 +26,20 @@ class Plan:
     The source is `cat([near keys of the state (2C, if there is a state and C > 0), new tokens (N)])`.
 
     Attributes:
-        source: (R, n * C) slot of the source that each aligned slot takes (0 where there is none).
+        source: (R, n * C) the source slot of each aligned slot (0 if it is empty).
         token_mask: (R, n, C) whether an aligned slot holds a token.
-        asked: (R, n, C) whether that token is a new one, whose output is wanted.
-        fold: (R, n, C) whether its key ever moves into the far sums: not a sink, and far to the tokens that follow.
+        asked: (R, n, C) whether that token is new, so that its output is wanted.
+        fold: (R, n, C) whether its key is ever added to the far sums: no sink, and far from tokens to come.
         segment_ids: (R, n) number of the document that a chunk belongs to; 0 continues the initial state.
         rank: (R, n) number of the chunk within its document.
         sink_chunk: (R, n) aligned chunk that holds the document's first tokens, -1 where only the state has them.
         last: (R,) aligned chunk that the next token would fall into.
-        place: (R, N) aligned slot of each token (0 where it has none).
-        placed: (R, N) whether a token has one: padding and the documents that are left out have none.
-        count: (R,) tokens seen afterwards in the row's last document, on the CPU.
-        identity: Whether the aligned sequence begins with the source itself, so that nothing need be gathered.
-        regular: (n,) whether a chunk and the one before it are full, of one document and behind its first two chunks
-            in every row: the near keys of such chunks are all alike.
+        place: (R, N) aligned slot of each token (0 if it has none).
+        placed: (R, N) whether a token has one; padding and the documents that are left out have none.
+        count: (R,) tokens of the row's last document seen after the call, on the CPU.
+        identity: Whether the aligned sequence begins with the source itself, so that no gather is needed.
+        regular: (n,) whether, in every row, a chunk and the one before it are full and belong to one document, of which
+            they are not among the first two chunks: such chunks all have the same mask.
     """
 
     source: torch.Tensor
@@ -58,7 +58,7 @@ class Plan:
 
     @functools.cached_property
     def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The bits that `ops.triton.pieces` names, of slots (R, n, C) uint8, of chunks (R, n) int32; `sink_chunk`."""
+        """The bits defined in `ops.triton.pieces` of slots (R, n, C) uint8 and chunks (R, n) int32, and `sink_chunk`."""
         same = F.pad(self.segment_ids[:, 1:] == self.segment_ids[:, :-1], (1, 0))
         keep = same.clone()
         keep[:, 0] = self.segment_ids[:, 0] == 0
@@ -68,7 +68,7 @@ class Plan:
 
     @functools.cached_property
     def boundaries(self) -> "Boundaries":
-        """What happens between each chunk and the next."""
+        """Whether the document continues, or another one begins, after each chunk."""
         same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
         advances = F.pad(same & (self.rank[:, 1:] == self.rank[:, :-1] + 1), (0, 1))
         begins = F.pad(~same, (0, 1))
@@ -78,11 +78,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Boundaries:
-    """What follows a chunk: the next one of its document, or another document's first; nothing, if neither.
+    """What follows each chunk: the next chunk of its document, the first of another one, or nothing.
 
     Attributes:
-        advances, begins: (R, n) bool.
-        any_advances, all_advance, any_begins: (n,) whether that is so in any row, or in all.
+        advances, begins: (R, n) bool: whether the document continues, or another one begins.
+        any_advances, all_advance, any_begins: (n,) whether that is the case in any row, or in all rows.
     """
 
     advances: torch.Tensor
@@ -94,14 +94,14 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """What a plan depends on besides the tokens.
+    """The settings of a plan.
 
     Args:
         chunk: Chunk size C, tokens.
-        sinks: The first tokens of a document that are never folded into the far sums.
+        sinks: Number of first tokens of a document that are never added to the far sums.
         history: Whether the source begins with the 2C near slots of a state.
         final: Whether a final state with near keys is wanted, which needs the chunk that the next token falls into.
-        short: Which documents are left out, since `ops.linear` answers them apart; None: none is.
+        short: Which documents are left out, because `ops.linear` computes them separately; None for none.
     """
 
     chunk: int
@@ -116,8 +116,8 @@ class TokenLayout:
     """Padding and packing of the N new tokens of a batch.
 
     Args:
-        token_mask: (B, N) bool, False for padding (left, right or holes); None if there is none.
-        segment_ids: (B, N) int, equal within a packed document and different in neighbours; None for one per row.
+        token_mask: (B, N) bool, False for padding (left, right or holes); None if there is no padding.
+        segment_ids: (B, N) int, equal within a packed document, different between neighbours; None for one document per row.
     """
 
     token_mask: torch.Tensor | None = None
@@ -137,18 +137,18 @@ class TokenLayout:
 
     @property
     def is_plain(self) -> bool:
-        """No padding, no packing."""
+        """Whether there is neither padding nor packing."""
         return self.token_mask is None and self.segment_ids is None
 
     @property
     def ordinal(self) -> torch.Tensor | None:
-        """(B, N) number of each token's document in its row, counted from 0; None for one document a row.
+        """(B, N) number of each token's document in its row, counted from 0; None for one document per row.
 
-        Padding takes the number of the token before it, so that it begins and ends nothing.
+        Padding takes the number of the token before it, so that it never begins a document.
         """
         if self.segment_ids is None:
             return None
-        if torch.compiler.is_compiling():  # a graph computes it where it is used; `cached_property` has a lock
+        if torch.compiler.is_compiling():  # in a graph, compute it at each use: `cached_property` has a lock
             return self._number_documents(self.segment_ids)
         if not self._ordinals:
             self._ordinals.append(self._number_documents(self.segment_ids))
@@ -174,7 +174,7 @@ class TokenLayout:
                 )
 
     def plan(self, length: int, spec: "PlanSpec", counts: torch.Tensor, device: torch.device) -> Plan:
-        """The aligned layout of `length` new tokens after `counts` (B,) earlier ones."""
+        """The aligned layout of `length` new tokens that follow `counts` (B,) earlier ones."""
         before = tuple(counts.tolist())
         if self.is_plain and len(set(before)) == 1:
             return _plain_plan(length, spec, before[0], device)
@@ -196,7 +196,7 @@ class TokenLayout:
         return self._short_plans[key]
 
     def documents(self, batch: int, length: int) -> Documents:
-        """The documents of the rows; reads the tensors, once for all layers."""
+        """The documents of all rows; reads the tensors, once for all layers."""
         if (batch, length) not in self._documents:
             token_mask, segment_ids = (None if t is None else numbers(t) for t in (self.token_mask, self.segment_ids))
             self._documents[batch, length] = Documents.find(batch, length, token_mask, segment_ids)
@@ -204,28 +204,28 @@ class TokenLayout:
 
 
 def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: torch.device) -> Plan:
-    """Each document from a chunk boundary on, the first of a row behind the near keys of the state."""
+    """Lay out each document from a chunk boundary on, the first of a row behind the near keys of the state."""
     rows, chunk = documents.rows, spec.chunk
     offset = 2 * chunk if spec.history else 0
-    before = np.where(documents.number == 0, seen[documents.row], 0)  # counts on without a window, too
+    before = np.where(documents.number == 0, seen[documents.row], 0)  # tokens are counted without a window, too
     continues = (documents.number == 0) & spec.history
-    first = np.where(continues, before // chunk - 1, 0)  # rank of the first chunk laid out
-    lead = np.where(continues, before - first * chunk, 0)  # slots of it that the state fills
+    first = np.where(continues, before // chunk - 1, 0)  # rank of the first chunk in the layout
+    lead = np.where(continues, before - first * chunk, 0)  # slots at its start that the state fills
     filled = lead + documents.length
-    # With a final state, up to the chunk that the document's next token falls into.
+    # With a final state, up to the chunk of the document's next token.
     chunks = filled // chunk + 1 if spec.final else np.maximum(1, -(-filled // chunk))
     totals = np.bincount(documents.row, chunks, rows).astype(np.int64)
     begin = chunks.cumsum() - chunks - (totals.cumsum() - totals)[documents.row]
 
-    # What is said of chunks; rows are filled up with their last one.
+    # Per chunk; shorter rows repeat their last chunk.
     of_chunk = np.repeat(np.arange(len(chunks)), chunks)
     within = np.arange(len(of_chunk)) - np.repeat(chunks.cumsum() - chunks, chunks)
     columns = np.minimum(np.arange(totals.max()), totals[:, None] - 1) + (totals.cumsum() - totals)[:, None]
     segment_ids, rank = documents.number[of_chunk][columns], (first[of_chunk] + within)[columns]
-    # Chunk 0 of the document, where it is laid out.
+    # Chunk 0 of the document, if it is in the layout.
     sink_chunk = np.where(first <= 0, begin - first, -1)[of_chunk][columns]
 
-    # What is said of slots.
+    # Per slot.
     shape = (*columns.shape, chunk)
     source, token_mask = np.zeros((rows, columns.shape[1] * chunk), dtype=np.int64), np.zeros(shape, dtype=bool)
     flat = token_mask.reshape(rows, -1)
@@ -242,7 +242,7 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
     beginning: np.ndarray = rank == 0
     fold = token_mask & ~(beginning[..., None] & (np.arange(chunk) < spec.sinks))
     if spec.final:
-        # These are near to the next token: folding them would put them into the final state.
+        # These are near to the next token: the final state must not have them in its far sums.
         fold[np.arange(columns.shape[1]) >= totals[:, None] - 2] = False
     place, placed = (np.zeros((rows, documents.slots), dtype=kind) for kind in (np.int64, bool))
     place[row, slot], placed[row, slot] = aligned, True
@@ -271,11 +271,11 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
 
 @functools.lru_cache(maxsize=16)
 def _plain_plan(length: int, spec: PlanSpec, seen: int, device: torch.device) -> Plan:
-    """The plan of rows that are all alike; the same for every layer, and often for the next batch."""
+    """The plan for rows that are all alike; cached, since all layers and often the next batch share it."""
     return _make_plan(Documents.find(1, length, None, None), np.array([seen]), spec, device)
 
 
 @functools.lru_cache(maxsize=16)
 def _plain_short_plan(batch: int, length: int, rule: ShortRule, device: torch.device) -> ShortPlan | None:
-    """The same where the rows themselves are short documents."""
+    """The short plan if the rows themselves are short documents."""
     return short_plan(Documents.find(batch, length, None, None), rule, device)

@@ -1,4 +1,4 @@
-"""The linear heads of a call, by the form that `dispatch` picks."""
+"""Runs the linear heads of a call in the form that `dispatch` picks."""
 
 import torch
 
@@ -15,19 +15,19 @@ from hf_rfa.ops.tiles import ShortRule
 
 
 def linear_heads(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
-    """Output (B, Hk, G, N, M), and the state after the last token, if wanted.
+    """Output (B, Hk, G, N, M), and the state after the last token, or None if it is not wanted.
 
-    The output is float32 at least, or of value's type where it was written block by block.
+    The output is in float32 or wider, or in value's dtype if it was written block by block.
     """
     form = form_of_call(call)
     wide = accumulation_dtype(call.query.dtype)
     if form == "recurrent":
-        call = call.to(wide).replace(state=call.state or call.empty_state())  # whose near keys stay in their own type
+        call = call.to(wide).replace(state=call.state or call.empty_state())  # the state's near keys keep their dtype
         assert call.state is not None
         heads = RecurrentHeads(call, call.state)
         output = heads.step(call.query, call.key, call.value, call.layout.token_mask, call.statistics)
         return output, heads.state() if call.output_final_state else None
-    # Documents without far keys; without a window, where all keys are far, those that fit into a chunk.
+    # Documents without far keys; without a window, when all keys are far, those that fit into a chunk.
     longest = 2 * call.window or PURE_CHUNK
     rule = ShortRule(longest, first=call.state is None, last=not call.output_final_state)
     short = call.layout.short(len(call.query), call.query.shape[3], rule, call.query.device)
@@ -44,9 +44,9 @@ def linear_heads(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
 
 
 def _run_form(form: str, call: OperatorCall, short: ShortRule | None) -> tuple[torch.Tensor, RFAState | None]:
-    """`linear_heads` of all documents but the short ones, for which it is zero."""
+    """`linear_heads` for all documents except the short ones, whose output is zero."""
     if form == "triton":
-        # Not every machine has triton, and importing it takes a second.
+        # Imported here: not every machine has Triton, and the import takes a second.
         from hf_rfa.ops.triton.causal import triton_causal
 
         return triton_causal(call.replace(far=call.far.to(torch.float32)), short)

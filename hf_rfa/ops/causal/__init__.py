@@ -1,1 +1,1 @@
-"""The causal form in chunks, with a backward pass that recomputes."""
+"""The chunked causal form, with a backward pass that recomputes the forward pass."""

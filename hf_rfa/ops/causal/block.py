@@ -1,8 +1,8 @@
-"""One block of chunks of the causal operator: its forward pass. `causal_gradients` has its backward pass.
+"""The forward pass of one block of chunks of the causal operator; `causal.gradients` has the backward pass.
 
-Plain tensors, nothing is recorded by autograd. Rows and key heads are one dimension A = B * Hk; a block has n chunks
-of C tokens, R = G * C queries each, F features, s sinks. `delay` is 1 beside a window, 0 without: once chunk i has
-read the far sums, chunk i - delay is added to them. They are S (A, F, M + 1), divided by exp(m), m (A).
+Autograd records nothing here. Rows and key heads share one dimension A = B * Hk; a block has n chunks of C tokens,
+each with R = G * C queries, F features and s sinks. `delay` is 1 with a window, 0 without: once chunk i has read the
+far sums, chunk i - delay is added to them. The far sums are S (A, F, M + 1), divided by exp(m), m (A).
 
     far:   num_i = psi(q_i)^T S_i,    S_{i+1} = e_i S_i + psi(K)^T diag(w) [V, 1],    e_i, w <= 1
     out_i = (a_i near_i + b_i num_i) / Z_i,  Z_i the sum of both denominators (and exp(sink logit))
@@ -20,21 +20,20 @@ from hf_rfa.ops.combine import smallest_denominator
 
 @dataclass(frozen=True)
 class Block:
-    """What a block reads.
+    """The inputs of a block.
 
     Attributes:
         query: (A, n, R, D).
-        key, value: (A, n + 1, C, D or M): chunk start - 1 (zeros before the first) and the block's own.
-        sink_key, sink_value: (A, n, s, D or M), the sinks of each chunk's document.
-        mask: (1 or A, 1 or n, R, W), 0 or -inf, of the near keys; None without a window, or
-            where the exact part is known.
-        fold: (1 or A, n, C) bool: which keys of chunk i - delay go into the far sums.
+        key, value: (A, n + 1, C, D or M): the chunk before the block (zeros before the first) and its own chunks.
+        sink_key, sink_value: (A, n, s, D or M), the sinks of the document of each chunk.
+        mask: (1 or A, 1 or n, R, W), 0 or -inf, over the near keys; None without a window, or if that part is known.
+        fold: (1 or A, n, C) bool: which keys of chunk i - delay are added to the far sums.
         keep: (1 or A, n) bool: whether chunk i continues the document of the chunk before it.
-        decay: (A, n + 1, C), log g summed from each chunk's first slot; None without a gate.
+        decay: (A, n + 1, C), log g summed from the first slot of each chunk; None without a gate.
         sink_logits: (A, 1, R) or None.
         log_gamma: (A, 1, 1), -inf where gamma is 0.
         steady: Whether `keep` is known to be all True.
-        kept: The far keys that the chunks see exactly, and those that they let go; None if none are kept.
+        kept: The far keys that the chunks see exactly, and those that they evict; None if none are kept.
     """
 
     query: torch.Tensor
@@ -55,17 +54,17 @@ class Block:
 
     @property
     def groups(self) -> int:
-        """G, query heads of a key head."""
+        """G, query heads per key head."""
         return self.query.shape[2] // self.key.shape[2]
 
     @property
     def far(self) -> slice:
-        """The chunks of `key` that the block adds to the far sums, where no keys are kept."""
+        """The chunks of `key` that the block adds to the far sums if no keys are kept."""
         return slice(1 - self.delay, 1 - self.delay + self.query.shape[1])
 
     @property
     def far_key(self) -> torch.Tensor:
-        """(A, n, C, D), what is added to the far sums once each chunk has been answered."""
+        """(A, n, C, D), the keys added to the far sums after each chunk."""
         return self.key[:, self.far] if self.kept is None else self.kept.far_key
 
     @property
@@ -76,12 +75,12 @@ class Block:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Kept keys of the chunks of a block.
+    """The kept keys of a block's chunks.
 
     Attributes:
-        index, mask: (A, n, K) int64 and bool: what each chunk sees of the `pools` of keys and of values.
-        far_key, far_value: (A, n, C, D or M), what is let go after each chunk.
-        far_decay: (A, n, C), log g summed behind each of those up to the chunk; None without a gate.
+        index, mask: (A, n, K) int64 and bool: the rows of the `pools` of keys and values that each chunk sees.
+        far_key, far_value: (A, n, C, D or M), the keys and values evicted after each chunk.
+        far_decay: (A, n, C), log g summed from behind each of those up to the chunk; None without a gate.
     """
 
     pools: tuple[Pool, Pool]
@@ -94,7 +93,7 @@ class KeptRows:
 
 @dataclass(frozen=True)
 class Features:
-    """psi of a block's queries (A, n, R, F) and far keys (A, n, C, F), and their log-scales (A, n, R), (A, n, C)."""
+    """psi of a block's queries (A, n, R, F) and far keys (A, n, C, F), with log-scales (A, n, R) and (A, n, C)."""
 
     query: torch.Tensor
     query_scale: torch.Tensor
@@ -104,13 +103,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a block adds to the far sums, and when.
+    """The terms that a block adds to the far sums, chunk by chunk.
 
     Attributes:
         weights: (A, n, C) w of the far keys.
         shrink: (A, n) e.
         extended: (A, n, C, M + 1), w [v, 1].
-        key_scale: (A, n, C), the log-scale of the far keys, -inf where a key is not added.
+        key_scale: (A, n, C), the log-scale of the far keys, -inf for keys that are not added.
         read_log_max: (A, n), m as each chunk reads it.
         query_scale: (A, n, R), the log-scale of the queries' features.
         end_log_max: (A), m after the block.
@@ -127,12 +126,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Parts:
-    """Near and far part of a block before they are combined.
+    """The near and the far part of a block before they are combined.
 
     Attributes:
-        near, near_log: (A, n, R, M), (A, n, R): softmax over the near keys, log of its normaliser; None if no window.
+        near, near_log: (A, n, R, M), (A, n, R): near softmax and its log-normaliser; None without a window.
         far: (A, n, R, M + 1), the far numerator and denominator.
-        far_log: (A, n, R), the logarithm of what `far` was divided by; -inf where there are no far keys.
+        far_log: (A, n, R), log of the factor that `far` was divided by; -inf where there are no far keys.
     """
 
     near: torch.Tensor | None
@@ -143,8 +142,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class IntraChunk:
-    """No window: how a chunk's own keys count. exp(scale_j - base_r) and psi(q_r).psi(k_j), both (A, n, R, C), base
-    (A, n, R), and exp(m - base) (A, n, R), with which the state is read."""
+    """Weights of a chunk's own keys without a window: exp(scale_j - base_r) and psi(q_r).psi(k_j), both (A, n, R, C),
+    base (A, n, R), and exp(m - base) (A, n, R), the factor of what is read from the state."""
 
     weights: torch.Tensor
     scores: torch.Tensor
@@ -154,8 +153,8 @@ class IntraChunk:
 
 @dataclass(frozen=True)
 class Combined:
-    """Of each query (A, n, R): L, the log of the whole denominator, b / Z, the log of what its far sums are divided by
-    (-inf where it has no far keys), and whether the estimate of those sums is dropped."""
+    """Per query (A, n, R): L, the log of the whole denominator; b / Z; the log-scale of its far sums (-inf if it has
+    no far keys); whether their estimate is dropped."""
 
     log_total: torch.Tensor
     far_weight: torch.Tensor
@@ -164,14 +163,14 @@ class Combined:
 
 
 def finite(x: torch.Tensor) -> torch.Tensor:
-    """-inf (nothing there) replaced by 0, so that differences stay defined."""
+    """Replace -inf (no key) by 0, so that differences stay defined."""
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
 def block_sums(block: Block, psi: Features, log_max: torch.Tensor, scratch: Scratch) -> Sums:
-    """What the block adds to far sums that are divided by exp(carry_peak)."""
+    """The terms that the block adds to far sums divided by exp(log_max)."""
     key_scale, query_scale = psi.key_scale, psi.query_scale
-    if block.decay is not None:  # as of the first slot of the chunk that adds it
+    if block.decay is not None:  # relative to the first slot of the chunk that adds the key
         if block.kept is not None:
             assert block.kept.far_decay is not None
             key_scale = key_scale + block.kept.far_decay
@@ -193,12 +192,9 @@ def block_parts(
     block: Block, psi: Features, sums: Sums, state: torch.Tensor, scratch: Scratch,
     near: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Parts:  # fmt: skip
-    """Forward pass of a block: both parts of every query. The state S^T (A, M + 1, F) becomes that after the block.
-
-    near: The exact part and its log, where they are known already.
-    """
+    """Both parts of every query; advances the state S^T (A, M + 1, F) in place. near: The near part, if known."""
     rows, chunks, queries = psi.query.shape[:3]
-    far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # each chunk's in one piece
+    far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # contiguous per chunk
     steps = zip(
         *(x.unbind(1) for x in (psi.query, psi.key, sums.extended.mT, sums.shrink[..., None, None], far)), strict=True
     )
@@ -217,7 +213,7 @@ def block_parts(
 
 
 def exact_rows(block: Block, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values (A, n, W, D or M) that each chunk sees exactly, in the order of the block's mask."""
+    """Keys and values (A, n, W, D or M) that each chunk sees exactly, in the order of the block's mask."""
     key = windows(block.key, block.sink_key, scratch, "near keys")
     value = windows(block.value, block.sink_value, scratch, "near values")
     if block.kept is None:
@@ -249,7 +245,7 @@ def _running_max(
 
 
 def extend(value: torch.Tensor, weights: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-    """w [v, 1]: one product then gives numerators and denominators together."""
+    """w [v, 1], so that one product gives numerators and denominators together."""
     name = "values" if weights is None else "weighted values"
     whole = scratch(name, value, *value.shape[:-1], value.shape[-1] + 1)
     if weights is None:
@@ -261,7 +257,7 @@ def extend(value: torch.Tensor, weights: torch.Tensor | None, scratch: Scratch) 
 
 
 def intra_chunk(block: Block, psi: Features, sums: Sums) -> IntraChunk:
-    """The maximum runs over the keys up to each query (not over the whole chunk): a later key changes nothing."""
+    """Weights of a chunk's own keys. The maximum runs up to each query, so that later keys change nothing."""
     key_scale, read_log_max = sums.key_scale, sums.read_log_max
     chunk, groups = key_scale.shape[-1], block.groups
     base = torch.maximum(key_scale.cummax(-1).values, read_log_max.unsqueeze(-1))
@@ -275,7 +271,7 @@ def intra_chunk(block: Block, psi: Features, sums: Sums) -> IntraChunk:
 
 
 def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:
-    """Both parts under one normaliser, into output (A, n, R, M); see `ops.combine` for what is dropped when."""
+    """Both parts under one normaliser, into output (A, n, R, M); `ops.combine` says when the far part is dropped."""
     far_log, denominator = parts.far_log + block.log_gamma, parts.far[..., -1]
     dropped = ~(denominator > smallest_denominator(denominator.dtype))
     log_scale = far_log.masked_fill(dropped, -torch.inf)
@@ -294,7 +290,7 @@ def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:
     if block.sink_logits is not None:
         mass += (block.sink_logits - total).exp_()
     share = mass.reciprocal()
-    if parts.near_log is None:  # zero where nothing answers
+    if parts.near_log is None:  # zero where neither part has weight
         share.masked_fill_(mass == 0, 0.0)
     far_weight *= share
     torch.mul(parts.far[..., :-1], far_weight.unsqueeze(-1), out=output)

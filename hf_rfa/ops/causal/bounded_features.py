@@ -1,10 +1,10 @@
-"""The hyperbolic map where its exponents are small: exp(w.x') without a maximum, exp(-w.x') as its reciprocal.
+"""The hyperbolic map for small exponents: exp(w.x') without a maximum, exp(-w.x') as its reciprocal.
 
-`FarKernel` divides the features of each token by their maximum, so that no exponent can overflow. Of tokens whose
-|w.x'| is at most `LARGEST` (tempered kernels hardly ever come near it) nothing needs to be divided: half of the
-exponentials and three passes over the features are saved. Their gradient is written out, too. The features are made
-transposed, (F, tokens), so that the two halves of F are contiguous, and as powers of two, which take a third of the
-time of powers of e.
+`FarKernel` divides the features of each token by their maximum, so that no exponent can overflow. Tokens whose |w.x'|
+is at most `LARGEST` (tempered kernels hardly ever come near it) need no division, which saves half of the exponentials
+and three passes over the features. The gradient is written out as well. The features are computed transposed,
+(F, tokens), so that the two halves of F are contiguous, and as powers of two, which take a third of the time of powers
+of e.
 """
 
 import math
@@ -22,9 +22,9 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class BoundedFeatures:
-    """psi of tokens (A, n, R, F), its log-scale (A, n, R), and what the gradient needs of the way there.
+    """psi of tokens (A, n, R, F), its log-scale (A, n, R), and the intermediate results that the gradient needs.
 
-    With c = x - center, y = A c, w.x' = f a w.y:  y (A, n, R, D), square |y|^2, shrink f or None, of (A, n, R).
+    With c = x - center, y = A c, w.x' = f a w.y:  y (A, n, R, D), square |y|^2 and shrink f (or None) (A, n, R).
     """
 
     features: torch.Tensor
@@ -35,7 +35,7 @@ class BoundedFeatures:
 
 
 class BoundedMap:
-    """The features of one side, queries or keys, of a far kernel whose heads are all hyperbolic."""
+    """Features of the queries or of the keys, for a far kernel whose heads are all hyperbolic."""
 
     def __init__(self, far: FarKernel, scaling: float, rows: int, keys: bool, scratch: Scratch) -> None:
         def of_rows(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class BoundedMap:
         torch.reciprocal(projection, out=inverse)
         log_scale = self._constant - self._half_square * inside
         if large is not None:
-            # Tokens of their own, so that no other token sees a difference.
+            # Handled apart, so that other tokens do not change.
             where, peak, highest = large
             projection.mT[where], inverse.mT[where] = (highest - peak).exp2_(), (-highest - peak).exp2_()
             log_scale.view(-1, tokens)[where] += peak.squeeze(-1) * LN2
@@ -88,7 +88,7 @@ class BoundedMap:
         return BoundedFeatures(features, log_scale, y, square, shrink)
 
     def gradient(self, made: BoundedFeatures, features: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-        """Gradient of x (A, n, R, D), from those of the features, which is overwritten, and of their log-scale."""
+        """Gradient of x (A, n, R, D) from those of the features (overwritten) and of their log-scale."""
         count, chunks, tokens = made.square.shape
         halves = [x.mT.reshape(count * chunks, 2, -1, tokens) for x in (features, made.features)]
         (given, given_inverse), (value, inverse) = (half.unbind(1) for half in halves)
@@ -99,7 +99,7 @@ class BoundedMap:
             projection.mul_(made.shrink.view(-1, 1, tokens))
         x = torch.bmm(projection.mT, omega).view(made.y.shape)
         if self._bound is not None:
-            # Outside of the bound f = bound / |y|, and |f y| is constant.
+            # Beyond the bound f = bound / |y|, so |f y| is constant.
             outside = made.square > self._bound
             square = torch.where(outside, (x * made.y).sum(-1) / (-2 * made.square), square)
         x.addcmul_(made.y, square.unsqueeze(-1), value=2)
@@ -112,7 +112,7 @@ class BoundedMap:
     def _large(
         self, exponent: torch.Tensor, square: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None:
-        """Where the exponents (A * n, m, R), powers of two, of a token are large, their maxima and they themselves."""
+        """Tokens with large exponents (A * n, m, R) in base 2: indices, maxima, exponents; None if there are none."""
         if (square.amax((1, 2)).sqrt_() * self._longest).max() <= LARGEST:  # |w.x'| <= |w| |x'|
             return None
         low, high = torch.aminmax(exponent)
@@ -123,7 +123,7 @@ class BoundedMap:
         return where, peak[where].unsqueeze(-1), exponent.mT[where]
 
     def _of_chunks(self, chunks: int, factor: float) -> torch.Tensor:
-        """`factor` times omega (A, m, D), a copy for each chunk: (A * n, m, D), as batched products want it."""
+        """`factor` times omega (A, m, D), repeated per chunk for batched products: (A * n, m, D)."""
         key = (chunks, factor)
         if key not in self._repeated:
             self._repeated[key] = (self._omega * factor).repeat_interleave(chunks, 0)

@@ -1,8 +1,8 @@
-"""The causal operator in chunks: O(N) time and memory, exactly the reference's numbers.
+"""The causal operator in chunks: O(N) time and memory, the same numbers as the reference.
 
 Chunk c attends exactly to chunks c - 1 and c, to the sinks and to the keys that it keeps, and to all earlier keys
-through a running sum of features. `window = 0` has no exact part: the own chunk goes through the features too. This
-module aligns the tokens, `causal.function` goes over them, and what remains is put into a state.
+through a running sum of features. With `window = 0` nothing is exact: the chunk's own keys go through the features,
+too. This module aligns the tokens, calls `causal.function` and builds the final state.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from hf_rfa.ops.tiles import ShortRule
 
 
 def chunked_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
-    """Causal RFA of a call, q, k and v in their own type, the far kernel in float32 or float64.
+    """Causal RFA of a call with q, k and v in their own dtype and the far kernel in float32 or float64.
 
-    Returns the output (B, Hk, G, N, M), zero for the documents that are `short`, and the state after the last token,
-    if wanted.
+    Returns the output (B, Hk, G, N, M), zero for the `short` documents, and the state after the last token, or None
+    if it is not wanted.
     """
     aligned = align(call, short)
     settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, call.statistics)
@@ -42,7 +42,7 @@ def chunked_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[
 
 
 class CausalPass:
-    """The two parts of a call before they are put together; without gradients."""
+    """The near and the far part of a call before they are combined; without gradients."""
 
     def __init__(self, call: OperatorCall) -> None:
         aligned = align(call)
@@ -50,10 +50,10 @@ class CausalPass:
         self._pass = ChunkedPass(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
     def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
-        """(chunks, near part, far part without gamma) of one block after the other, (B, Hk, n, G * C [, M])."""
+        """Yield (chunks, near part, far part without gamma) block by block, (B, Hk, n, G * C [, M])."""
         heads = self._pass.inputs.key.shape[1]
         for span, _, parts, _, _ in self._pass.forward():
-            # Cloned: the next block writes over it.
+            # Cloned, because the next block overwrites it.
             far, far_log = (x.unflatten(0, (-1, heads)) for x in (parts.far.clone(), parts.far_log))
             near = None
             if parts.near is not None and parts.near_log is not None:
@@ -64,7 +64,7 @@ class CausalPass:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The tokens of a call, each document from a chunk boundary on, behind the near keys of the state."""
+    """The tokens of a call behind the near keys of the state; every document begins at a chunk boundary."""
 
     inputs: PassInputs
     plan: Plan
@@ -73,7 +73,7 @@ class Aligned:
 
 
 def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
-    """Lay the tokens of a call out in chunks, but for the documents that are `short`."""
+    """Lay the tokens of a call out in chunks, except for the `short` documents."""
     query, key, value, window = call.query, call.key, call.value, call.window
     batch, heads, groups, length, dim = query.shape
     chunk = window or PURE_CHUNK
@@ -99,7 +99,7 @@ def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
         )
         log_gate = log_gate.masked_fill(~plan.token_mask.unsqueeze(1), 0.0)
         decay = log_gate.cumsum(-1)
-        if history:  # the state counts from its last token, the pass from its first
+        if history:  # log_max is relative to the last token in a state, to the first in a pass
             remembered = plan.token_mask & ~plan.asked
             log_max = log_max - torch.where(remembered.unsqueeze(1), log_gate, 0.0).sum((-2, -1))
     inputs = PassInputs(
@@ -127,14 +127,14 @@ def _wide(call: OperatorCall) -> torch.Tensor | None:
 
 
 def final_state(aligned: Aligned, kv_state: torch.Tensor, log_max: torch.Tensor, window: int) -> RFAState:
-    """The state after a call, from the far sums after its last chunk."""
+    """The state after a call, built from the far sums after its last chunk."""
     plan, state, inputs = aligned.plan, aligned.state, aligned.inputs
     count = plan.count.expand(kv_state.shape[0]).clone()
     if not window:
         return RFAState(kv_state, log_max, state.near_key, state.near_value, state.sink_key, state.sink_value, count)
     last = plan.last[:, None]
     both = torch.cat([last - 1, last], dim=1)
-    # Slots that hold no token of the document are zero, so that the state is a function of the tokens alone.
+    # Slots without a token of the document are zero, so that the state depends on the tokens alone.
     belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, last))
     filled = take(plan.token_mask.unsqueeze(1), both.clamp_min(0)) & belongs[:, None, :, None]
     first = plan.sink_chunk.gather(1, last)
@@ -158,6 +158,6 @@ def final_state(aligned: Aligned, kv_state: torch.Tensor, log_max: torch.Tensor,
 
 
 def _slots(chunks: torch.Tensor, size: int) -> torch.Tensor:
-    """(R, n * C) slots of the chunks (R, n), which may be -1."""
+    """Slots (R, n * C) of the chunks (R, n), which may be -1."""
     slots = chunks.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=chunks.device)
     return slots.flatten(1)

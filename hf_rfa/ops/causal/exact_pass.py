@@ -1,9 +1,9 @@
-"""The exact part of a call that keeps keys: what each chunk keeps, and its attention to that and to its near keys.
+"""The exact part of a call that keeps keys: which keys each chunk keeps, and its attention to them and its near keys.
 
-One pass, since a choice needs the same logits as the attention: from chunk to chunk, C queries against 2C near keys,
-the sinks and K kept keys, and a number per key. The far part then needs nothing but the list of those that go. Choices
-are indices into a *pool* per row and key head: the K kept keys of the state that the call continues, then the aligned
-tokens.
+Both are done in one pass, since the choice needs the same logits as the attention: for each chunk in turn, C queries
+against 2C near keys, the sinks and K kept keys, and one number per key. The far part then needs only the list of
+evicted keys. Choices are indices into a *pool* per row and key head: the K kept keys of the state that the call
+continues, then the aligned tokens.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ LOG2E, LN2 = math.log2(math.e), math.log(2)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a call keeps, and its exact part. A = B * Hk rows, n chunks of C tokens, R = G * C queries, K kept keys.
+    """The keys that a call keeps, and its exact part, for A = B * Hk rows, n chunks of C tokens and R = G * C queries.
 
     Attributes:
-        kept, kept_mask: (A, n, K) int64 and bool: what the queries of each chunk see.
-        evicted, evicted_mask: (A, n, C): what is added to the far sums once each chunk has been answered.
-        near, near_log: (A, n, R, M), (A, n, R): softmax over the exact keys, and the log of its normaliser.
-        last: (A, K) int64: what is kept in the end, -1 where nothing is.
-        mass: (A, G, K + n * C): what the keys in `last`, then the tokens, have received.
+        kept, kept_mask: (A, n, K) int64 and bool: the kept keys that the queries of each chunk see.
+        evicted, evicted_mask: (A, n, C): the keys added to the far sums after each chunk.
+        near, near_log: (A, n, R, M), (A, n, R): softmax over the exact keys, and its log-normaliser.
+        last: (A, K) int64: the keys kept after the last chunk, -1 in empty places.
+        mass: (A, G, K + n * C): attention received by the keys in `last`, then by the tokens.
     """
 
     kept: torch.Tensor
@@ -47,9 +47,9 @@ class Choice:
 
 
 def choose_keys(chunked: ChunkedPass, state: RFAState, history: bool) -> Choice:
-    """The exact part of a pass that continues `state`, whose near keys precede the new tokens if there is `history`.
+    """The exact part of a pass that continues `state`; with `history`, its near keys precede the new tokens.
 
-    Without gradients: those of the exact part come with the far part's, for they share a normaliser.
+    Without gradients: those of the exact part come with the far part's, because the two share a normaliser.
     """
     inputs, plan = chunked.inputs, chunked.plan
     _, _, position, _, mass = state.kept
@@ -65,13 +65,13 @@ def choose_keys(chunked: ChunkedPass, state: RFAState, history: bool) -> Choice:
     return Choice(*recomputing(_Recipe(chunked), *tensors, position, mass))
 
 
-#: The inputs that choices and the exact part depend on.
+#: Inputs that the choice and the exact part depend on.
 _READ = ("query", "key", "value", "sink_key", "sink_value", "sink_logits", "kept_key", "kept_value")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """See `ops.recomputing`; nothing of it has a gradient."""
+    """See `ops.recomputing`; none of the outputs has a gradient."""
 
     chunked: ChunkedPass
     outputs: int = len(dataclasses.fields(Choice))
@@ -81,7 +81,7 @@ class _Recipe:
     def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         *read, position, mass = tensors
         whole = self.chunked
-        # What is not read may belong to a transform, which is off in here.
+        # Tensors that are not read are replaced: they may belong to a transform, and transforms are off in here.
         nothing = position.new_zeros(0, dtype=whole.inputs.wide)
         given = dict(zip(_READ, read, strict=True))
         inputs = dataclasses.replace(whole.inputs, **given, decay=None, kv_state=nothing, log_max=nothing)
@@ -94,10 +94,10 @@ class _Recipe:
 
 
 class _ExactPass:
-    """Goes through the chunks; logits are in powers of two, which take a third of the time of powers of e.
+    """Goes through the chunks in order; logits are in base 2, since powers of two take a third of the time of exp.
 
-    What a chunk sees lies in tables `[kept | sinks | one chunk | the other chunk]` of W slots, where each chunk takes
-    the place of the one before the one before it.
+    The keys and values that a chunk sees lie in tables `[kept | sinks | one chunk | the other chunk]` of W slots:
+    chunks alternate between the last two places, so that chunk i overwrites chunk i - 2.
     """
 
     def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
@@ -110,12 +110,12 @@ class _ExactPass:
         self.index = torch.arange(self.count, device=position.device).expand_as(position)
         self.position = torch.where(self._rows(plan.segment_ids[:, :1] == 0), position, -1)
         width = self.count + self.sinks + 2 * size
-        # Slots first, so that those of kept keys are one piece of memory; zeros, for nothing may be NaN under a mask.
+        # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
         self.tables = [inputs.kv_state.new_zeros(width, len(position), pool.shape[-1]) for pool in self.pools]
         missing = plan.token_mask[0].numel() - inputs.value.shape[2]
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
         lengths = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
-        # Of each key that is kept, and of each token by chunk: what each of G query heads gave it, and |v|.
+        # Per kept key, and per token of each chunk: the attention from each of the G query heads, and |v|.
         numbers = torch.cat([mass, lengths.unsqueeze(1)], dim=1)
         self.numbers, tokens = numbers[..., : self.count], numbers[..., self.count :]
         self.tokens = tokens.unflatten(2, (-1, size))
@@ -136,11 +136,11 @@ class _ExactPass:
         self._take()
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """(R, ...) as (1 or A, ...)."""
+        """(R, ...) expanded to (1 or A, ...)."""
         return x.repeat_interleave(self.heads, 0) if len(x) > 1 else x
 
     def _take(self) -> None:
-        """Put the kept keys and values into their slots."""
+        """Write the kept keys and values to their slots."""
         rows = self.pools[0].rows(self.index)
         for pool, table in zip(self.pools, self.tables, strict=True):
             pool.put(rows, table[: self.count])
@@ -149,7 +149,7 @@ class _ExactPass:
             self.full = bool(self._there.all())
 
     def _counted(self, slots: torch.Tensor) -> torch.Tensor:
-        """(2, R, 2C) 1 where the queries of an even or odd chunk count for its near keys, being far enough, else 0."""
+        """(2, R, 2C): 1 where a query of an even or odd chunk is far enough from a near key to count for it."""
         distance, size, least = slots[:, None] - slots, len(slots), kept_keys.least_distance(len(slots))
         own, before = distance >= least, distance + size >= least
         counted = torch.stack([torch.cat([own, before], dim=1), torch.cat([before, own], dim=1)])
@@ -172,16 +172,16 @@ class _ExactPass:
         return *stacked, near, near_log.mul_(LN2), last, mass
 
     def _enter(self, chunk: int) -> None:
-        """Put a chunk and its sinks into their slots."""
+        """Write a chunk and its sinks to their slots."""
         size, inputs = self.chunked.chunk, self.chunked.inputs
         first = self.count + self.sinks + chunk % 2 * size
         for table, tokens, sinks in zip(self.tables, (inputs.key, inputs.value), self.chunked.sink_rows, strict=True):
             own = tokens.flatten(0, 1)[:, chunk * size : (chunk + 1) * size].transpose(0, 1)
-            table[first : first + len(own)] = own  # what is left behind it of another chunk is masked
+            table[first : first + len(own)] = own  # leftovers of an older chunk behind it are masked
             table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
 
     def _mask(self, chunk: int) -> torch.Tensor:
-        """(1 or A, R, W) 0 where the queries of the chunk see a slot, else -inf."""
+        """(1 or A, R, W): 0 where a query of the chunk sees a slot, else -inf."""
         ordinary = self.full and self.plan.regular[chunk]
         if ordinary and chunk % 2 in self._masks:
             return self._masks[chunk % 2]
@@ -198,7 +198,7 @@ class _ExactPass:
         return mask
 
     def _attend(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
-        """Attend from a chunk into `output` (A, R, M), and note what its queries give; the log2 of the normaliser."""
+        """Write a chunk's attention to `output` (A, R, M) and add up the mass it gives; log2 of the normaliser."""
         key, value = (table.transpose(0, 1) for table in self.tables)
         weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
         torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
@@ -212,7 +212,7 @@ class _ExactPass:
             share = 1 / (total + (self._sink_logits() - highest).exp2_())
         first, size = self.count + self.sinks, self.chunked.chunk
         weights[:, :, first:] *= self.counted[chunk % 2]
-        # Of each query head apart.
+        # Each query head separately.
         asked = (share * self.asked[:, chunk]).view(-1, 1, size)
         given = torch.bmm(asked, weights.view(-1, size, weights.shape[2])).view(len(query), -1, weights.shape[2])
         self.numbers[:, :-1] += given[..., : self.count]
@@ -231,7 +231,7 @@ class _ExactPass:
         return rows.repeat(len(self.position) // len(rows), 1)
 
     def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose anew where the next chunk goes on with the document; what goes, and whether it is a key."""
+        """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key."""
         window, boundaries = self.chunked.window, self.plan.boundaries
         if not boundaries.any_advances[chunk]:
             self._begin(chunk)
@@ -239,13 +239,13 @@ class _ExactPass:
         before = max(chunk - 1, 0)
         leaving, advances = self.places[:, before], self._advances[:, chunk : chunk + 1]
         ordinary = self.full and chunk > 0 and boundaries.all_advance[before] and boundaries.all_advance[chunk]
-        if not chunk or not boundaries.all_advance[before]:  # nothing leaves where a document has just begun
+        if not chunk or not boundaries.all_advance[before]:  # nothing is evicted where a document has just begun
             leaving = leaving.masked_fill(~self._advances[:, before : before + 1] if chunk else leaving > -2, -1)
         index = torch.cat([self.index, self._slots[:, before].expand_as(leaving)], dim=1)
         position = torch.cat([self.position, leaving], dim=1)
         numbers = torch.cat([self.numbers, self.tokens[:, :, before]], dim=2)
         score = kept_keys.scores(numbers[:, :-1], numbers[:, -1], position, self._ends[:, chunk : chunk + 1], window)
-        if not boundaries.all_advance[chunk]:  # other rows stay as they are
+        if not boundaries.all_advance[chunk]:  # other rows do not change
             still = torch.arange(score.shape[1], device=score.device) < self.count
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
             position = torch.where(advances | still, position, -1)
@@ -258,7 +258,7 @@ class _ExactPass:
         return evicted
 
     def _begin(self, chunk: int) -> None:
-        """Forget everything in the rows where the next chunk is another document's."""
+        """Forget everything in rows where the next chunk belongs to another document."""
         if self.plan.boundaries.any_begins[chunk]:
             begins = self._begins[:, chunk : chunk + 1]
             self.position = self.position.masked_fill(begins, -1)

@@ -1,4 +1,4 @@
-"""The causal operator as a differentiable function: its backward pass goes over the blocks again, last first."""
+"""The causal operator as a differentiable function: its backward pass goes over the blocks again in reverse."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.recomputing import Flags, follows, recomputing
 
-#: Tensors of a `FarKernel` that its features depend on; the gate's come in as `decay`.
+#: Tensors of a `FarKernel` that its features depend on; those of the gate enter as `decay`.
 KERNEL = tuple(
     f.name for f in dataclasses.fields(FarKernel) if f.name not in ("feature_maps", "gate_weight", "gate_bias")
 )
-#: The exact part is made again in the backward pass, where it shares a normaliser with the far part.
+#: The backward pass recomputes the exact part together with the far part, since they share a normaliser.
 FORWARD_ONLY = tuple(i for i, f in enumerate(dataclasses.fields(PassInputs)) if f.name in ("near", "near_log"))
 
 
 @dataclasses.dataclass(frozen=True)
 class PassSettings:
-    """What a pass depends on besides tensors with gradients."""
+    """The settings of a pass: all that is not a tensor with a gradient."""
 
     far: FarKernel
     plan: Plan
@@ -38,7 +38,7 @@ class PassSettings:
 def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal RFA of aligned tokens: output (B, Hk, G, T, M), far sums and their log-scale after the last chunk.
 
-    The output is of value's type without gradients and wide with them, where one is added to the other.
+    Without gradients the output has value's dtype; with gradients everything is in `PassInputs.wide`.
     """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     kernel = {name: getattr(settings.far, name) for name in KERNEL}
@@ -51,7 +51,7 @@ def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What the backward pass needs: S and m at the start of each block (A, F, M + 1), (A), L and b / Z (A, n, R)."""
+    """Kept for the backward pass: S and m at the start of each block (A, F, M + 1), (A); L and b / Z (A, n, R)."""
 
     kv_states: torch.Tensor
     log_maxima: torch.Tensor
@@ -62,7 +62,7 @@ class _Kept:
 def _run(
     chunked: ChunkedPass, statistics: FarStatistics | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
-    """Output, S and m after the last chunk, and what is kept, if wanted."""
+    """Output, S and m after the last chunk, and what the backward pass needs if `keep`."""
     inputs, plan = chunked.inputs, chunked.plan
     batch, heads, groups, length, _ = inputs.query.shape
     spans = chunked.spans()
@@ -131,7 +131,7 @@ class _Recipe:
 
 
 class _Backward:
-    """The gradients of a pass's tensors, gathered from its last block to the first."""
+    """Gradients of a pass's tensors, accumulated from the last block to the first."""
 
     def __init__(
         self, chunked: ChunkedPass, wanted: Sequence[bool], kv_state: torch.Tensor, log_max: torch.Tensor
@@ -150,7 +150,7 @@ class _Backward:
         self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
         self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
         self.log_gamma = torch.zeros_like(chunked.far.gamma)
-        # gamma has no part in the features.
+        # The features do not depend on gamma.
         names = [name for name, need in zip(KERNEL, wanted, strict=True) if need and name != "gamma"]
         self.leaves = {name: getattr(chunked.far, name) for name in names}
         self.kernel = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
@@ -163,13 +163,13 @@ class _Backward:
         answered: Answered,
         output: torch.Tensor | None,
     ) -> None:
-        """Go back over one block, which began with the state (kv_state, log_max)."""
+        """Go back over one block that began with the state (kv_state, log_max)."""
         chunked, block = self.chunked, self.chunked.block(span)
-        made = chunked.bounded_psi(block)  # as in the forward pass: L and b / Z are those of its features
+        made = chunked.bounded_psi(block)  # as in the forward pass, whose L and b / Z belong to these features
         if made is not None:
             psi = features_of(made)
         else:
-            # Not `torch.autograd`, which is switched off inside of an operation of a graph (`ops.graph`).
+            # Not `torch.autograd`, which is switched off inside an operation of a graph (`ops.compiled`).
             tensors = (block.query, block.far_key, *self.leaves.values())
             recorded, pull_back = torch.func.vjp(self._psi, *tensors)[:2]
             psi = Features(*recorded)
@@ -197,7 +197,7 @@ class _Backward:
             key = near.key
             self.sink_rows[0][:, span], self.sink_rows[1][:, span] = near.sink_key, near.sink_value
         else:
-            key = F.pad(key, (0, 0, 0, 0, 1, 0))  # there is a chunk before the block's own
+            key = F.pad(key, (0, 0, 0, 0, 1, 0))  # for the chunk before the block's own
         chunked.put(self.query, query, span)
         chunked.put_keys(self.key, key, span)
         chunked.put_keys(self.value, gradients.value, span)
@@ -210,7 +210,7 @@ class _Backward:
             self.logits += rows.sum((0, 3))
 
     def _step_kept(self, span: slice, gradients: Gradients, far_key: torch.Tensor) -> None:
-        """What a block gives to the keys that it keeps and to those that it lets go."""
+        """Add a block's gradients to the keys that it keeps and to those that it evicts."""
         inputs, kept = self.chunked.inputs, gradients.kept
         assert self.pools is not None
         assert kept is not None
@@ -229,7 +229,7 @@ class _Backward:
         return _tensors(self.chunked.psi(query, key, far))
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """In the order of `PassInputs`, then of `KERNEL`."""
+        """All gradients, in the order of `PassInputs`, then of `KERNEL`."""
         inputs, alive = self.chunked.inputs, self.chunked.far.alive()
         self.chunked.add_sinks(self.key, self.sink_key, self.sink_rows[0])
         self.chunked.add_sinks(self.value, self.sink_value, self.sink_rows[1])

@@ -1,7 +1,7 @@
-"""The backward pass of one block of the causal operator, see `causal_block`.
+"""The backward pass of one block of the causal operator; `causal.block` has the forward pass.
 
 With dN = do / Z and dZ = -do.o / Z, the far part's gradient is that of linear attention with [do, -do.o] b / Z. The
-forward pass leaves o, L and b / Z of each query; features and sums are made again.
+forward pass leaves o, L and b / Z per query; features and sums are recomputed.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hf_rfa.ops.causal.scratch import Scratch
 
 @dataclass(frozen=True)
 class Answered:
-    """What the forward pass answered to the queries of a block: output (A, n, R, M), and, (A, n, R), L and b / Z."""
+    """Results of the forward pass for a block's queries: output (A, n, R, M), L and b / Z (A, n, R)."""
 
     output: torch.Tensor
     log_total: torch.Tensor
@@ -24,8 +24,8 @@ class Answered:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients with respect to the fields of `Block`, to psi and to the state before the block; that with respect to
-    log gamma is the one of psi's query_scale, summed."""
+    """Gradients of the fields of `Block`, of psi and of the state before the block. That of log gamma is the sum of
+    that of psi's query_scale."""
 
     value: torch.Tensor
     near: "NearGradients | None"
@@ -39,7 +39,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class KeptGradients:
-    """Those of `KeptRows`, but for `far_key`, which psi has."""
+    """Gradients of the fields of `KeptRows`, except `far_key`, whose gradient comes through psi."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -48,7 +48,7 @@ class KeptGradients:
 
 @dataclass(frozen=True)
 class NearGradients:
-    """What the exact part gives to the fields of `Block`, but for `value`."""
+    """The exact part's gradients of the fields of `Block`, except `value`."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -60,7 +60,7 @@ def block_gradients(
     block: Block, psi: Features, sums: Sums, answered: Answered, kv_state: torch.Tensor, gradient: torch.Tensor,
     kv_state_gradient: torch.Tensor, log_max_gradient: torch.Tensor, scratch: Scratch,
 ) -> Gradients:  # fmt: skip
-    """Backward pass of a block that began with the sums `kv_state`, from the gradients of its output and of the state
+    """Backward pass of a block that began with the sums `kv_state`, given the gradients of its output and of the state
     after it."""
     inner = (gradient * answered.output).sum(-1)
     far = scratch("far", gradient, *gradient.shape[:-1], gradient.shape[-1] + 1)
@@ -71,7 +71,7 @@ def block_gradients(
         sink_logits = -inner * (block.sink_logits - answered.log_total).exp()
     own = None if block.delay else intra_chunk(block, psi, sums)
     read = far if own is None else far * own.lifted.unsqueeze(-1)
-    # Everything about sums is transposed, (M + 1, F), as the features are where `BoundedMap` makes them.
+    # All sums are transposed, (M + 1, F), like the features that `BoundedMap` computes.
     from_reads = scratch("from reads", kv_state, *psi.query.shape[:2], kv_state.shape[2], kv_state.shape[1])
     _product(read.mT, psi.query, from_reads)
     states = _states(psi, sums, kv_state, scratch)
@@ -113,7 +113,7 @@ def block_gradients(
         value[:, block.far].addcmul_(pushed[..., :-1], sums.weights.unsqueeze(-1))
     else:
         kept = KeptGradients(kept_key, kept_value, pushed[..., :-1] * sums.weights.unsqueeze(-1))
-    # num and den are linear in psi(q), so that q's factor sees the same sum.
+    # Numerator and denominator are linear in psi(q), so the gradient of q's log-scale is this sum.
     shares = scratch("shares", kv_state, *psi.query.mT.shape)
     query_scale = torch.mul(query_psi.mT, psi.query.mT, out=shares).sum(-2)
     psi_gradients = Features(query_psi, query_scale, key_psi, key_scale)
@@ -123,7 +123,7 @@ def block_gradients(
 
 
 def _states(psi: Features, sums: Sums, kv_state: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """The S^T (A, n, M + 1, F) that each chunk reads."""
+    """S^T (A, n, M + 1, F) as each chunk reads it."""
     states = scratch("states", kv_state, *psi.query.shape[:2], kv_state.shape[2], kv_state.shape[1])
     state = kv_state.mT.clone(memory_format=torch.contiguous_format)
     steps = zip(
@@ -136,18 +136,18 @@ def _states(psi: Features, sums: Sums, kv_state: torch.Tensor, scratch: Scratch)
     for number, (read, factor, new, key) in enumerate(steps):
         read.copy_(state)
         if number + 1 < states.shape[1]:
-            state.mul_(factor).baddbmm_(new, key)  # in one piece: into a slice it would be a product a row
+            state.mul_(factor).baddbmm_(new, key)  # contiguous: into a slice it would run one product per row
     return states
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """left @ right, of (A, n, ..), into `out`, whose first two dimensions are contiguous."""
+    """left @ right, both (A, n, ...), into `out`, whose first two dimensions are contiguous."""
     torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
     return out
 
 
 def _decay_gradient(block: Block, psi: Features, forgotten: list[torch.Tensor]) -> torch.Tensor:
-    """Gradient of `decay`; `forgotten`: of the sum of log g over each chunk, from the last one to before the first."""
+    """Gradient of `decay`; `forgotten` holds those of each chunk's sum of log g, from the last to before the first."""
     assert block.decay is not None
     gradient = torch.zeros_like(block.decay)
     gradient[:, 1:] = psi.query_scale.unflatten(2, (block.groups, -1)).sum(2)

@@ -1,4 +1,4 @@
-"""What kept keys need around the chunked form: the gate behind the evicted ones, and their part of the final state."""
+"""Kept keys around the chunked form: the gate behind evicted keys, and the kept keys of the final state."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from hf_rfa.ops.state import RFAState
 
 
 def decay_of_evicted(choice: Choice, decay: torch.Tensor, state: RFAState, plan: Plan) -> torch.Tensor:
-    """(A, n, C) log g summed behind each evicted key, up to the chunk after which it goes.
+    """(A, n, C) log g summed from behind each evicted key up to the chunk after which it is evicted.
 
-    decay: (B, Hk, n, C), log g summed from each chunk's first slot.
+    decay: (B, Hk, n, C), log g summed from the first slot of each chunk.
     """
     starts, whole = _gate_sums(decay, state, plan)
     before = starts[..., :-1].flatten(0, 1).unsqueeze(-1)
@@ -24,7 +24,7 @@ def decay_of_evicted(choice: Choice, decay: torch.Tensor, state: RFAState, plan:
 
 
 def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: RFAState, plan: Plan) -> RFAState:
-    """The final state with what it keeps, after a call that continued `state`."""
+    """The final state with its kept keys, after a call that continued `state`."""
     assert inputs.kept_key is not None
     assert inputs.kept_value is not None
     _, _, kept_position, kept_decay, _ = state.kept
@@ -51,7 +51,7 @@ def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: R
 
 
 def _mass(choice: Choice, plan: Plan, batch: int, heads: int, count: int) -> torch.Tensor:
-    """(B, Hk, G, K + 2C): of the kept keys, then of the chunks c0 - 1 and c0."""
+    """Mass (B, Hk, G, K + 2C) of the kept keys, then of the chunks c0 - 1 and c0."""
     chunk = plan.token_mask.shape[-1]
     kept = choice.mass[..., :count].masked_fill((choice.last < 0).unsqueeze(1), 0.0).unflatten(0, (batch, heads))
     tokens = choice.mass[..., count:].unflatten(0, (batch, heads)).unflatten(3, (-1, chunk))
@@ -65,16 +65,16 @@ def _mass(choice: Choice, plan: Plan, batch: int, heads: int, count: int) -> tor
 
 
 def _gate_sums(decay: torch.Tensor, state: RFAState, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """log g summed before each chunk and behind the last (B, Hk, n + 1), and up to each token of the pool (B, Hk, P).
+    """log g summed up to each chunk and to the end (B, Hk, n + 1), and up to each token of the pool (B, Hk, P).
 
-    In float64: they are differences of sums over the whole text. Documents do not mix, for only differences within one
-    are ever taken.
+    In float64, since callers subtract sums over the whole text. Documents do not mix, because only differences within
+    one document are ever taken.
     """
     wide = decay.double()
     starts = F.pad(wide[..., -1].cumsum(-1), (1, 0))
     tokens = starts[..., :-1].unsqueeze(-1) + wide
     each = wide - F.pad(wide[..., :-1], (1, 0))
-    remembered = (plan.token_mask & ~plan.asked).unsqueeze(1)  # the state counts from the last of these
+    remembered = (plan.token_mask & ~plan.asked).unsqueeze(1)  # the decay in a state is relative to the last of these
     already = each.masked_fill(~remembered, 0.0).sum((-2, -1))
     kept = already.unsqueeze(-1) - state.kept[3].double()
     return starts, torch.cat([kept, tokens.flatten(2)], dim=2)

@@ -1,4 +1,4 @@
-"""Additive masks of the keys that a chunk sees exactly: 0 or -inf, one for all ordinary chunks."""
+"""Additive masks (0 or -inf) of the keys that a chunk sees exactly; all regular chunks share one."""
 
 import math
 
@@ -9,17 +9,17 @@ from hf_rfa.ops.layout import Plan
 
 
 class ExactMasks:
-    """Masks of the queries of a call's chunks over their near keys `[sinks, chunk before, (sinks,) own chunk]`."""
+    """Masks of each chunk's queries over their near keys `[sinks, chunk before, (sinks,) own chunk]`."""
 
     def __init__(self, plan: Plan, sinks: int, heads: int, groups: int, dtype: torch.dtype) -> None:
         self._plan, self._sinks, self._heads, self._groups, self._dtype = plan, sinks, heads, groups, dtype
         same = plan.segment_ids[:, 1:] == plan.segment_ids[:, :-1]
-        #: (R, n) whether the chunk before belongs to the same document.
+        #: (R, n) whether the previous chunk belongs to the same document.
         self.follows = F.pad(same, (1, 0))
         self._ordinary: dict[int, torch.Tensor] = {}
 
     def near(self, span: slice) -> torch.Tensor:
-        """(1 or A, 1 or n, R, W) of the chunks in a span; the second group of sinks is hidden."""
+        """Masks (1 or A, 1 or n, R, W) of the chunks in a span; the second group of sinks is hidden."""
         if not all(self._plan.regular[span]):
             return self._make(span)
         if 0 not in self._ordinary:
@@ -27,7 +27,7 @@ class ExactMasks:
         return self._ordinary[0]
 
     def exact(self, span: slice, kept: torch.Tensor) -> torch.Tensor:
-        """The same behind the kept keys, of which `kept` (A, n, K) bool says which places hold one."""
+        """The same with the kept keys in front; `kept` (A, n, K) bool says which places hold one."""
         near, count = self.near(span), kept.shape[2]
         if bool(kept.all()):
             if not all(self._plan.regular[span]):
@@ -43,7 +43,7 @@ class ExactMasks:
         plan, (size, sinks) = self._plan, (self._plan.token_mask.shape[-1], self._sinks)
         token_mask, device = plan.token_mask[:, span], plan.token_mask.device
         causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-        # Padding sees itself, so that no row is empty; nobody sees padding.
+        # Padding sees itself, so that no row is empty; no other token sees padding.
         own = causal & (token_mask.unsqueeze(2) | torch.eye(size, dtype=torch.bool, device=device))
         before = F.pad(plan.token_mask, (0, 0, 1, 0))[:, span] & self.follows[:, span].unsqueeze(-1)
         sink = (plan.rank[:, span] > 1)[..., None, None].expand(-1, -1, size, sinks)

@@ -1,7 +1,7 @@
 """Exact attention of chunks over their near keys, and its gradient, without keeping the weights.
 
 The near keys of chunk i are one row of tokens, `[sinks, chunk i - 1, (sinks,) chunk i]`: overlapping views of a buffer
-in which every chunk follows the sinks, so that no key is copied twice. The second group of sinks is masked.
+with the sinks before every chunk, so that no key is copied twice. The second group of sinks is masked.
 """
 
 import functools
@@ -14,7 +14,7 @@ from hf_rfa.ops.private import works
 
 
 def windows(chunks: torch.Tensor, sinks: torch.Tensor, scratch: Scratch, name: str) -> torch.Tensor:
-    """(A, n, 2 (s + C), D), a view, of chunks (A, n + 1, C, D) and the sinks (A, n, s, D) that chunks 1.. see."""
+    """A view (A, n, 2 (s + C), D) of chunks (A, n + 1, C, D) with the sinks (A, n, s, D) that chunks 1.. see."""
     size = sinks.shape[2]
     rows = scratch(name, chunks, *chunks.shape[:2], size + chunks.shape[2], chunks.shape[3])
     rows[:, :, size:] = chunks
@@ -42,7 +42,7 @@ def near_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention (A, n, R, M) of q (A, n, R, D) over k (A, n, W, D), and its log-normaliser (A, n, R).
 
-    mask: added to the scores, 0 or -inf, of a shape that expands to theirs; every row must see a key.
+    mask: 0 or -inf, added to the scores and broadcast to their shape; every row must see a key.
     """
     mask = mask.expand(*query.shape[:3], key.shape[2])
     attend = _kernel_attention if _fused(query, value) else _plain_attention
@@ -69,7 +69,7 @@ def near_gradients(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
     normaliser: torch.Tensor, mask: torch.Tensor, scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of q, k, v where near keys share the normaliser with others.
+    """Gradients of q, k, v if the near keys share their normaliser with others.
 
     With p_ij = exp(s_ij - L_i), L the log of the *whole* denominator and o the *whole* output:
     dv_j = sum_i p_ij do_i,     ds_ij = p_ij (do_i.v_j - do_i.o_i)
@@ -101,13 +101,13 @@ def _plain_gradients(
 
 
 def _fused(query: torch.Tensor, value: torch.Tensor) -> bool:
-    # torch's CPU kernel hands out the normaliser, which its public function hides; it wants equal head dims.
+    # torch's CPU kernel returns the normaliser, which the public function hides; it needs equal head dims.
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and kernel_works()
 
 
 @functools.cache
 def kernel_works() -> bool:
-    """Whether torch has the kernel, which is private, and it does what this module takes it to do."""
+    """Whether torch has this private kernel and it computes what this module expects."""
     return works("the CPU kernel of attention that hands out its normaliser", _kernel_is_right)
 
 
@@ -116,7 +116,7 @@ def _kernel_is_right() -> bool:
     query, key, value = ((numbers * step).sin().view(1, 2, 4, 8) for step in (1, 2, 3))
     mask = torch.full((4, 4), -torch.inf, dtype=torch.float32, device="cpu").triu(1).expand(1, 2, 4, 4)
     plain = _plain_attention(query, key, value, mask, 0.3)
-    # As if others, of value 0, had two thirds of the weight.
+    # As if other keys, with value 0, had two thirds of the weight.
     whole = value, query, key, value, plain[0] / 3, plain[1] + math.log(3), mask, 0.3
     found = *_kernel_attention(query, key, value, mask, 0.3), *_kernel_gradients(*whole)
     wanted = *plain, *_plain_gradients(*whole)

@@ -1,6 +1,6 @@
-"""The causal operator as one pass over blocks of chunks: forwards, and backwards with everything recomputed.
+"""The causal operator as one pass over blocks of chunks: forward, and backward with everything recomputed.
 
-Memory beside what goes in and comes out: the far sums at each block's start, and one block's features and scores.
+Memory besides inputs and outputs: the far sums at the start of each block, and the features and scores of one block.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from hf_rfa.ops.chunks import take
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 
-#: Chunks handled at once: their features and scores, of all heads, must stay in the cache.
+#: Chunks per block: their features and scores, over all heads, must fit into the CPU's cache.
 BLOCK_CHUNKS = 8
 
 
@@ -27,12 +27,12 @@ BLOCK_CHUNKS = 8
 class PassInputs:
     """Tensors of a pass, in the aligned order of `plan`; the last chunk may be cut short.
 
-    query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those that a state
-    remembers; all these in any types, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
+    query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sink_key, sink_value (B, Hk, s, D or M), those of the
+    state; all of these in any dtype, see `wide`. decay (B, Hk, n, C), log g summed from each chunk's first slot, or
     None; sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1), log_max (B, Hk), the state before the first slot.
 
-    Where keys are kept: kept_key, kept_value (B, Hk, K, D or M), those that the state remembers; the first fields of
-    `exact_pass.Choice`; far_decay (A, n, C), log g summed behind the `evicted` ones, with a gate.
+    With kept keys: kept_key, kept_value (B, Hk, K, D or M), those of the state; the first fields of
+    `exact_pass.Choice`; with a gate, far_decay (A, n, C), log g summed from behind the `evicted` keys.
     """
 
     query: torch.Tensor
@@ -56,20 +56,20 @@ class PassInputs:
 
     @property
     def wide(self) -> torch.dtype:
-        """What is computed in: float32 or float64."""
+        """The dtype of the computation: float32 or float64."""
         return self.kv_state.dtype
 
 
 @dataclass
 class ChunkedPass:
-    """The blocks of a call, read from its inputs one after the other; nothing is recorded by autograd."""
+    """The blocks of a call, read from its inputs one by one; autograd records nothing."""
 
     inputs: PassInputs
     far: FarKernel
     plan: Plan
     window: int
     scaling: float
-    may_bound: bool = True  # whether `BoundedMap` may be used; it has no gradients of the kernel
+    may_bound: bool = True  # whether `BoundedMap` may be used: it gives no gradients of the kernel
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
@@ -88,14 +88,14 @@ class ChunkedPass:
         self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self.pools = self._pools()
         self._bounded: tuple[BoundedMap, BoundedMap] | None = None
-        # Which exponents are large has to be read: no waiting for a GPU.
+        # Large exponents are looked up on the host, which would make a GPU wait.
         if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
             query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
             self._bounded = query, key
 
     @property
     def chunk(self) -> int:
-        """C."""
+        """C, the chunk size."""
         return self.plan.token_mask.shape[-1]
 
     def spans(self) -> list[slice]:
@@ -104,7 +104,7 @@ class ChunkedPass:
         return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
 
     def block(self, span: slice) -> Block:
-        """What the chunks of a span read."""
+        """The block that consists of the chunks in a span."""
         inputs = self.inputs
         logits = inputs.sink_logits
         if logits is not None:
@@ -141,7 +141,7 @@ class ChunkedPass:
         return Features(*(x.flatten(0, 1) for x in made))
 
     def bounded_psi(self, block: Block) -> tuple[BoundedFeatures, BoundedFeatures] | None:
-        """The same, made in less time, if the map allows it."""
+        """The same by the faster `BoundedMap`; None if the feature maps do not allow it."""
         if self._bounded is None:
             return None
         return self._bounded[0](block.query), self._bounded[1](block.far_key)
@@ -155,7 +155,7 @@ class ChunkedPass:
         return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
 
     def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
-        """Of each block: both parts, in buffers that the next block uses again, and S^T and m after it."""
+        """Per block: both parts, in buffers that the next block reuses, and S^T and m after it."""
         kv_state, log_max = (x.flatten(0, 1) for x in (self.inputs.kv_state, self.inputs.log_max))
         state = kv_state.mT.clone(memory_format=torch.contiguous_format)
         for span in self.spans():
@@ -170,7 +170,7 @@ class ChunkedPass:
             yield span, block, parts, state, log_max
 
     def count(self, combined: Combined, span: slice, statistics: FarStatistics) -> None:
-        """Add a block's dropped far parts to the statistics; padding does not count."""
+        """Add a block's dropped far parts to the statistics, without padding."""
         heads, groups = self.inputs.query.shape[1:3]
         asked = self.plan.asked[:, span].repeat(1, 1, groups)
         asked = asked.repeat_interleave(heads, 0) if len(asked) > 1 else asked
@@ -178,7 +178,7 @@ class ChunkedPass:
         statistics.add(seen & combined.dropped, seen)
 
     def target(self, whole: torch.Tensor, span: slice) -> torch.Tensor:
-        """Where a block's rows (A, n, G * C, M) are written, to be handed to `put`: into whole itself, if they can."""
+        """A buffer for a block's rows (A, n, G * C, M), to be passed to `put`: a view of `whole` if possible."""
         batch, heads, groups, length, dim = whole.shape
         count = span.stop - span.start
         if groups == 1 and span.stop * self.chunk <= length and whole.dtype == self.inputs.wide:
@@ -186,7 +186,7 @@ class ChunkedPass:
         return self.scratch("rows", self.inputs.kv_state, batch * heads, count, groups * self.chunk, dim)
 
     def put(self, whole: torch.Tensor, rows: torch.Tensor, span: slice) -> None:
-        """Write rows (A, n, G * C, M) of a block's queries into whole (B, Hk, G, T, M)."""
+        """Write the rows (A, n, G * C, M) of a block's queries to whole (B, Hk, G, T, M)."""
         batch, heads, groups, length, dim = whole.shape
         if rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
             return
@@ -195,9 +195,9 @@ class ChunkedPass:
         whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
 
     def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
-        """Write what a block gives to the chunks (A, n + 1, C, D), the first one before the span, to whole (A, T, D).
+        """Write a block's gradients of chunks (A, n + 1, C, D), the first before the span, to whole (A, T, D).
 
-        For blocks from the last to the first: the one behind has written to this one's last chunk.
+        Call it from the last block to the first: the following block has already written to this one's last chunk.
         """
         count, tokens = self.plan.token_mask.shape[1], chunks.flatten(1, 2)
         first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
@@ -219,7 +219,7 @@ class ChunkedPass:
         whole.view(batch, heads, *whole.shape[1:]).scatter_add_(2, index, split)
 
     def queries(self, query: torch.Tensor, span: slice) -> torch.Tensor:
-        """The rows (A, n, G * C, D) of a block in query (B, Hk, G, T, D), or in anything of its shape."""
+        """The rows (A, n, G * C, D) of a block in query (B, Hk, G, T, D), or in any tensor of that shape."""
         batch, heads, groups, length, dim = query.shape
         start, stop = span.start * self.chunk, span.stop * self.chunk
         tokens = query[:, :, :, start:stop]
@@ -229,7 +229,7 @@ class ChunkedPass:
         return chunks.reshape(batch * heads, span.stop - span.start, groups * self.chunk, dim)
 
     def _chunks(self, x: torch.Tensor, span: slice) -> torch.Tensor:
-        """The chunks of a span and the one before (A, n + 1, C, D), zeros where there is none."""
+        """The chunks of a span and the one before it (A, n + 1, C, D), which is zero if there is none."""
         length = x.shape[2]
         start, stop = (span.start - 1) * self.chunk, span.stop * self.chunk
         tokens = x[:, :, max(start, 0) : stop]
@@ -238,14 +238,14 @@ class ChunkedPass:
         return tokens.reshape(-1, span.stop - span.start + 1, self.chunk, x.shape[3])
 
     def _sink_index(self, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (R, n, s) that are the sinks of each chunk, and whether (R, n) a state has them instead."""
+        """The tokens (R, n, s) that are the sinks of each chunk, and (R, n) whether the state holds them instead."""
         chunks = self.plan.sink_chunk
         slots = torch.arange(sinks, device=chunks.device)
         index = chunks.clamp_min(0).unsqueeze(-1) * self.chunk + slots
         return index.clamp_max(self.inputs.key.shape[2] - 1), chunks < 0
 
     def _sink_rows(self, x: torch.Tensor, of_state: torch.Tensor) -> torch.Tensor:
-        """The sinks (A, n, s, D) that each chunk of the call sees, of keys or values x (B, Hk, T, D)."""
+        """The sinks (A, n, s, D) that each chunk sees, from keys or values x (B, Hk, T, D)."""
         sinks, chunks = of_state.shape[2], self.plan.token_mask.shape[1]
         if not sinks:
             return self.inputs.kv_state.new_zeros(x.shape[0] * x.shape[1], chunks, 0, x.shape[3])
@@ -256,7 +256,7 @@ class ChunkedPass:
 
     def _mask(self, span: slice) -> torch.Tensor | None:
         inputs = self.inputs
-        if not self.window or inputs.near is not None:  # nothing is exact, or that part is known
+        if not self.window or inputs.near is not None:  # no exact part, or it is already known
             return None
         return self.masks.near(span) if inputs.kept_mask is None else self.masks.exact(span, inputs.kept_mask[:, span])
 
@@ -279,6 +279,6 @@ class ChunkedPass:
 
 
 def features_of(made: tuple[BoundedFeatures, BoundedFeatures]) -> Features:
-    """The features of queries and keys in one."""
+    """The features of queries and keys as one object."""
     query, key = made
     return Features(query.features, query.log_scale, key.features, key.log_scale)

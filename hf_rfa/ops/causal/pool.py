@@ -1,14 +1,14 @@
-"""The tokens from which each chunk takes the keys that it keeps and those that it lets go.
+"""The tokens from which each chunk takes the keys that it keeps and those that it evicts.
 
-A pool has, per row and key head, the K kept keys of the state that a call continues, then the aligned tokens. Nothing
-of it is copied per chunk for longer than its block lasts: K keys per chunk of C tokens are K / C times all tokens.
+Per row and key head, a pool holds the K kept keys of the state that a call continues, then the aligned tokens. Copies
+per chunk live only as long as their block: K keys per chunk of C tokens would be K / C times all tokens.
 """
 
 import torch
 
 
 class Pool:
-    """Keys or values of a call, by index."""
+    """Keys or values of a call, looked up by index."""
 
     def __init__(self, of_state: torch.Tensor, tokens: torch.Tensor) -> None:
         """of_state (B, Hk, K, D), tokens (B, Hk, T, D)."""
@@ -22,11 +22,11 @@ class Pool:
         return self._rows.index_select(0, pool_rows(index, self.shape)).view(*index.shape, self.shape[-1])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """`index` (A, L) as rows (L * A) of all pools of this length, for `put`."""
+        """`index` (A, L) as row numbers (L * A) over all pools of this length, for `put`."""
         return (index.T + self._starts).flatten()
 
     def put(self, rows: torch.Tensor, target: torch.Tensor) -> None:
-        """Write the `rows` (L * A) into `target` (L, A, D), one piece of memory."""
+        """Write the `rows` (L * A) to `target` (L, A, D), which is contiguous."""
         flat = target.view(-1, target.shape[-1])
         if target.dtype == self._rows.dtype:
             torch.index_select(self._rows, 0, rows, out=flat)
@@ -35,7 +35,7 @@ class Pool:
 
 
 class PoolGradient:
-    """The gradient of a pool's rows, gathered block by block."""
+    """The gradient of a pool's rows, accumulated block by block."""
 
     def __init__(self, pool: Pool, dtype: torch.dtype) -> None:
         self._shape = pool.shape
@@ -46,12 +46,12 @@ class PoolGradient:
         self._rows.index_add_(0, pool_rows(index, self._shape), gradient.flatten(0, 2))
 
     def split(self, kept_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the state's kept keys (B, Hk, K, D) and of the tokens (B, Hk, T, D)."""
+        """Gradients of the state's kept keys (B, Hk, K, D) and of the tokens (B, Hk, T, D)."""
         whole = self._rows.view(self._shape)
         return whole[:, :, :kept_keys], whole[:, :, kept_keys:]
 
 
 def pool_rows(index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`index` (A, n, L) into pools of their own, of `shape` (B, Hk, K + T, D), as rows of all of them (A * n * L)."""
+    """`index` (A, n, L), one pool of `shape` (B, Hk, K + T, D) each, as row numbers (A * n * L) over all pools."""
     starts = torch.arange(len(index), device=index.device) * shape[2]
     return (index + starts.view(-1, 1, 1)).flatten()
