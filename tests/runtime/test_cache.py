@@ -1,5 +1,7 @@
 """The cache layer of a converted module: its state, its bytes, and the methods that Transformers calls."""
 
+import copy
+
 import pytest
 import torch
 from conversions import adapters, converted
@@ -121,17 +123,19 @@ def test_a_layer_hands_new_keys_through_to_the_module_that_was_called_with_it_al
 
 @torch.no_grad()
 def test_a_layer_belongs_to_the_conversion_that_filled_it(adapter):
-    layer = RFACacheLayer()
-    layer.check("a", 0)
-    layer.check("b", 0)  # still empty
+    layer, other = RFACacheLayer(), copy.deepcopy(adapter)
+    other.set_kernel(other.feature_maps, gamma=2 * other.gamma)
+    layer.check(other)
+    layer.check(adapter)  # still empty
     layer.extend(new_tokens(adapter, 3))
-    layer.check("b", 0)
+    layer.check(adapter)
     with pytest.raises(StaleStateError, match="another conversion"):
-        layer.check("a", 0)
+        layer.check(other)
+    other.redraw(1)
     with pytest.raises(StaleStateError, match="draw 0 of omega; the model now has draw 1"):
-        layer.check("a", 1)
+        layer.check(other)
     layer.hand_on()
-    layer.check("a", 1)
+    layer.check(other)
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def test_a_row_that_begins_anew_is_empty():
     _, state = rfa_attention(**inputs, **options, output_final_state=True)
     fresh = without_rows(state, torch.tensor([False, True]))
     old, new = (fresh.select_rows(torch.tensor([row])) for row in (0, 1))
-    assert_equal_states(new, RFAState.empty(1, inputs["key"], inputs["value"], 16, 4, 4, 5), 0.0)
+    assert_equal_states(new, RFAState.empty(1, inputs["key"], inputs["value"], 16, 4, 4, 5, 2), 0.0)
     assert_equal_states(old, state.select_rows(torch.tensor([0])), 0.0)
     assert bool((new.log_max == -torch.inf).all())
 
