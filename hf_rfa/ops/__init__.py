@@ -1,1 +1,1 @@
-"""The RFA operator: a float64 definition and the linear-time forms that are held to it."""
+"""The RFA operator: a float64 definition, and the linear-time forms that are tested against it."""

@@ -74,7 +74,7 @@ def combine(
 ) -> torch.Tensor:
     """out (..., M) = (near + far) / (near + far + exp(sink logit)), in one stabilised division.
 
-    Where the far denominator is not positive (possible with the trigonometric estimate) the far part is dropped and the
+    If the far denominator is not positive (possible with the trigonometric estimate), the far part is dropped and the
     near part alone answers. Without a near part (`window = 0`) the output is then zero: the layer adds nothing.
 
     Args:

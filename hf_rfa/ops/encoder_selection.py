@@ -24,8 +24,8 @@ class EncoderChoice:
     """The keys that a call keeps.
 
     Attributes:
-        slots: (d, Hk, K) int64, the kept keys' slots in the row, ascending, for each of the d documents that are longer
-            than the near range; empty places come first and hold -1.
+        slots: (d, Hk, K) int64, the kept keys' slots in the row, ascending, for each of the d documents longer than
+            the near range; empty places come first and hold -1.
         kept: (B, Hk, N) bool: whether each token is kept.
         documents: All documents of the call.
         chosen: (d,) which of them the d documents are.
@@ -37,7 +37,7 @@ class EncoderChoice:
     chosen: np.ndarray
 
     def of_chunks(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """`slots` (B, Hk, n, K) for the document of each chunk, `segment_ids` (R, n); n is 1 if no row has two documents."""
+        """`slots` (B, Hk, n, K) for the document of each chunk, `segment_ids` (R, n); n is 1 if no row has two."""
         documents, device = self.documents, self.slots.device
         rows, number = documents.row[self.chosen], documents.number[self.chosen]
         most = int(documents.number.max())

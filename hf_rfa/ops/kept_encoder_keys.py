@@ -7,8 +7,8 @@ a fixed number of queries, spread evenly over the text, shows which keys many qu
     score_j  = |v_j| sum_i p_ij / #i  over the queries i that are asked and do not have j in their near chunks,
     p_ij     = exp(s q_i.k_j) / sum_m exp(s q_i.k_m)  over all keys m of the document
 
-The K keys with the largest scores are kept, among those that are no sinks and for which some query counts. The sum runs
-over the queries of all heads that share the key head; a learned sink logit is part of the normaliser. A kept key that
+Of the keys that are no sinks and for which some query counts, the K with the largest scores are kept. The sum is over
+the queries of all heads that share the key head; a learned sink logit is part of the normaliser. A kept key that
 is near to a query anyway is attended to once.
 
 Padding and other documents never compete, and no gradient flows through a choice. Of two equal scores the later key

@@ -1,7 +1,7 @@
 """Kept keys: the few far keys per head that its queries continue to see exactly.
 
-When a chunk leaves the window, its keys compete with the K kept ones. Those with the largest scores stay; all others are
-added to the far sums for good. Nothing is dropped, and the size of the state is constant.
+When a chunk leaves the window, its keys compete with the K kept ones. Those with the largest scores stay; all others
+are added to the far sums for good. Nothing is dropped, and the size of the state is constant.
 
     exact(i) = near(i) + sinks + kept(chunk of i),        far = every other key that i may see
     score_j  = |v_j| max_g sum_i p_ij / #i  over the queries i >= j + d so far, of query head g,
@@ -12,8 +12,8 @@ error of estimating a key in the far sums grows with its weight and with its val
 left out: most attend to it because it is near, which says nothing about later queries. Far keys have no part in p_ij,
 so that the choice needs neither features nor sums.
 
-Keys are chosen at chunk boundaries only, so that a sequence may be split anywhere: the choice depends on one number per
-key, its `mass`, and on its position. Padding, sinks and other documents never compete, and no gradient flows through a
+Keys are chosen at chunk boundaries only, so that a sequence may be split anywhere: the choice depends on one number
+per key, its `mass`, and on its position. Padding, sinks and other documents never compete, and no gradient flows through a
 choice. Of two equal scores the later key stays; a NaN loses to all other scores.
 
 Measured on SmolLM2-135M (`scripts/experiments/kept_keys.py`).

@@ -38,8 +38,8 @@ class Plan:
         placed: (R, N) whether a token has one; padding and the documents that are left out have none.
         count: (R,) tokens of the row's last document seen after the call, on the CPU.
         identity: Whether the aligned sequence begins with the source itself, so that no gather is needed.
-        regular: (n,) whether, in every row, a chunk and the one before it are full and belong to one document, of which
-            they are not among the first two chunks: such chunks all have the same mask.
+        regular: (n,) whether, in every row, a chunk and the one before it are full, of one document and behind its
+            first two chunks: all such chunks have the same mask.
     """
 
     source: torch.Tensor
@@ -58,7 +58,7 @@ class Plan:
 
     @functools.cached_property
     def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The bits defined in `ops.triton.pieces` of slots (R, n, C) uint8 and chunks (R, n) int32, and `sink_chunk`."""
+        """The bits defined in `ops.triton.pieces`, of slots (R, n, C) uint8 and chunks (R, n) int32; `sink_chunk`."""
         same = F.pad(self.segment_ids[:, 1:] == self.segment_ids[:, :-1], (1, 0))
         keep = same.clone()
         keep[:, 0] = self.segment_ids[:, 0] == 0
@@ -117,7 +117,7 @@ class TokenLayout:
 
     Args:
         token_mask: (B, N) bool, False for padding (left, right or holes); None if there is no padding.
-        segment_ids: (B, N) int, equal within a packed document, different between neighbours; None for one document per row.
+        segment_ids: (B, N) int, equal within a packed document, different between neighbours; None for one per row.
     """
 
     token_mask: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The features of queries in fewer steps, for many calls with one far kernel."""
+"""The features of queries in fewer steps, for repeated calls with one far kernel."""
 
 import math
 
@@ -9,11 +9,11 @@ from hf_rfa.features.maps import Features
 
 
 class PreparedQueries:
-    """`FarKernel.query_features` with all that does not depend on the query worked out beforehand.
+    """`FarKernel.query_features` with everything that does not depend on the query computed in advance.
 
-    Everything that is linear in a query q is one product: with a = alpha sqrt(s), its projections a omega A (q - b),
-    its exact part s q.c and, where A is not the identity, y = A (q - b), whose length decides what is pulled in. The
-    length is not tempered: with alpha = 0 it would be 0 for all of them.
+    All terms that are linear in a query q come from one product: with a = alpha sqrt(s), the projections
+    a omega A (q - b), the exact part s q.c and, unless A is the identity, y = A (q - b), whose length decides what is
+    clipped. That length is not tempered: with alpha = 0 it would always be 0.
     """
 
     def __init__(self, far: FarKernel, scaling: float) -> None:
@@ -25,14 +25,14 @@ class PreparedQueries:
         rows.append(far.key_center.unsqueeze(1) * scaling)
         self._rows = torch.cat(rows, dim=1).mT.contiguous()
         self._shift = shift @ self._rows
-        self._shift[..., -1] = 0.0  # the exact part is that of q, not of q - b
+        self._shift[..., -1] = 0.0  # the exact part depends on q, not on q - b
         self._far, self._scaling, self._projections = far, scaling, far.omega.shape[1]
         self._center, self._square_size = far.query_center.unsqueeze(1), size.square().view(-1, 1)
         self._proposal = far.proposal.view(-1, 1, 1)
         self._bound = None if far.query_radius is None else squared_bound(far.query_radius).view(-1, 1)
 
     def __call__(self, query: torch.Tensor, scaling: float) -> Features:
-        """psi of queries (B, Hk, G, D), as (features, log_scale); `scaling` is the one that was prepared for."""
+        """psi of queries (B, Hk, G, D), as (features, log_scale); `scaling` must be the one given at construction."""
         assert scaling == self._scaling
         batch, heads, groups, dim = query.shape
         tokens = query.transpose(0, 1).reshape(heads, batch * groups, dim)

@@ -1,4 +1,4 @@
-"""Calls of torch beyond its public interface: each is tried once, and has a public way with the same numbers."""
+"""Private calls of torch: each is tried once, and has a public substitute that gives the same numbers."""
 
 import warnings
 from collections.abc import Callable
@@ -7,12 +7,12 @@ import torch
 
 
 def works(what: str, check: Callable[[], bool]) -> bool:
-    """Whether this torch has a private call and it does what it is taken to do; warns if not. To be cached."""
+    """Whether this torch has a private call that passes `check`; warns if not. Callers should cache the answer."""
     try:
         if check():
             return True
         reason = "its numbers are others"
-    except (AttributeError, RuntimeError, TypeError) as error:  # gone, or called in another way
+    except (AttributeError, RuntimeError, TypeError) as error:  # removed, or its signature changed
         reason = f"{type(error).__name__}: {error}"
     warnings.warn(
         f"torch {torch.__version__} does not have {what} as hf_rfa knows it ({reason}). Public operations are used "

@@ -1,8 +1,8 @@
-"""Differentiable functions whose backward pass is written out and computes everything again.
+"""Differentiable functions with a hand-written backward pass that recomputes everything.
 
-They work with autograd and with the transforms of `torch.func` (grad, vjp, functional_call, vmap and their like): both
-passes are `autograd.Function`s with a `setup_context`, so that their code only ever sees plain tensors, which it may
-write to, read numbers of, and hand to kernels. There is no derivative of the second order and no forward mode.
+They work with autograd and with the transforms of `torch.func` (grad, vjp, functional_call, vmap and the like): both
+passes are `autograd.Function`s with a `setup_context`, so that their code only sees plain tensors, which it may write
+to, read values from, and pass to kernels. Second derivatives and forward mode are not supported.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,52 +15,52 @@ import torch
 from hf_rfa.errors import ConfigError
 
 Tensors = Sequence[torch.Tensor | None]
-#: Of each tensor, whether autograd follows it: may ask for its gradient, at this level of transforms or further out.
+#: Per tensor, whether autograd tracks it, i.e. may ask for its gradient, at this level of transforms or further out.
 Flags = tuple[bool, ...]
 
 
 class Recipe(Protocol):
-    """Both passes of a function of tensors; what else it depends on, a recipe holds as its attributes."""
+    """Both passes of a function of tensors; everything else it depends on is an attribute of the recipe."""
 
     @property
     def outputs(self) -> int:
-        """How many outputs there are."""
+        """The number of outputs."""
 
     @property
     def constant(self) -> tuple[int, ...]:
-        """Those of them that have no gradient."""
+        """Indices of the outputs that have no gradient."""
 
     @property
     def forward_only(self) -> tuple[int, ...]:
-        """The tensors that the backward pass does without; it gets None for them."""
+        """Indices of the tensors that the backward pass does not need; it gets None for them."""
 
     def forward(self, tensors: Tensors, followed: Flags) -> tuple[torch.Tensor, ...]:
-        """The outputs and, if any of the tensors is `followed`, what else the backward pass needs, in new tensors."""
+        """The outputs and, if any tensor is `followed`, new tensors with what else the backward pass needs."""
 
     def backward(
         self, tensors: Tensors, outputs: Tensors, kept: Tensors, above: Tensors, followed: Flags
     ) -> Sequence[torch.Tensor | None]:
-        """Gradients of the tensors that are followed, from those of the outputs, `above` (None: zero)."""
+        """Gradients of the followed tensors, given those of the outputs, `above` (None stands for zero)."""
 
 
 def recomputing(recipe: Recipe, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The outputs of a recipe for these tensors."""
+    """Apply a recipe to these tensors and return its outputs."""
     return _Forward.apply(recipe, follows(tensors), *tensors)[: recipe.outputs]
 
 
 def follows(tensors: Tensors) -> Flags:
-    """Which of them autograd follows."""
+    """Which of the tensors autograd tracks."""
     enabled = torch.is_grad_enabled()
     return tuple(enabled and t is not None and t.requires_grad for t in tensors)
 
 
 def transformed(tensor: torch.Tensor) -> bool:
-    """Whether a transform of `torch.func` follows what is done with the tensor. A tracer cannot ask."""
+    """Whether a transform of `torch.func` wraps the tensor; cannot be called while tracing."""
     return not torch.compiler.is_compiling() and torch.func.debug_unwrap(tensor, recurse=False) is not tensor
 
 
 def made_again(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """`function(*tensors)`, of which nothing is kept for the backward pass: a checkpoint that transforms allow."""
+    """`function(*tensors)`, recomputed in the backward pass: a checkpoint that works under transforms."""
     device = tensors[0].device.type
     context = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return recomputing(_Again(function, device, *context), *tensors)[0]
@@ -88,10 +88,10 @@ class _Again:
 
 
 def numbers(tensor: torch.Tensor) -> np.ndarray:
-    """What is in a tensor that decides where tokens lie, also within a transform; `ConfigError` if that is not one."""
+    """The values of a tensor that describes the layout, also within a transform; `ConfigError` if they are not unique."""
     tensor = tensor.cpu()
     plain = torch.func.debug_unwrap(tensor)
-    if plain is tensor:  # no transform is on
+    if plain is tensor:  # no transform is active
         return tensor.numpy()
     if plain.shape != tensor.shape:
         raise ConfigError(
@@ -99,7 +99,7 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
             f"a `token_mask` or `segment_ids` of shape {tuple(tensor.shape)} that is mapped over. Give it "
             "in_dims=None, or map over rows that are neither padded nor packed."
         )
-    return np.array(tensor.tolist())  # `numpy()` cannot see through the wrapper
+    return np.array(tensor.tolist())  # `numpy()` does not work on the wrapper
 
 
 _FIRST_ORDER = (
@@ -110,7 +110,7 @@ _FIRST_ORDER = (
 
 
 class FirstOrder(torch.autograd.Function):
-    """The gradients that it is handed, which have none themselves: `apply(count, *gradients, *sources)`."""
+    """Passes gradients through, without second derivatives: `apply(count, *gradients, *sources)`."""
 
     @staticmethod
     def forward(count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -150,7 +150,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], recipe: Recipe, followed: Flags, *tensors: Any) -> Any:
         def one(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-            # What is mapped over hides what autograd of a transform further out follows.
+            # Inside vmap, a tensor hides whether an outer transform tracks it.
             both = tuple(here or out for here, out in zip(followed, follows(tensors), strict=True))
             whole = _Forward.apply(recipe, both, *tensors)
             return whole if any(followed) else whole[: recipe.outputs]
@@ -186,7 +186,7 @@ class _Backward(torch.autograd.Function):
 def _each(
     function: Callable[..., tuple[torch.Tensor | None, ...]], count: int, dims: Sequence[int | None], tensors: Tensors
 ) -> tuple[tuple[torch.Tensor | None, ...], tuple[int | None, ...]]:
-    """The rule of vmap: one after the other, and the results as a first dimension."""
+    """The vmap rule: apply to one element after the other and stack the results along a first dimension."""
 
     def chosen(index: int) -> list[torch.Tensor | None]:
         pairs = zip(tensors, dims, strict=True)

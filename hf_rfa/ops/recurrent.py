@@ -1,4 +1,4 @@
-"""One token at a time: the decoding step, whose time and memory do not depend on how many tokens came before."""
+"""The decoding step: one token at a time, in time and memory independent of the number of earlier tokens."""
 
 from collections.abc import Sequence
 
@@ -16,14 +16,14 @@ from hf_rfa.ops.state import RFAState
 class RecurrentHeads:
     """The linear heads of a layer while they decode.
 
-    Every new token is written into their tables of exact keys, one row of slots `[kept | sinks | chunk c0 - 1 | chunk
-    c0]` each, which are theirs alone: the state that they begin with and those that they hand out are copies.
+    Each new token is written to their tables of exact keys and values, rows of slots `[kept | sinks | chunk c0 - 1 |
+    chunk c0]`. The tables are private: the initial state and the states returned are copies.
     """
 
     def __init__(self, call: OperatorCall, state: RFAState, prepare: bool = False) -> None:
-        """Of the call, which is in float32 or float64, neither tokens nor state are read.
+        """The call must be in float32 or float64; its tokens and its state are not read.
 
-        `prepare` works out what the queries of all steps have in common, which pays from the second step on.
+        `prepare` computes in advance what all steps share, which pays from the second step on.
         """
         self._far, self._window, self._scaling, wide = call.far, call.window, call.scaling, call.query.dtype
         self._sinks, self._kept = state.sink_key.shape[2], call.kept_keys
@@ -47,7 +47,7 @@ class RecurrentHeads:
         return state if self._keeping is None else self._keeping.into(state, kept_key, kept_value)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (n,) int64 of the batch, for beams and batch selection."""
+        """Continue with these rows (n,) int64 of the batch, for beams and batch selection."""
         index = rows.to(self._kv_state.device)
         self._tables = tuple(table.index_select(0, index) for table in self._tables)
         self._kv_state, self._log_max = self._kv_state.index_select(0, index), self._log_max.index_select(0, index)
@@ -59,7 +59,7 @@ class RecurrentHeads:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, token_mask: torch.Tensor | None,
         statistics: FarStatistics | None,
     ) -> torch.Tensor:  # fmt: skip
-        """The output (B, Hk, G, 1, M) of one more token: q (B, Hk, G, 1, D), k (B, Hk, 1, D), v (B, Hk, 1, M).
+        """The output (B, Hk, G, 1, M) for one more token: q (B, Hk, G, 1, D), k (B, Hk, 1, D), v (B, Hk, 1, M).
 
         Rows whose token is padding (`token_mask` (B, 1) is False) get zeros and keep their state.
         """
@@ -67,7 +67,7 @@ class RecurrentHeads:
         rows = range(len(key)) if token_mask is None else token_mask[:, 0].nonzero().flatten().tolist()
         present = None if token_mask is None else token_mask.to(query.device)
         log_gate = far.log_gate(key)
-        if log_gate is not None:  # what is far counts from the new token on
+        if log_gate is not None:  # log_max is relative to the newest token
             forgotten = log_gate.squeeze(-1)
             forgotten = forgotten if present is None else forgotten.masked_fill(~present, 0.0)
             self._log_max = self._log_max + forgotten
@@ -96,7 +96,7 @@ class RecurrentHeads:
         return output.unsqueeze(3)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, rows: Sequence[int]) -> None:
-        """Put the new token into its place among the near keys, and among the sinks if it is one of the first."""
+        """Write the new token to its place among the near keys, and among the sinks if it is one of the first."""
         own = self._kept + self._sinks + self._window
         self._put(key, value, rows, [own + self._counts[row] % self._window for row in rows])
         first = [row for row in rows if self._counts[row] < self._sinks]
@@ -112,7 +112,7 @@ class RecurrentHeads:
                 table[index, :, torch.tensor(slots, device=table.device)] = new[index, :, 0].to(table.dtype)
 
     def _near(self, query: torch.Tensor, present: torch.Tensor | None) -> Part:
-        """Attention to the exact keys, those that all rows see being one slice of the tables."""
+        """Attention to the exact keys; those that all rows see are one slice of the tables."""
         first, end = zip(*(self._seen(count) for count in self._counts), strict=True)
         start, stop = min(first), max(end)
         key, value = (t.narrow(2, start, stop - start).to(query.dtype) for t in self._tables)
@@ -130,7 +130,7 @@ class RecurrentHeads:
         return near_part(scores, value, visible)
 
     def _distant(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """(B or 1, 1, W) bool: which of the slots are so far from the new token that its queries count for them."""
+        """(B or 1, 1, W) bool: which slots are far enough from the new token for its queries to count."""
         ends = sorted({self._seen(count)[1] for count in self._counts})
         slots, nearest = torch.arange(start, stop, device=device), least_distance(self._window)
         if len(ends) == 1:
@@ -139,10 +139,10 @@ class RecurrentHeads:
         return (slots < own[:, None] - nearest).unsqueeze(1)
 
     def _seen(self, count: int) -> tuple[int, int]:
-        """The slots, from the first to behind the last, that token number `count` of a row sees."""
+        """The range of slots (first, last + 1) that token number `count` of a row sees."""
         sinks = self._kept
         own, earlier = sinks + self._sinks + self._window, count // self._window
-        # Sinks lie in the chunks themselves till then.
+        # Until then the sinks are within the near chunks themselves.
         start = sinks if earlier > 1 else sinks + self._sinks if earlier else own
         start -= number_kept(count, self._window, self._sinks, self._kept)
         return start, own + count % self._window + 1
@@ -150,7 +150,7 @@ class RecurrentHeads:
     def _fold(
         self, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, behind: torch.Tensor | None = None
     ) -> None:
-        """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool; behind (B, H, C), log g summed behind each."""
+        """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool; behind (B, H, C), log g summed from behind each."""
         features, log_scale = self._far.key_features(key, self._scaling)
         if behind is not None:
             log_scale = log_scale + behind
@@ -159,13 +159,13 @@ class RecurrentHeads:
         self._kv_state, self._log_max = merge_states((self._kv_state, self._log_max), (added, peak))
 
     def _roll(self, rows: Sequence[int]) -> None:
-        """Where a chunk has just been filled, the chunk before it becomes far."""
+        """In rows whose chunk has just been filled, the previous chunk becomes far."""
         window, sinks, kept = self._window, self._sinks, self._kept
         full = [row in rows and self._counts[row] % window == 0 for row in range(len(self._counts))]
         if not any(full):
             return
         device, wide = self._kv_state.device, self._kv_state.dtype
-        # The chunk that becomes far; -1 if there is none yet. Those of its keys that are sinks stay near.
+        # The chunk that becomes far, -1 if there is none yet; its sinks stay exact.
         chunk = torch.tensor([count // window - 2 for count in self._counts], device=device).unsqueeze(-1)
         moved = torch.tensor(full, device=device).unsqueeze(-1)
         keep = (chunk >= 0) & ~((chunk == 0) & (torch.arange(window, device=device) < sinks)) & moved
@@ -176,7 +176,7 @@ class RecurrentHeads:
         leaving = keys[:, :, :window], values[:, :, :window]
         if self._keeping is not None:
             far_key, far_value, behind = self._exchange(leaving, keep, moved, behind)
-            leaving, keep = (far_key, far_value), torch.ones_like(keep)  # `behind` says which are keys
+            leaving, keep = (far_key, far_value), torch.ones_like(keep)  # `behind` is -inf where there is no key
         self._fold(*leaving, keep, behind)
         self._tables = tuple(self._shifted(table, moved[..., None, None]) for table in self._tables)
         if self._keeping is not None:
@@ -188,8 +188,8 @@ class RecurrentHeads:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Let the keys of the `leaving` chunk compete with the kept ones in the rows `moved` (B, 1).
 
-        Returns key, value (B, H, C, D or M) of those that become far instead, and log g behind each, -inf where there
-        is none.
+        Returns key and value (B, H, C, D or M) of the evicted ones, and log g summed from behind each, -inf where there
+        is no key.
         """
         assert self._keeping is not None
         values = torch.cat([self._tables[1][:, :, : self._kept].to(leaving[1].dtype), leaving[1]], dim=2)
@@ -208,7 +208,7 @@ class RecurrentHeads:
         return found[0], found[1], behind
 
     def _shifted(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The table with its last chunk in the place of the one before, in the `rows` (B, 1, 1, 1) bool."""
+        """The table with its last chunk moved to the place of the one before, in the `rows` (B, 1, 1, 1) bool."""
         if table.requires_grad:  # autograd still needs the one that was read
             table = table.clone()
         first = self._kept + self._sinks

@@ -1,9 +1,9 @@
-"""The definition: quadratic, in float64, written to be read. Every fast path is held to it.
+"""The definition: quadratic, in float64, written to be read. Every fast path is tested against it.
 
 out_i = (sum_{j in exact(i)} e_ij v_j + gamma sum_{j in far(i)} f_ij v_j) / (sum_exact e_ij + gamma sum_far f_ij)
 e_ij = exp(scaling q_i.k_j),       f_ij = psi(alpha q'_i).psi(alpha k'_j) prod_{t=j+1..i} g_t,    x' = x sqrt(scaling)
-exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.kept_keys`; without causality those
-that the document keeps, see `ops.kept_encoder_keys`.
+exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.kept_keys`; without causality the
+keys that the document keeps, see `ops.kept_encoder_keys`.
 """
 
 from typing import Any
@@ -42,9 +42,9 @@ def reference_attention(call: OperatorCall) -> tuple[torch.Tensor, RFAState | No
 
 
 class _Sequence:
-    """The keys of one document: those that the state remembers one by one, the new ones, and the far sums.
+    """The keys of one document: those that the state holds individually, the new ones, and the far sums.
 
-    The remembered ones are the state's kept keys, then sinks that are no longer near, then chunks c0 - 1 and c0.
+    The state's individual keys are its kept keys, then sinks that are no longer near, then chunks c0 - 1 and c0.
     """
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor, state: RFAState | None, call: OperatorCall) -> None:
@@ -54,7 +54,7 @@ class _Sequence:
         self.kept_keys = call.kept_keys
         self.seen = int(state.count) if state is not None else 0
         self.key, self.value = key, value
-        # Without causality an earlier state is a bag of far keys; chunks and sinks are those of the new tokens.
+        # Without causality an earlier state consists of far keys only; chunks and sinks are those of the new tokens.
         self.new_rank = (self.seen if self.causal else 0) + torch.arange(key.shape[2])
         self.rank = self.new_rank.expand(key.shape[1], -1)  # (Hk, K), -1 where there is no key
         self.mass = key.new_zeros(key.shape[1], call.query.shape[2], key.shape[2])  # (Hk, G, K)
@@ -65,7 +65,7 @@ class _Sequence:
         self.kept = kept & (self.rank >= 0)
 
     def _remember(self, state: RFAState) -> None:
-        """Put the keys that the state has one by one before the new ones."""
+        """Prepend the keys that the state holds individually."""
         first = (self.seen // self.window - 1) * self.window
         old = torch.arange(max(first, 0), self.seen)
         sinks_left = torch.arange(min(self.sinks, max(first, 0)))
@@ -90,7 +90,7 @@ class _Sequence:
             self.decay = torch.cat([decay, self.decay[..., self.kept_keys :]], dim=-1)
 
     def _decay(self, earlier: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, from the last of the `earlier` keys on."""
+        """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, starting after the last of the `earlier` keys."""
         log_gate = self.far.log_gate(self.key)
         if log_gate is None:
             log_gate = self.key.new_zeros(self.key.shape[:3])
@@ -98,9 +98,9 @@ class _Sequence:
         return decay, log_gate[..., earlier:].sum(-1)
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        """Output (1, Hk, G, n, M) of the document's queries."""
+        """Output (1, Hk, G, n, M) for the document's queries."""
         far, scaling, sink_logits = self.far, self.scaling, self.sink_logits
-        keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): a group shares them
+        keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): shared by a group of query heads
         weights = (query @ keys.mT * scaling).exp()
         visible, near = self._visible(), self._near()
         if self.kept_keys:
@@ -126,13 +126,13 @@ class _Sequence:
         denominator = exact.sum(-1) + gamma * far_denominator
         if sink_logits is not None:
             denominator = denominator + sink_logits.to(query).exp().unsqueeze(-1)
-        # Zero where nothing answers: window = 0 and an estimate that is not positive.
+        # Zero without any weight: window = 0 and an estimate that is not positive.
         answered = denominator > 0
         quotient = numerator / torch.where(answered, denominator, 1.0).unsqueeze(-1)
         return torch.where(answered.unsqueeze(-1), quotient, 0.0)
 
     def _visible(self) -> torch.Tensor:
-        """(Hk, n, K) which keys each new token may see."""
+        """(Hk, n, K) bool: which keys each new token may see."""
         there = (self.rank >= 0)[:, None]
         return (
             there & (self.rank[:, None] <= self.new_rank[:, None])
@@ -141,7 +141,7 @@ class _Sequence:
         )
 
     def _near(self) -> torch.Tensor:
-        """(Hk, n, K) which of them are near or sinks."""
+        """(Hk, n, K) bool: which keys are near to each new token, or sinks."""
         key_rank, query_rank = self.rank[:, None], self.new_rank[:, None]
         if not self.window:
             return torch.zeros_like(key_rank <= query_rank)
@@ -150,7 +150,7 @@ class _Sequence:
 
     @torch.no_grad()
     def _choose(self, weights: torch.Tensor, visible: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-        """(Hk, n, K) which keys are kept while each new token asks, of exp(s q.k) (1, Hk, G, n, K), chunk by chunk."""
+        """(Hk, n, K) bool: the keys kept at each new token, chosen chunk by chunk from exp(s q.k) (1, Hk, G, n, K)."""
         chunk_of_query, chunk_of_key = self.new_rank // self.window, self.rank // self.window
         kept = torch.zeros_like(visible)
         for chunk in chunk_of_query.unique().tolist():
@@ -173,7 +173,7 @@ class _Sequence:
 
     @torch.no_grad()
     def _choose_once(self, weights: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-        """(Hk, 1, K) which keys all queries see, of exp(s q.k) (1, Hk, G, n, K) and what is near (Hk, n, K)."""
+        """(Hk, 1, K) bool: the keys kept for all queries, from exp(s q.k) (1, Hk, G, n, K) and near (Hk, n, K)."""
         ranks = kept_encoder_keys.asked_ranks(np.array([len(self.new_rank)]))[0]
         share = weights[0, :, :, ranks]
         total = share.sum(-1, keepdim=True)
@@ -186,7 +186,7 @@ class _Sequence:
         return (kept.unsqueeze(-1) == torch.arange(score.shape[1])).any(1).unsqueeze(1)
 
     def final_state(self) -> RFAState:
-        """The state after the document's last token, its sums not rescaled."""
+        """The state after the document's last token; its sums are not rescaled."""
         count = self.seen + len(self.new_rank)
         window = self.window if self.causal else 0
         sinks = self.sinks if self.causal else 0
@@ -196,7 +196,7 @@ class _Sequence:
         chunk = self.rank // window if window else self.rank
         is_far = (self.rank >= sinks) & ~self.kept & (chunk <= count // window - 2) if window else self.rank >= 0
         features, log_scale = self.far.key_features(self.key, self.scaling)
-        # The sums are relative to the last token.
+        # Decay is relative to the last token.
         decay = self.forgotten.unsqueeze(-1) - self.decay
         weights = torch.where(is_far, (log_scale + decay).exp(), 0.0)
         ones = torch.cat([self.value, torch.ones_like(self.value[..., :1])], dim=-1)
@@ -225,7 +225,7 @@ class _Sequence:
                     tables["kept_position"][0, head, place] = rank
                     tables["kept_decay"][0, head, place] = decay[0, head, index]
                     tables["mass"][0, head, :, place] = self.mass[head, :, index]
-        # The reference keeps its sums unscaled: log_max = 0 (-inf while no key is far).
+        # The reference does not scale its sums: log_max = 0 (-inf while no key is far).
         before = self.state is not None and bool((self.state.log_max > -torch.inf).any())
         log_max = torch.full_like(state.log_max, 0.0 if before or bool(is_far.any()) else -torch.inf)
         return RFAState(**{**tables, "kv_state": sums, "log_max": log_max, "count": torch.tensor([count])})

@@ -1,23 +1,23 @@
-"""Sums of far keys over chunks: the linear-time heart of the operator, with a running maximum."""
+"""Sums over the far keys, chunk by chunk, with a running maximum: the linear-time core of the operator."""
 
 import torch
 
 
 def append_ones(value: torch.Tensor) -> torch.Tensor:
-    """[v, 1]: one product then gives S and z together."""
+    """[v, 1], so that one product gives S and z together."""
     return torch.cat([value, value.new_ones(*value.shape[:-1], 1)], dim=-1)
 
 
 def chunk_sums(
     features: torch.Tensor, log_scale: torch.Tensor, value: torch.Tensor, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of psi(k_j) [v_j, 1] over each chunk, and the maximum they were divided by.
+    """Sums of psi(k_j) [v_j, 1] over each chunk, and the log of what they are divided by.
 
     Args:
         features: (B, H, n, C, F); log_scale: (B, H, n, C); value: (B, H, n, C, M); keep: (R, n, C) bool.
 
     Returns:
-        sums (B, H, n, F, M + 1), divided by exp(log_max), and log_max (B, H, n), -inf for chunks that keep nothing.
+        sums (B, H, n, F, M + 1), divided by exp(log_max), and log_max (B, H, n), -inf for chunks without any key to keep.
     """
     log_scale = log_scale.masked_fill(~keep.unsqueeze(1), -torch.inf)
     log_max = log_scale.detach().amax(-1)
@@ -33,17 +33,17 @@ def scan_chunks(
     kv_log_max: torch.Tensor,
     keep: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running sums over a block of n chunks, each divided by a running maximum of its own.
+    """Running sums over a block of n chunks, each divided by exp of its own running maximum.
 
     Args:
-        sums, log_max: (B, H, m, F, M + 1), (B, H, m): what each of m chunks adds (`chunk_sums`).
+        sums, log_max: (B, H, m, F, M + 1), (B, H, m): the sums of each of m chunks (`chunk_sums`).
         member: (R, n, m) bool: which chunks add to the state that chunk i reads.
         kv_state, kv_log_max: (B, H, F, M + 1), (B, H): the state before the block. A gate's gradient flows
-            through maxima.
+            through the maxima.
         keep: (R, n) bool: whether the state before the block belongs to the document of chunk i.
 
     Returns:
-        states (B, H, n, F, M + 1), divided by exp(running_max), and running_max (B, H, n), -inf where nothing is.
+        states (B, H, n, F, M + 1), divided by exp(running_max), and running_max (B, H, n), -inf where there are no keys.
     """
     member, keep = member.unsqueeze(1), keep.unsqueeze(1)
     added = log_max.unsqueeze(-2).masked_fill(~member, -torch.inf)
@@ -67,5 +67,5 @@ def merge_states(
 
 
 def _finite(log_max: torch.Tensor) -> torch.Tensor:
-    """-inf (no key yet) replaced by 0, so that differences stay defined."""
+    """Replace -inf (no key yet) by 0, so that differences stay defined."""
     return log_max.masked_fill(log_max == -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""`AttentionSettings`: what a call of the operator needs besides tensors, far kernel, layout and state."""
+"""`AttentionSettings`: the arguments of the operator besides tensors, far kernel, layout and state."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-#: What `backend` may be, see `ops.dispatch`.
+#: Possible values of `backend`, see `ops.dispatch`.
 BACKENDS = ("auto", "chunked", "triton")
 
 
@@ -16,15 +16,15 @@ class AttentionSettings:
 
     Args:
         window: Chunk size, tokens; 0 = pure RFA.
-        sink_tokens: First tokens of a document that every query sees exactly; at most `window`.
-        kept_keys: K, the far keys of each linear key head that stay exact, see `ops.kept_keys` and, without
+        sink_tokens: Number of first tokens of a document that every query sees exactly; at most `window`.
+        kept_keys: K, the number of far keys per linear key head that stay exact, see `ops.kept_keys` and, without
             causality, `ops.kept_encoder_keys`; needs a window. Or one number per key head.
         scaling: Factor of q.k, usually D ** -0.5.
         causal: False for the bidirectional form.
-        softmax_heads: Key heads that are computed by exact softmax.
+        softmax_heads: Key heads computed by exact softmax.
         sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
         sink_logits: (H,) learned logits that add exp(logit) to the denominator, or None.
-        backend: What computes causal calls of more than one token, one of `BACKENDS`.
+        backend: The implementation for causal calls of more than one token, one of `BACKENDS`.
     """
 
     window: int = 64
@@ -42,5 +42,5 @@ class AttentionSettings:
         return dataclasses.replace(self, **changes)
 
     def same_as(self, other: "AttentionSettings") -> bool:
-        """Whether all fields are equal; of the logits, whether they are one tensor."""
+        """Whether all fields are equal; sink logits must be the same tensor object."""
         return self == other and self.sink_logits is other.sink_logits

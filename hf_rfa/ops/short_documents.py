@@ -1,7 +1,7 @@
-"""Documents that have no far keys: all of a document is near to all of it, and exact attention alone answers.
+"""Documents without far keys: all their tokens are near to each other, so exact attention suffices.
 
 With a window of C tokens these are the documents of at most 2C tokens that continue no state and leave none. Many of
-them share a tile (`ops.tiles`), so that they cost what their tokens cost, not whole chunks, features and far sums.
+them share a tile (`ops.tiles`), so that they cost only their own tokens, without whole chunks, features or far sums.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +28,9 @@ from hf_rfa.ops.tiles import (
 
 
 def short_documents(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
-    """The output (B, Hk, G, N, M) of the short documents of a call, zero for all other tokens.
+    """The output (B, Hk, G, N, M) for the short documents of a call, zero for all other tokens.
 
-    It is of value's type without gradients and wide with them. The far kernel's tensors get zeros as gradients.
+    In value's dtype without gradients, else in the accumulation dtype. The far kernel's tensors get zero gradients.
     """
     logits = call.sink_logits
     far = [t for f in fields(call.far) if isinstance(t := getattr(call.far, f.name), torch.Tensor)]
@@ -44,7 +44,7 @@ def short_documents(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the attention of short documents depends on besides tensors; `dtype` is that of the output."""
+    """Arguments of the attention of short documents besides tensors; `dtype` is that of the output."""
 
     plan: ShortPlan
     scaling: float
@@ -58,7 +58,7 @@ class _Settings:
 
 
 class _ShortDocuments(torch.autograd.Function):
-    """(output (B, Hk, G, N, M), log of each slot's denominator), from settings, q, k, v, sink logits, far kernel."""
+    """(output (B, Hk, G, N, M), log of the denominator per slot), from settings, q, k, v, sink logits, far kernel."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class _ShortDocuments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: torch.Tensor | None, _: None) -> Any:
-        # As the forms that answer longer documents: second derivatives of the bidirectional one alone.
+        # Like the forms for longer documents: only the bidirectional one has second derivatives.
         if above is not None and torch.is_grad_enabled() and not ctx.settings.causal:
             return _differentiable_gradients(ctx, above)
         with torch.no_grad():
@@ -114,9 +114,9 @@ def _first_gradients(ctx: Any, above: torch.Tensor | None) -> Any:
 
 
 def _differentiable_gradients(ctx: Any, above: torch.Tensor) -> Any:
-    """The same by steps that autograd can follow: the forward pass once more, with the weights as a matrix."""
+    """The same gradients in differentiable steps: the forward pass again, with an explicit matrix of weights."""
     inputs, far = ctx.saved_tensors[:4], ctx.saved_tensors[4:-2]
-    # Names of their own: where k was made from q, the gradient of q is not to hold what goes through k.
+    # New tensors: if k was computed from q, the gradient of q must not include the path through k.
     query, key, value, sink_logits = inputs = [None if x is None else x.view_as(x) for x in inputs]
     settings, wanted, groups = ctx.settings, ctx.needs_input_grad, query.shape[2]
     with torch.autocast(query.device.type, enabled=False):
@@ -145,10 +145,10 @@ def _gradients(
     settings: _Settings, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None,
     output: torch.Tensor, normalisers: torch.Tensor, above: torch.Tensor,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Of q, k, v and the sink logits, from that of the output, `above`."""
+    """Gradients of q, k, v and the sink logits, given that of the output, `above`."""
     groups, wide = query.shape[2], accumulation_dtype(query.dtype)
     rows = [token_rows(x) for x in (*(x.movedim(2, 3).flatten(3) for x in (query, output, above)), key, value)]
-    # Of the queries of a group together, as the rows have them.
+    # The queries of a group together, as in the rows.
     shapes = [(*key.shape[:3], x.shape[-1] * (groups if x is query else 1)) for x in (query, key, value)]
     targets = [zero_rows(x, shape, x.dtype) for x, shape in zip((query, key, value), shapes, strict=True)]
     of_logits = None if sink_logits is None else torch.zeros_like(sink_logits, dtype=wide)
@@ -173,12 +173,12 @@ def _gradients(
 
 
 def _mask(tiles: Tiles, causal: bool, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """(t, 1, T * G, T), 0 where a query sees a key, else -inf."""
+    """(t, 1, T * G, T): 0 where a query sees a key, else -inf."""
     hidden = ~tiles.visible(causal)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
     return mask.repeat_interleave(groups, 1).unsqueeze(1)
 
 
 def _logits(sink_logits: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-    """(Hk, T * G) of (Hk, G), beside (t, Hk, T * G, ..)."""
+    """Sink logits (Hk, G) expanded to (Hk, T * G), to match `beside` (t, Hk, T * G, ...)."""
     return sink_logits.to(beside.dtype).repeat(1, beside.shape[2] // sink_logits.shape[1])

@@ -1,7 +1,7 @@
-"""Short documents of pure RFA (`window = 0`): every key is estimated, and few enough are seen to be taken one by one.
+"""Short documents of pure RFA (`window = 0`): every key is estimated, but they are few enough to be summed directly.
 
-Documents of at most a chunk that continue no state and leave none share tiles (`ops.tiles`); a tile is a small matrix
-of psi(q).psi(k), which needs no sums that are carried on.
+Documents of at most one chunk that continue no state and leave none share tiles (`ops.tiles`). Each tile computes a
+small matrix psi(q).psi(k) and needs no running sums.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from hf_rfa.ops.tiles import BLOCK_SLOTS, ShortPlan, Tiles, put_blocks, taken_bl
 
 
 def short_estimates(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
-    """The output (B, Hk, G, N, M) of the short documents of a call, zero for all other tokens; float32 at least.
+    """The output (B, Hk, G, N, M) for the short documents of a call, zero for all other tokens; float32 or wider.
 
-    The far kernel is in float32 or float64.
+    The far kernel must be in float32 or float64.
     """
     rows = [token_rows(x) for x in (call.query.movedim(2, 3).flatten(3), call.key, call.value)]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, *_tensors(call)))
     recorded = recorded and sum(tiles.source.numel() for tiles in plan.tiles) > BLOCK_SLOTS
-    # Made again in the backward pass: the features of all tokens together would take many times what q and k do.
+    # Recomputed in the backward pass: the features of all tokens would take many times the memory of q and k.
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if recorded else _call
     blocks = []
     for tiles, (query, key, value) in taken_blocks(plan, rows, call.key.shape[1]):
@@ -39,18 +39,18 @@ def short_estimates(call: OperatorCall, plan: ShortPlan) -> torch.Tensor:
 def _block(
     call: OperatorCall, tiles: Tiles, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (t, Hk, T * G, M) of q (t, Hk, T, G * D), k and v, and the `FarStatistics.counts` of the tiles."""
+    """Output (t, Hk, T * G, M) for q (t, Hk, T, G * D), k and v, and the `FarStatistics.counts` of the tiles."""
     far, groups, wide = call.far, call.query.shape[2], accumulation_dtype(call.query.dtype)
     query, key, value = query.to(wide).unflatten(-1, (groups, -1)), key.to(wide), value.to(wide)
     features, query_scale = far.query_features(query.flatten(2, 3), call.scaling)
     key_features, key_scale = far.key_features(key, call.scaling)
     filled = tiles.segment_ids >= 0
     log_gate = far.log_gate(key)
-    if log_gate is not None:  # key j counts exp(sum of log g behind it): a difference of two sums of one document
+    if log_gate is not None:  # key j has the weight exp(sum of log g behind it): a difference of two sums of one document
         decay = log_gate.masked_fill(~filled.unsqueeze(1), 0.0).cumsum(-1)
         key_scale, query_scale = key_scale - decay, query_scale + decay.repeat_interleave(groups, -1)
     log_weights = key_scale.unsqueeze(-2).masked_fill(~tiles.visible(call.causal).unsqueeze(1), -torch.inf)
-    peak = log_weights.detach().amax(-1)  # of the keys that a query sees, so that a later one changes nothing
+    peak = log_weights.detach().amax(-1)  # over the keys that a query sees, so that later keys change nothing
     weights = (log_weights - peak.unsqueeze(-1)).exp().repeat_interleave(groups, 2)
     weights = weights * (features @ key_features.mT)
     log_scale = query_scale + peak.repeat_interleave(groups, -1) + far.log_gamma().view(-1, 1)
@@ -66,5 +66,5 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _tensors(call: OperatorCall) -> list[torch.Tensor]:
-    """What gradients may be taken of besides q, k, v."""
+    """The tensors besides q, k, v that may need gradients."""
     return [t for t in (*vars(call.far).values(), call.sink_logits) if isinstance(t, torch.Tensor)]

@@ -1,7 +1,8 @@
-"""Exact softmax attention for the heads and layers that stay what they were, without an N x N tensor.
+"""Exact softmax attention for the heads and layers that are not converted, without an N x N tensor.
 
 Scaled dot-product attention does the work. Its causal flag covers the plain case; otherwise (padding, packing, a cache
-before the queries) the queries are taken in blocks, so that the mask is a block of rows and memory stays linear.
+before the queries) queries are processed in blocks, so that only a few rows of the mask exist at a time and memory stays
+linear.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.recomputing import made_again, transformed
 
-#: Rows of the mask made at once, when one is needed.
+#: Rows of the mask per block, if a mask is needed.
 QUERY_BLOCK = 256
 
 
@@ -46,9 +47,9 @@ def exact_attention(
 ) -> torch.Tensor:
     """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
 
-    `layout` describes the new tokens (the last N keys), `past_mask` (B, T - N) the older ones (None: all are tokens).
-    `sink_logits` (H,) add to the denominator only. `sliding_window` W: a token sees the W - 1 slots before it and
-    itself (causal only); time is then O(N W). Padding rows get zeros.
+    `layout` describes the new tokens (the last N keys), `past_mask` (B, T - N) the older ones (None if all are tokens).
+    `sink_logits` (H,) are added to the denominator only. `sliding_window` W: a token sees itself and the W - 1 slots
+    before it (causal only), in time O(N W). Padding rows get zeros.
     """
     length, total = query.shape[2], key.shape[2]
     past = total - length
@@ -58,10 +59,10 @@ def exact_attention(
     if sliding_window is not None and sliding_window >= total:
         sliding_window = None
     if sink_logits is not None:
-        # A key of its own, whose logit is the learned one and whose value is zero.
+        # An extra key with the learned logit and value zero.
         key, value, query = _with_sink(key, value, query, sink_logits, scaling, groups)
         options["enable_gqa"] = False
-    # Equal dims on both sides, padded by zeros: with unequal ones the CPU's linear-memory kernel is not taken.
+    # Pad to equal dims with zeros: with unequal dims torch does not use its linear-memory kernel on the CPU.
     widest = max(query.shape[-1], value_dim)
     query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
     simple = layout.is_plain and past_mask is None and sink_logits is None and sliding_window is None
@@ -78,7 +79,7 @@ def exact_attention(
         segment_ids = torch.cat([segment_ids[:, :1].expand(-1, past), segment_ids], dim=1)
 
     seen = None
-    if segment_ids is not None and not torch.compiler.is_compiling():  # a graph must not depend on where documents end
+    if segment_ids is not None and not torch.compiler.is_compiling():  # a graph must not depend on the documents' ends
         seen = _seen(layout, len(query), length, past)
 
     def block(start: int, block_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,7 @@ def exact_attention(
         mask = visible.unsqueeze(1)
         return F.scaled_dot_product_attention(block_query, block_key, block_value, attn_mask=mask, **options)
 
-    # Made again in the backward pass: the masks of all blocks together would be an N x N tensor.
+    # Recomputed in the backward pass: the masks of all blocks together would be an N x N tensor.
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     outputs = []
     for number, part in enumerate(query.split(QUERY_BLOCK, dim=2)):
@@ -130,7 +131,7 @@ def masked_attention(
     sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention (B, H, N, M) under any mask, given as blocks of its rows; rows that see nothing get zeros."""
+    """Softmax attention (B, H, N, M) under any mask, given in blocks of rows; rows that see nothing get zeros."""
     groups = query.shape[1] // key.shape[1]
     value_dim = value.shape[-1]
     if sink_logits is not None:
@@ -172,7 +173,7 @@ def cross_attention(
 
 
 def _seen(layout: TokenLayout, batch: int, length: int, past: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, N) the first key of each query's document and (B, N) the one behind its last."""
+    """The first key of each query's document (B, N), and the key behind its last (B, N)."""
     first, stop = layout.documents(batch, length).bounds()
     return np.where(first > 0, first + past, 0), stop + past  # the past continues a row's first document
 
@@ -194,7 +195,7 @@ def _with_sink(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    # q gets one more component, 1 / scaling; k has 0 there and the sink key has nothing but its logit.
+    # q gets one more component, 1 / scaling; there k has 0, and the sink key has its logit and 0 elsewhere.
     query = torch.cat([query, query.new_full((batch, heads, length, 1), 1 / scaling)], dim=-1)
     key = torch.cat([key, key.new_zeros(*key.shape[:-1], 1)], dim=-1)
     sink = key.new_zeros(batch, heads, 1, key.shape[-1])

@@ -1,4 +1,4 @@
-"""The key heads of a converted layer that stay exact softmax, with a KV cache of their own in the layer's state."""
+"""The key heads of a converted layer that stay exact softmax, with their own KV cache in the layer's state."""
 
 import dataclasses
 
@@ -20,25 +20,25 @@ class ExactCache:
 
     @classmethod
     def of_state(cls, state: RFAState | None) -> "ExactCache | None":
-        """What a state holds of the exact heads."""
+        """The cache of the exact heads in a state; None if it has none."""
         if state is None or state.exact_key is None or state.exact_value is None:
             return None
         return cls(state.exact_key, state.exact_value, state.exact_mask)
 
     def select_rows(self, rows: torch.Tensor) -> "ExactCache":
-        """That of some rows (n,) int64 of the batch."""
+        """The cache of some rows (n,) int64 of the batch."""
         rows = rows.to(self.key.device)
         token_mask = None if self.token_mask is None else self.token_mask.index_select(0, rows)
         return ExactCache(self.key.index_select(0, rows), self.value.index_select(0, rows), token_mask)
 
     def into(self, state: RFAState) -> RFAState:
-        """The state with this in it."""
+        """The state with this cache in it."""
         return dataclasses.replace(state, exact_key=self.key, exact_value=self.value, exact_mask=self.token_mask)
 
 
 def exact_heads(call: OperatorCall, cache: ExactCache | None) -> tuple[torch.Tensor, ExactCache]:
-    """A call of exact heads over all keys; the output (B, He, G, N, M) and the cache with the new tokens in it."""
-    # Under autocast q and k come in float32 (from RoPE), v in bfloat16: the dtype in which softmax would run.
+    """Softmax of the exact heads over all keys: output (B, He, G, N, M), and the cache with the new tokens."""
+    # Under autocast q and k are float32 (from RoPE) and v is bfloat16, the dtype in which softmax would run.
     value, past_mask = call.value, None
     query, key, layout = call.query.to(value.dtype), call.key.to(value.dtype), call.layout
     if cache is not None:
@@ -57,7 +57,7 @@ def exact_heads(call: OperatorCall, cache: ExactCache | None) -> tuple[torch.Ten
         sink_logits=None if call.sink_logits is None else call.sink_logits.flatten(),
     ).unflatten(1, (-1, call.query.shape[2]))
     token_mask = _cache_valid(layout, past_mask, key.shape[2], len(key), key.device)
-    if call.sliding_window is not None:  # no later token sees more
+    if call.sliding_window is not None:  # later tokens see no more than this
         kept = slice(max(0, key.shape[2] - call.sliding_window + 1), None)
         key, value, token_mask = (
             key[:, :, kept],
@@ -70,7 +70,7 @@ def exact_heads(call: OperatorCall, cache: ExactCache | None) -> tuple[torch.Ten
 def _cache_valid(
     layout: TokenLayout, past_mask: torch.Tensor | None, total: int, batch: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Which slots of the exact heads' cache the next token may see: tokens of the row's last document."""
+    """The slots of the exact heads' cache that the next token may see: tokens of the row's last document."""
     if layout.is_plain and past_mask is None:
         return None
     token_mask = torch.ones(batch, total, dtype=torch.bool, device=device)
@@ -86,7 +86,7 @@ def _cache_valid(
 
 
 def count_only(call: OperatorCall) -> RFAState:
-    """The state of a layer without linear heads: nothing but the number of tokens."""
+    """The state of a layer without linear heads: only the number of tokens."""
     state, layout = call.state or call.empty_state(), call.layout
     counted = torch.ones(len(call.query), call.query.shape[3], dtype=torch.bool)
     before = state.count

@@ -1,4 +1,4 @@
-"""`RFAState`: what a layer must remember of the tokens it has seen; its size does not depend on their number."""
+"""`RFAState`: a layer's memory of the tokens it has seen, of a size independent of their number."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,26 +12,26 @@ import torch
 class RFAState:
     """Decoding state of one layer after `count` tokens. Immutable: every step returns a new one.
 
-    With C = window, c0 = count // C the chunk that the next token falls into, B rows, Hk linear key heads, D / M the
-    dims of keys / values, F the components of psi, s the sink tokens and K the kept keys:
+    With C = window, c0 = count // C the chunk of the next token, B rows, Hk linear key heads, D / M the dims of keys /
+    values, F components of psi, s sink tokens and K kept keys:
 
     Attributes:
         kv_state: (B, Hk, F, M + 1) sums over the far keys, `sum_j psi(k_j) [v_j, 1]`, divided by exp(log_max): the
-            columns are [S | z]. Far keys are those of chunks up to c0 - 2 but for the sinks and the kept ones (all
-            keys if C = 0). With a gate, key j counts exp(sum of log g over the tokens behind it).
+            columns are [S | z]. Far keys are those of chunks up to c0 - 2 except sinks and kept keys (all keys
+            if C = 0). With a gate, key j has the weight exp(sum of log g over the tokens behind it).
         log_max: (B, Hk) running maximum of the far keys' log-scale, -inf while there are none.
-        near_key, near_value: (B, Hk, 2C, D or M), the keys of chunks c0 - 1 and c0, in their places.
+        near_key, near_value: (B, Hk, 2C, D or M), the keys and values of chunks c0 - 1 and c0, in their places.
         sink_key, sink_value: (B, Hk, s, D or M), the first tokens of the sequence.
         count: (B,) int64 on the CPU, tokens seen by each row (without padding).
-        kept_key, kept_value: (B, Hk, K, D or M), far keys that are seen exactly, in order, the last places filled
-            first; None if K = 0, as all of the following.
-        kept_position: (B, Hk, K) int64, numbers of these tokens in their document; -1 in empty places.
-        kept_decay: (B, Hk, K), sum of log g over the tokens behind each; 0 without a gate.
-        mass: (B, Hk, G, K + 2C), attention that the kept and the near keys have received from each of the G query
-            heads, see `ops.kept_keys`.
-        exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if none do.
+        kept_key, kept_value: (B, Hk, K, D or M), far keys that are seen exactly, in order, empty places first;
+            None if K = 0, like the following three.
+        kept_position: (B, Hk, K) int64, positions of these tokens in their document; -1 in empty places.
+        kept_decay: (B, Hk, K), sum of log g over the tokens behind each key; 0 without a gate.
+        mass: (B, Hk, G, K + 2C), attention received by the kept and the near keys from each of the G query heads,
+            see `ops.kept_keys`.
+        exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if there are none.
         exact_mask: (B, T) bool, which of its slots hold a token; None if all do.
-        beside: The states of the heads that keep other numbers of keys, in ascending order; all else is of the first.
+        beside: The states of the heads that keep more keys, in ascending order; all other fields belong to the first group.
     """
 
     kv_state: torch.Tensor
@@ -56,7 +56,7 @@ class RFAState:
         cls, batch: int, key: torch.Tensor, value: torch.Tensor, components: int, window: int, sink_tokens: int,
         kept_keys: int = 0, groups: int = 1,
     ) -> "RFAState":  # fmt: skip
-        """The state before the first token, shaped and placed like key (_, Hk, _, D) and value (_, Hk, _, M)."""
+        """The state before the first token, with shapes and device from key (_, Hk, _, D) and value (_, Hk, _, M)."""
         shapes = cls.shapes(batch, key, value, components, window, sink_tokens, kept_keys, groups)
         wide = accumulation_dtype(key.dtype)
         kept: dict[str, Any] = {}
@@ -108,12 +108,12 @@ class RFAState:
 
     @property
     def z_state(self) -> torch.Tensor:
-        """z (B, Hk, F): the denominators' sums, divided by exp(log_max)."""
+        """z (B, Hk, F): the sums of the denominators, divided by exp(log_max)."""
         return self.kv_state[..., -1]
 
     @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """kept_key, kept_value, kept_position, kept_decay and mass, of a state that keeps keys."""
+        """kept_key, kept_value, kept_position, kept_decay and mass; only for states with kept keys."""
         key, value, position, decay, mass = (
             self.kept_key, self.kept_value, self.kept_position, self.kept_decay, self.mass,
         )  # fmt: skip
@@ -126,7 +126,7 @@ class RFAState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors().values()) + sum(state.nbytes for state in self.beside)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RFAState":
@@ -136,7 +136,7 @@ class RFAState:
 
     @classmethod
     def cat(cls, states: Sequence["RFAState"]) -> "RFAState":
-        """The rows of several states in one."""
+        """Concatenate several states along the batch."""
         names = states[0]._tensors()
         rows: dict[str, Any] = {name: torch.cat([getattr(state, name) for state in states]) for name in names}
         return cls(**rows)
@@ -151,7 +151,7 @@ class RFAState:
         return dataclasses.replace(self, **moved, beside=tuple(state.to(device) for state in self.beside))
 
     def detach(self) -> "RFAState":
-        """The state cut from autograd, for truncated backpropagation through time."""
+        """The state detached from autograd, for truncated backpropagation through time."""
         return self.map(torch.Tensor.detach)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -159,16 +159,16 @@ class RFAState:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The tensors by name, to be saved."""
+        """The tensors by name, for saving."""
         return {**self._tensors(), "beside": [state.to_dict() for state in self.beside]}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RFAState":
-        """The state that `to_dict` was called on."""
+        """The inverse of `to_dict`."""
         beside = tuple(cls.from_dict(state) for state in saved.get("beside", ()))
         return cls(**{**saved, "beside": beside})
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Features, S, z and the division are at least float32, whatever the model computes in."""
+    """The dtype of features, S, z and the division: float32 at least, whatever the model's dtype."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Short documents in tiles: many whole ones side by side, where each would waste most of a chunk of its own.
+"""Short documents in tiles: many documents side by side, since each alone would waste most of a chunk.
 
 A tile is a row of T slots. Documents of at most T tokens and more than T / 2 (of any length, if T is the least) fill
-the tiles of T in their order, none of them across a border, so that its tokens find each other within a tile.
+the tiles of size T in order, and none crosses a border, so that each document lies within one tile.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ import torch
 
 from hf_rfa.ops.documents import Documents
 
-#: Slots of the smallest tile: still smaller ones would make the products small, not the work.
+#: Slots of the smallest tile: even smaller tiles would make the products smaller, but save no time.
 SMALLEST_TILE = 32
-#: Slots of the tiles that are handled at once: what they hold of all heads must stay in a CPU's cache. A GPU has many
-#: times as many at once, so that its products fill it.
+#: Slots of the tiles in one block: their data, over all heads, must fit into a CPU's cache. A GPU takes many times as
+#: many, so that the products fill it.
 BLOCK_SLOTS, TIMES_ON_GPU = 1024, 8
 
 
@@ -24,8 +24,8 @@ class ShortRule:
     """Which documents are short.
 
     Args:
-        longest: The most tokens of one.
-        first, last: Whether a row's first and last document may be one: a state may go before, or be asked for after.
+        longest: The largest number of tokens of a short document.
+        first, last: Whether a row's first and last document may be short: not if one continues a state, or leaves one.
     """
 
     longest: int
@@ -33,7 +33,7 @@ class ShortRule:
     last: bool = True
 
     def apply(self, documents: Documents) -> np.ndarray:
-        """(d,) bool: which documents are short ones."""
+        """(d,) bool: which documents are short."""
         short = (documents.length > 0) & (documents.length <= self.longest)
         if not self.first:
             short &= documents.number > 0
@@ -45,9 +45,9 @@ class Tiles:
     """The tiles of one size.
 
     Attributes:
-        source: (t, T) row * N + slot of the token in each slot; where there is none, that of another in the tile.
-        target: (t, T) the same, but B * N where there is no token.
-        segment_ids: (t, T) number of the token's document; -1 where there is none.
+        source: (t, T) row * N + slot of the token in each slot; for empty slots, that of another token in the tile.
+        target: (t, T) the same, but B * N for empty slots.
+        segment_ids: (t, T) number of the token's document; -1 for empty slots.
     """
 
     source: torch.Tensor
@@ -55,25 +55,25 @@ class Tiles:
     segment_ids: torch.Tensor
 
     def split(self) -> "list[Tiles]":
-        """A few tiles each."""
+        """The tiles in blocks of a few each."""
         slots = BLOCK_SLOTS if self.source.device.type == "cpu" else TIMES_ON_GPU * BLOCK_SLOTS
         count = max(1, slots // self.source.shape[1])
         parts = zip(*(x.split(count) for x in (self.source, self.target, self.segment_ids)), strict=True)
         return [Tiles(*part) for part in parts]
 
     def visible(self, causal: bool) -> torch.Tensor:
-        """(t, T, T) bool: whether a slot's query sees a slot's key. Empty slots see each other alone."""
+        """(t, T, T) bool: whether a slot's query sees a slot's key. Empty slots see only each other."""
         same = self.segment_ids.unsqueeze(2) == self.segment_ids.unsqueeze(1)
         return same.tril() if causal else same
 
 
 @dataclass(frozen=True)
 class ShortPlan:
-    """Where the tokens of the short documents of a batch go.
+    """Layout of the short documents of a batch in tiles.
 
     Attributes:
-        tiles: Of each size, ascending.
-        everything: Whether no other document has a token.
+        tiles: The tiles of each size, ascending.
+        everything: Whether all tokens belong to short documents.
     """
 
     tiles: tuple[Tiles, ...]
@@ -114,7 +114,7 @@ def _tiles(documents: Documents, which: np.ndarray, size: int, device: torch.dev
 
 
 def _next_fit(lengths: list[int], size: int) -> list[int]:
-    """The slot at which each document begins, in its turn: in the tile of the one before if it fits."""
+    """The first slot of each document in turn: in the tile of the previous document if it fits."""
     starts, end = [], 0
     for length in lengths:
         if end % size + length > size:
@@ -130,14 +130,14 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def zero_rows(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros (B, Hk, N, D) and what they are a view of: (B * N + 1) * Hk rows, the last ones for empty slots."""
+    """Zeros (B, Hk, N, D), and the (B * N + 1) * Hk rows that they are a view of; the last ones are for empty slots."""
     batch, heads, length, dim = shape
     whole = like.new_zeros((batch * length + 1) * heads, dim, dtype=dtype)
     return whole, whole[:-heads].view(batch, length, heads, dim).transpose(1, 2)
 
 
 def rows_of_heads(index: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows (t, Hk, T) of every key head, of tokens (t, T)."""
+    """The row numbers (t, Hk, T) of tokens (t, T) for every key head."""
     return index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)[:, None]
 
 
@@ -147,7 +147,7 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def put_rows(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
-    """Write x (t, Hk, T, D), or (t, Hk, T * G, D), the queries of a group beside each other, to its tokens' rows."""
+    """Write x (t, Hk, T, D), or (t, Hk, T * G, D) with the queries of a group side by side, to the rows of its tokens."""
     index = rows_of_heads(tiles.target, x.shape[1])
     whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
 
@@ -155,9 +155,9 @@ def put_rows(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
 def taken_blocks(
     plan: ShortPlan, rows: Sequence[torch.Tensor], heads: int
 ) -> Iterator[tuple[Tiles, list[torch.Tensor]]]:
-    """A few tiles at a time, and what they take (t, Hk, T, D) of all `rows` (n, D); for autograd to look through."""
+    """Blocks of a few tiles, and their rows (t, Hk, T, D) of all `rows` (n, D); differentiable."""
     for tiles in plan.tiles:
-        # All at once: the gradient of a part is as long as the whole.
+        # All at once: the gradient of one part would be as long as the whole.
         taken = [take_rows(x, rows_of_heads(tiles.source, heads)) for x in rows]
         parts = tiles.split()
         pieces = (x.split([len(part.source) for part in parts]) for x in taken)
@@ -165,7 +165,7 @@ def taken_blocks(
 
 
 def put_blocks(blocks: Sequence[tuple[Tiles, torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
-    """(B, Hk, G, N, M) = `shape`, zero but where blocks (t, Hk, T * G, M) say more; for autograd to look through."""
+    """(B, Hk, G, N, M) = `shape`, zero except where blocks (t, Hk, T * G, M) fill it; differentiable."""
     batch, heads, groups, length, dim = shape
     target = torch.cat([rows_of_heads(tiles.target, heads).flatten() for tiles, _ in blocks])
     answers = torch.cat([answer.reshape(-1, groups * dim) for _, answer in blocks])
