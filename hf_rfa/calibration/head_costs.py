@@ -39,6 +39,13 @@ class HeadOption:
     Attributes:
         window, sink_tokens, kept_keys: See `RFAConfig`.
         far: Whether there is a far part.
+
+    Example:
+        >>> import hf_rfa
+        >>> options = {number: hf_rfa.HeadOption(kept_keys=number) for number in (0, 64, 256)}
+        >>> options["the window alone"] = hf_rfa.HeadOption(kept_keys=0, far=False)
+        >>> len(options)
+        4
     """
 
     window: int | None = None
