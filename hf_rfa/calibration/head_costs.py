@@ -39,6 +39,11 @@ class HeadOption:
     Attributes:
         window, sink_tokens, kept_keys: See `RFAConfig`.
         far: Whether there is a far part.
+
+    Example:
+        >>> from hf_rfa import HeadOption
+        >>> HeadOption(kept_keys=256, far=False)  # window and kept keys alone
+        HeadOption(window=None, sink_tokens=None, kept_keys=256, far=False)
     """
 
     window: int | None = None
