@@ -121,17 +121,20 @@ def test_a_layer_hands_new_keys_through_to_the_module_that_was_called_with_it_al
 
 @torch.no_grad()
 def test_a_layer_belongs_to_the_conversion_that_filled_it(adapter):
-    layer = RFACacheLayer()
-    layer.check("a", 0)
-    layer.check("b", 0)  # still empty
+    layer, other = RFACacheLayer(), adapters(converted(seed=7, softmax_heads=[(0, 1)]))[0]
+    layer.check(other)
+    assert layer.linear_heads == ((0, 0),)
+    layer.check(adapter)  # still empty
+    assert layer.linear_heads == ((0, 0), (0, 1))
     layer.extend(new_tokens(adapter, 3))
-    layer.check("b", 0)
+    layer.check(adapter)
     with pytest.raises(StaleStateError, match="another conversion"):
-        layer.check("a", 0)
+        layer.check(other)
+    other.redraw(1)
     with pytest.raises(StaleStateError, match="draw 0 of omega; the model now has draw 1"):
-        layer.check("a", 1)
+        layer.check(other)
     layer.hand_on()
-    layer.check("a", 1)
+    layer.check(other)
 
 
 @torch.no_grad()
