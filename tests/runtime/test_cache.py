@@ -1,7 +1,5 @@
 """The cache layer of a converted module: its state, its bytes, and the methods that Transformers calls."""
 
-import copy
-
 import pytest
 import torch
 from conversions import adapters, converted
@@ -123,10 +121,11 @@ def test_a_layer_hands_new_keys_through_to_the_module_that_was_called_with_it_al
 
 @torch.no_grad()
 def test_a_layer_belongs_to_the_conversion_that_filled_it(adapter):
-    layer, other = RFACacheLayer(), copy.deepcopy(adapter)
-    other.set_kernel(other.feature_maps, gamma=2 * other.gamma)
+    layer, other = RFACacheLayer(), adapters(converted(seed=7, softmax_heads=[(0, 1)]))[0]
     layer.check(other)
+    assert layer.linear_heads == ((0, 0),)
     layer.check(adapter)  # still empty
+    assert layer.linear_heads == ((0, 0), (0, 1))
     layer.extend(new_tokens(adapter, 3))
     layer.check(adapter)
     with pytest.raises(StaleStateError, match="another conversion"):
