@@ -70,7 +70,7 @@ class Documents:
         return Documents(**{**vars(some), "number": numbers})
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """First slot of each token's document (B, N), 0 for a row's first document, and the slot behind its last (B, N).
+        """The first slot of each token's document (B, N), 0 for a row's first one, and that behind its last (B, N).
 
         For padding they enclose the slot itself.
         """

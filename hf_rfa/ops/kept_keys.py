@@ -13,8 +13,8 @@ left out: most attend to it because it is near, which says nothing about later q
 so that the choice needs neither features nor sums.
 
 Keys are chosen at chunk boundaries only, so that a sequence may be split anywhere: the choice depends on one number
-per key, its `mass`, and on its position. Padding, sinks and other documents never compete, and no gradient flows through a
-choice. Of two equal scores the later key stays; a NaN loses to all other scores.
+per key, its `mass`, and on its position. Padding, sinks and other documents never compete, and no gradient flows
+through a choice. Of two equal scores the later key stays; a NaN loses to all other scores.
 
 Measured on SmolLM2-135M (`scripts/experiments/kept_keys.py`).
 """

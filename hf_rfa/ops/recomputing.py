@@ -88,7 +88,7 @@ class _Again:
 
 
 def numbers(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor that describes the layout, also within a transform; `ConfigError` if they are not unique."""
+    """The values of a tensor that describes a layout, also in a transform; `ConfigError` if vmap maps over it."""
     tensor = tensor.cpu()
     plain = torch.func.debug_unwrap(tensor)
     if plain is tensor:  # no transform is active

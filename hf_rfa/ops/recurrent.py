@@ -150,7 +150,7 @@ class RecurrentHeads:
     def _fold(
         self, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, behind: torch.Tensor | None = None
     ) -> None:
-        """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool; behind (B, H, C), log g summed from behind each."""
+        """Add keys (B, H, C, D) to the far sums; keep (B or 1, C) bool; behind (B, H, C), log g summed behind each."""
         features, log_scale = self._far.key_features(key, self._scaling)
         if behind is not None:
             log_scale = log_scale + behind
@@ -188,8 +188,8 @@ class RecurrentHeads:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Let the keys of the `leaving` chunk compete with the kept ones in the rows `moved` (B, 1).
 
-        Returns key and value (B, H, C, D or M) of the evicted ones, and log g summed from behind each, -inf where there
-        is no key.
+        Returns key and value (B, H, C, D or M) of the evicted ones, and log g summed from behind each, -inf where
+        there is no key.
         """
         assert self._keeping is not None
         values = torch.cat([self._tables[1][:, :, : self._kept].to(leaving[1].dtype), leaving[1]], dim=2)

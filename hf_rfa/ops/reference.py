@@ -90,7 +90,7 @@ class _Sequence:
             self.decay = torch.cat([decay, self.decay[..., self.kept_keys :]], dim=-1)
 
     def _decay(self, earlier: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, starting after the last of the `earlier` keys."""
+        """sum log g (1, Hk, K) up to each key and (1, Hk) up to the last, from the last of the `earlier` keys on."""
         log_gate = self.far.log_gate(self.key)
         if log_gate is None:
             log_gate = self.key.new_zeros(self.key.shape[:3])
@@ -100,7 +100,7 @@ class _Sequence:
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         """Output (1, Hk, G, n, M) for the document's queries."""
         far, scaling, sink_logits = self.far, self.scaling, self.sink_logits
-        keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): shared by a group of query heads
+        keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): one per group of queries
         weights = (query @ keys.mT * scaling).exp()
         visible, near = self._visible(), self._near()
         if self.kept_keys:

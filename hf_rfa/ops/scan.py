@@ -17,7 +17,7 @@ def chunk_sums(
         features: (B, H, n, C, F); log_scale: (B, H, n, C); value: (B, H, n, C, M); keep: (R, n, C) bool.
 
     Returns:
-        sums (B, H, n, F, M + 1), divided by exp(log_max), and log_max (B, H, n), -inf for chunks without any key to keep.
+        sums (B, H, n, F, M + 1), divided by exp(log_max), and log_max (B, H, n), -inf for chunks that keep none.
     """
     log_scale = log_scale.masked_fill(~keep.unsqueeze(1), -torch.inf)
     log_max = log_scale.detach().amax(-1)
@@ -43,7 +43,7 @@ def scan_chunks(
         keep: (R, n) bool: whether the state before the block belongs to the document of chunk i.
 
     Returns:
-        states (B, H, n, F, M + 1), divided by exp(running_max), and running_max (B, H, n), -inf where there are no keys.
+        states (B, H, n, F, M + 1), divided by exp(running_max), and running_max (B, H, n), -inf without keys.
     """
     member, keep = member.unsqueeze(1), keep.unsqueeze(1)
     added = log_max.unsqueeze(-2).masked_fill(~member, -torch.inf)

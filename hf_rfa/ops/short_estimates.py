@@ -46,7 +46,7 @@ def _block(
     key_features, key_scale = far.key_features(key, call.scaling)
     filled = tiles.segment_ids >= 0
     log_gate = far.log_gate(key)
-    if log_gate is not None:  # key j has the weight exp(sum of log g behind it): a difference of two sums of one document
+    if log_gate is not None:  # key j weighs exp(sum of log g behind it): a difference of two sums of a document
         decay = log_gate.masked_fill(~filled.unsqueeze(1), 0.0).cumsum(-1)
         key_scale, query_scale = key_scale - decay, query_scale + decay.repeat_interleave(groups, -1)
     log_weights = key_scale.unsqueeze(-2).masked_fill(~tiles.visible(call.causal).unsqueeze(1), -torch.inf)

@@ -1,8 +1,8 @@
 """Exact softmax attention for the heads and layers that are not converted, without an N x N tensor.
 
 Scaled dot-product attention does the work. Its causal flag covers the plain case; otherwise (padding, packing, a cache
-before the queries) queries are processed in blocks, so that only a few rows of the mask exist at a time and memory stays
-linear.
+before the queries) queries are processed in blocks, so that only a few rows of the mask exist at a time and memory
+stays linear.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,7 +47,7 @@ def exact_attention(
 ) -> torch.Tensor:
     """Softmax attention (B, H, N, M) of q (B, H, N, D) over k (B, Hk, T, D), v (B, Hk, T, M), T = past + N.
 
-    `layout` describes the new tokens (the last N keys), `past_mask` (B, T - N) the older ones (None if all are tokens).
+    `layout` describes the new tokens (the last N keys), `past_mask` (B, T - N) the older ones (None: all tokens).
     `sink_logits` (H,) are added to the denominator only. `sliding_window` W: a token sees itself and the W - 1 slots
     before it (causal only), in time O(N W). Padding rows get zeros.
     """

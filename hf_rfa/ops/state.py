@@ -29,9 +29,9 @@ class RFAState:
         kept_decay: (B, Hk, K), sum of log g over the tokens behind each key; 0 without a gate.
         mass: (B, Hk, G, K + 2C), attention received by the kept and the near keys from each of the G query heads,
             see `ops.kept_keys`.
-        exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the heads that stay softmax; None if there are none.
+        exact_key, exact_value: (B, He, T, D or M), the whole KV cache of the softmax heads; None if there are none.
         exact_mask: (B, T) bool, which of its slots hold a token; None if all do.
-        beside: The states of the heads that keep more keys, in ascending order; all other fields belong to the first group.
+        beside: The states of the heads that keep more keys, ascending; all other fields are of the first group.
     """
 
     kv_state: torch.Tensor

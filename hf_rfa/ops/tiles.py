@@ -130,7 +130,7 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def zero_rows(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros (B, Hk, N, D), and the (B * N + 1) * Hk rows that they are a view of; the last ones are for empty slots."""
+    """Zeros (B, Hk, N, D), and the (B * N + 1) * Hk rows that they are a view of, the last ones for empty slots."""
     batch, heads, length, dim = shape
     whole = like.new_zeros((batch * length + 1) * heads, dim, dtype=dtype)
     return whole, whole[:-heads].view(batch, length, heads, dim).transpose(1, 2)
@@ -147,7 +147,7 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def put_rows(whole: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
-    """Write x (t, Hk, T, D), or (t, Hk, T * G, D) with the queries of a group side by side, to the rows of its tokens."""
+    """Write x (t, Hk, T, D), or (t, Hk, T * G, D) with the queries of a group side by side, to its tokens' rows."""
     index = rows_of_heads(tiles.target, x.shape[1])
     whole.index_copy_(0, index.flatten(), x.reshape(index.numel(), -1).to(whole.dtype))
 

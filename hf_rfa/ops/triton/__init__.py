@@ -1,4 +1,4 @@
-"""The causal operator in Triton kernels, forwards and backwards: features never touch the memory of the device.
+"""The causal operator in Triton kernels, forward and backward: features are never written to device memory.
 
-See `causal` for the way that a call takes, `forward` and `flows` for the kernels of both passes.
+`causal` is the entry point; `forward` and `flows` describe the kernels of the two passes.
 """

@@ -1,4 +1,4 @@
-"""Causal RFA of a call by the Triton kernels."""
+"""Causal RFA of a call, computed by the Triton kernels."""
 
 import functools
 
@@ -12,15 +12,15 @@ from hf_rfa.ops.tiles import ShortRule
 from hf_rfa.ops.triton.fold import fold_keys, fold_queries, form_of
 from hf_rfa.ops.triton.function import Inputs, Settings, causal_attention
 
-#: Chunks that one program walks over: fewer where there would be too few programs for the device.
+#: Chunks per program: fewer if there would otherwise be too few programs for the device.
 BLOCKS = (8, 4, 2, 1)
 
 
 def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
-    """Causal RFA of a call, q, k and v in their own type, the far kernel in float32.
+    """Causal RFA of a call with q, k and v in their own dtype and the far kernel in float32.
 
-    Returns the output (B, Hk, G, N, M) in value's dtype, zero for the documents that are `short`, and the state after
-    the last token, if wanted.
+    Returns the output (B, Hk, G, N, M) in value's dtype, zero for the `short` documents, and the state after the last
+    token, or None if it is not wanted.
     """
     aligned = align(call, short)
     x, plan = aligned.inputs, aligned.plan
@@ -45,12 +45,12 @@ def _map_codes(maps: tuple[str, ...], device: torch.device) -> torch.Tensor:
 
 
 def _block(chunks: int, heads: int, device: torch.device) -> int:
-    """L: long walks move few states, short ones fill the device."""
+    """L, the chunks per program: long runs write fewer states, short ones fill the device."""
     wanted = 2 * _processors(device)
     return next((size for size in BLOCKS if -(-chunks // size) * heads >= wanted), BLOCKS[-1])
 
 
 @functools.lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; the interpreter counts as a small device, so that tests walk over several chunks."""
+    """Streaming multiprocessors; the interpreter counts as a small device, so that tests have several chunks per run."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,15 +1,15 @@
-"""The kernels of the backward pass: everything is computed again from the tokens and the far sums of each block.
+"""The kernels of the backward pass: everything is recomputed from the tokens and the far sums of each block.
 
-With o the output, L the log of the whole denominator, dZ_i = -do_i.o_i, and psi_i taken times its weight in the output
+With o the output, L the log of the whole denominator, dZ_i = -do_i.o_i, and psi_i times its weight in the output
 (`log_weight`), the far part's gradient is that of linear attention with [do, dZ]:
 
-1. `inner_products`: do.o of each token;
-2. `block_flows`: what the queries of each block give to the gradient of the far sums before it;
-3. `scan_flows`: that gradient at each block's end, from the last block on;
-4. `query_gradients.query_gradients`: the walk of the forward pass again, for the gradients of queries and sinks;
-5. `key_gradients.key_gradients`: the walk over each block backwards, for those of keys and values.
+1. `inner_products`: do.o per token;
+2. `block_flows`: the contribution of each block's queries to the gradient of the far sums before it;
+3. `scan_flows`: that gradient at the end of each block, from the last block to the first;
+4. `query_gradients.query_gradients`: the forward pass again, for the gradients of queries and sinks;
+5. `key_gradients.key_gradients`: each block in reverse, for the gradients of keys and values.
 
-Gradients of W, b and the shifts come as one sum for each block.
+Gradients of W, b and the shifts are returned as one sum per block.
 """
 
 import triton
@@ -51,7 +51,7 @@ def query_psi(
     D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's queries, their W x + b, r, psi, and the weight of psi.S in the output (0 where it is dropped)."""
+    """A chunk's queries, their W x + b, r, psi, and the weight of psi.S in the output (0 if it is dropped)."""
     queries = tile(query, start, rows, length, stride, D, BD, C)
     size = numbers(r, start, rows, length, C)
     projection = tl.dot(queries, w, input_precision=PRECISION) + b[None, :]
@@ -88,7 +88,7 @@ def block_flows(
     S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
     S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
     first_peak = tl.load(peaks + block * L)
-    reaches = tl.full((), 1, tl.int32)  # whether no document has begun since the block did
+    reaches = tl.full((), 1, tl.int32)  # whether no document has begun since the start of the block
     for step in range(block * L, tl.minimum(block * L + L, chunks)):
         flag = tl.load(flags + step)
         reaches = reaches * (flag & KEEP)
@@ -124,8 +124,9 @@ def block_flows(
 
 @triton.jit
 def scan_flows(flow, fade, last, blocks, E, BE: tl.constexpr):
-    """In place, backwards: each block's own flow becomes that at its end; `last` (A, E) what is there after the last
-    block, then before the first. fade (A, blocks) is what of the flow at a block's end reaches its start."""
+    """In place, in reverse: replace each block's own flow by the flow at its end. `last` (A, E) is the flow after the
+    last block, then that before the first. fade (A, blocks) is the share of a flow at a block's end that reaches its
+    start."""
     part, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = part * BE + tl.arange(0, BE)
     inside = index < E
@@ -141,7 +142,7 @@ def scan_flows(flow, fade, last, blocks, E, BE: tl.constexpr):
 
 @triton.jit
 def put_weights(w, b, h, place, dw, db, dh, D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr):
-    """A block's sums of the gradients of W (as (BP, BD)), b and the shifts."""
+    """Store a block's sums of the gradients of W (as (BP, BD)), b and the shifts."""
     features, columns = tl.arange(0, BP), tl.arange(0, BD)
     wanted = features < P
     pointers = w + place * P * D + features[:, None] * D + columns[None, :]

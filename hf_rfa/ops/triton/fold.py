@@ -1,4 +1,4 @@
-"""The far kernel folded into what the kernels read: one affine map, a size and a log-scale for each token.
+"""The far kernel in the form that the Triton kernels read: one affine map, and a size and a log-scale per token.
 
 With y = A (x - c), the clipped size r = 1 / max(1, |y| / radius) and t = alpha sqrt(scaling), a feature's argument is
 
@@ -8,8 +8,9 @@ and the log-scale of psi (without the maximum of the exponents) is
 
     +-(t r |y|)^2 / 2  +  (exact part of the kernel)  +  (constants of the map)
 
-W and b are a few numbers a head; r and the log-scale are one number a token. All of them are plain differentiable
-torch, so that gradients of alpha, gamma, centres, transforms and radii follow from those that the kernels return.
+W and b are small tensors per head; r and the log-scale are one number each per token. All of them are computed in
+plain differentiable torch, so that gradients of alpha, gamma, centres, transforms and radii follow from those that the
+kernels return.
 """
 
 import functools
@@ -20,15 +21,15 @@ import torch
 
 from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
 
-#: See `pieces`: which form the components have.
+#: Form of the components, see `pieces`.
 FORMS = {"positive": "EXP", "optimal_positive": "EXP", "hyperbolic": "PAIR", "trigonometric": "WAVE",
          "clustered": "CLUSTER"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Side:
-    """The far kernel of queries, or of keys. weight (Hk, P, D), bias, shift (Hk, P): arguments r (W x + b) + shift;
-    r, log_scale (B, Hk, ..., T) of the tokens, float32."""
+    """The far kernel for queries, or for keys: weight (Hk, P, D), bias and shift (Hk, P) of the arguments
+    r (W x + b) + shift; r and log_scale (B, Hk, ..., T) per token, float32."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -38,20 +39,20 @@ class Side:
 
 
 def form_of(far: FarKernel) -> str:
-    """The kernels' name of a layer's feature maps; `dispatch` keeps away what they do not cover."""
+    """The kernels' name for a layer's feature maps; `dispatch` sends maps they do not cover elsewhere."""
     forms = {FORMS[name] for name in far.feature_maps}
     return "MIXED" if len(forms) > 1 else forms.pop()
 
 
 def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
-    """Queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf where there is no far part."""
+    """Fold queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf for heads without a far part."""
     side = _fold(query, far, far.query_center, far.key_center, far.query_transform, far.query_radius, scaling, False)
     log_scale = side.log_scale + far.log_gamma().view(-1, 1, 1)
     return Side(side.weight, side.bias, side.shift, side.r, log_scale)
 
 
 def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
-    """Keys (B, Hk, T, D)."""
+    """Fold keys (B, Hk, T, D)."""
     return _fold(key, far, far.key_center, far.query_center, far.key_transform, far.key_radius, scaling, True)
 
 
@@ -64,7 +65,7 @@ def _fold(
     if transform is not None:
         weight = weight @ transform
     bias = -torch.einsum("hmd,hd->hm", weight, center)
-    heads = (-1, *(1,) * (x.dim() - 3))  # against numbers of tokens (B, Hk, ..., T)
+    heads = (-1, *(1,) * (x.dim() - 3))  # broadcasts against (B, Hk, ..., T), one number per token
     wide = x.to(far.omega.dtype)
     centred = wide - center.view(*heads, x.shape[-1])
     moved = centred if transform is None else torch.einsum("bh...d,hed->bh...e", centred, transform)
@@ -76,7 +77,7 @@ def _fold(
     exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
     sign, constant = _constants(far.feature_maps, far.omega.shape[1], x.device, wide.dtype)
     shift = torch.zeros_like(bias)
-    if "optimal_positive" in far.feature_maps:  # the positive map is the one of the proposal 0
+    if "optimal_positive" in far.feature_maps:  # the positive map is the case of proposal 0
         optimal = _is(far.feature_maps, "optimal_positive", x.device, wide.dtype)
         proposal = far.proposal * optimal
         shrink = 1 - 4 * proposal
@@ -93,7 +94,7 @@ def _fold(
 def _constants(
     maps: tuple[str, ...], count: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each head: the sign of |x'|^2 / 2, and half of the logarithm of the number that psi.psi is divided by."""
+    """Per head: the sign of |x'|^2 / 2, and half the log of the number that psi.psi is divided by."""
     signs = {"trigonometric": 1.0, "clustered": 0.0}
     half = -math.log(count) / 2
     logs = {"hyperbolic": half - math.log(2) / 2, "clustered": 0.0}

@@ -1,12 +1,12 @@
-"""The kernels of the forward pass, and the scans over blocks of both passes.
+"""The kernels of the forward pass, and the scan over blocks.
 
-A block is a run of L chunks that one program walks over with the far sums in its registers:
+A block is a run of L chunks, processed by one program with the far sums in its registers:
 
-1. `block_sums`: what the keys of each block add to the far sums, under the block's own maximum;
+1. `block_sums`: the far sums of each block's own keys, under the block's own maximum;
 2. `scan_sums`: the far sums at the start of each block, under the running maximum;
-3. `block_outputs`: the walk over each block: near softmax and far part of each chunk's queries under one normaliser.
+3. `block_outputs`: chunk by chunk, near softmax and far part of the queries under one normaliser.
 
-Grids are (blocks, A), A = rows of the batch x key heads. `delay` is 1 beside a window, 0 without: once chunk i has
+Grids are (blocks, A), A = rows of the batch x key heads. `delay` is 1 with a window, 0 without: once chunk i has
 read the far sums, chunk i - delay is added to them.
 """
 
@@ -42,7 +42,7 @@ def folded_keys(
     D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, DELAY: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """psi of the keys that step `step` adds to the far sums, and their log-scales, -inf for those that are not."""
+    """psi of the keys that step `step` adds to the far sums, and their log-scales, -inf for those it does not add."""
     chunk = step - DELAY
     keys = tile(key, chunk * C, rows, length, stride, D, BD, C)
     size = numbers(r, chunk * C, rows, length, C)
@@ -101,10 +101,10 @@ def block_sums(
 
 @triton.jit
 def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr):
-    """In place: each block's own sums become those before it; `carry` (A, E) what is there before, then after all.
+    """In place: replace each block's own sums by those before it. `carry` (A, E) is the state before, then after all.
 
-    Grid (tiles of E, A). Every program goes over the peaks; the new ones are written to `peaks` (A, 2, blocks + 1),
-    row 1, the blocks' own being row 0.
+    Grid (tiles of E, A). Every program goes over the peaks: `peaks` (A, 2, blocks + 1) has the blocks' own in row 0
+    and gets the running ones in row 1.
     """
     part, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = part * BE + tl.arange(0, BE)
@@ -236,14 +236,14 @@ def block_outputs(
                 whole += mass * tl.exp(top - total)
             if LOGITS:
                 whole += tl.exp(logit - total)
-            # Nothing answers where there is no window and the estimate is not positive: the output is zero.
+            # Without a window, if the estimate is not positive, nothing has weight: the output is zero.
             total += tl.log(tl.where(whole > 0, whole, 1.0))
             result = num * tl.exp(log_far - total)[:, None]
             if DELAY:
                 result += near * tl.exp(top - total)[:, None]
             put(output + g * output_g, start, rows, length, output_t, result, M, BM, C)
             put_numbers(log_total + g * length, start, rows, length, total, C)
-            # +inf says that the estimate was dropped, -inf that there was none.
+            # +inf means that the estimate was dropped, -inf that there was none.
             weight = tl.where(exists & (used == 0), float("inf"), log_far - total)
             put_numbers(log_weight + g * length, start, rows, length, weight, C)
         new_peak = tl.maximum(peak, tl.max(log_scale, 0))

@@ -1,4 +1,4 @@
-"""The kernels as one differentiable function of aligned tokens; its backward pass computes all features again."""
+"""The kernels as one differentiable function of aligned tokens; its backward pass recomputes all features."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.triton.launch import INPUTS, Inputs, Launch, Settings
 from hf_rfa.ops.triton.launch_gradients import gradients
 
-#: What a launch keeps for its backward pass, beside its inputs.
+#: Buffers that a launch keeps for its backward pass, besides its inputs.
 _KEPT = ("states", "kept", "peaks", "log_total", "log_weight")
-#: Inputs whose gradients are those of the far kernel's parameters.
+#: Inputs whose gradients belong to the far kernel's parameters.
 _PARAMETERS = tuple(name for name in INPUTS if name.endswith(("_weight", "_bias", "_shift")))
 
 
 def causal_attention(inputs: Inputs, settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, Hk, G, T, M) in value's dtype; far sums (B, Hk, F, M + 1) and their log-scale after the last one."""
+    """Output (B, Hk, G, T, M) in value's dtype; far sums (B, Hk, F, M + 1), their log-scale after the last chunk."""
     output, kv_state, peak = recomputing(_Recipe(settings), *(getattr(inputs, name) for name in INPUTS))
     return output, kv_state, peak
 

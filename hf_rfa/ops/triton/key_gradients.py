@@ -1,4 +1,4 @@
-"""Backward pass: the walk over each block backwards, for the gradients of keys and values; see `flows`."""
+"""Backward pass: each block in reverse, for the gradients of keys and values; see `flows`."""
 
 import triton
 import triton.language as tl
@@ -34,7 +34,7 @@ def key_gradients(
     C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
     LEARNED: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks that cover steps 0 .. chunks - 1 + DELAY, A): step i is about the keys of chunk i - DELAY."""
+    """Grid (blocks that cover steps 0 .. chunks - 1 + DELAY, A); step i handles the keys of chunk i - DELAY."""
     F: tl.constexpr = P * (1 + TWO)
     block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, head = a // heads, a % heads
@@ -71,7 +71,7 @@ def key_gradients(
                     peak = tl.full((), float("-inf"), tl.float32)
             keys = tile(key, start, rows, length, key_t, D, BD, C)
             values = tile(value, start, rows, length, value_t, M, BM, C)
-            # What the far sums give; a step behind the last chunk adds nothing to them.
+            # Gradients from the far sums; a step behind the last chunk adds nothing to them.
             size = numbers(key_r, start, rows, length, C)
             projection = tl.dot(keys, key_w, input_precision=PRECISION) + key_bias[None, :]
             first, second, log_scale = folded_keys(

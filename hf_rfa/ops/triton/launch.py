@@ -1,4 +1,4 @@
-"""The sizes, the buffers and the launches of the forward pass of one call."""
+"""Sizes, buffers and kernel launches of the forward pass of one call."""
 
 import dataclasses
 from typing import Any
@@ -13,21 +13,21 @@ from hf_rfa.ops.triton import forward, pieces
 
 FORM_CODES = {"EXP": pieces.EXP, "PAIR": pieces.PAIR, "WAVE": pieces.WAVE, "MIXED": pieces.MIXED,
               "CLUSTER": pieces.CLUSTER}  # fmt: skip
-#: Numbers of the state that a program of the scan handles.
+#: Elements of the state per program of the scan.
 SCAN_TILE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the kernels depend on besides tensors with gradients.
+    """Arguments of the kernels that are not tensors with gradients.
 
     Attributes:
-        plan: Where the tokens lie.
+        plan: The layout of the tokens.
         window: Chunk size, or 0.
         scaling: Factor of q.k.
         form: See `fold.form_of`.
-        map_codes: (Hk,) int32, 1 for heads with the trigonometric map where they are mixed with hyperbolic ones.
-        block: L, chunks that one program walks over.
+        map_codes: (Hk,) int32, 1 for trigonometric heads in a layer that mixes them with hyperbolic ones.
+        block: L, the chunks per program.
         statistics: Counts dropped far parts.
     """
 
@@ -69,16 +69,16 @@ INPUTS = tuple(f.name for f in dataclasses.fields(Inputs))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its last dimension in one piece, as the kernels read it."""
+    """`x` with a contiguous last dimension, as the kernels need it."""
     return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 class Launch:
-    """One call; after `forward` its buffers hold what the backward pass needs."""
+    """One call; after `forward`, its buffers hold everything that the backward pass needs."""
 
     def __init__(self, inputs: Inputs, settings: Settings) -> None:
         wide = {name: getattr(inputs, name).float().contiguous() for name in INPUTS[6:] if "weight" not in name}
-        # Operands of one product have one type: the queries'.
+        # Both operands of a product have the queries' dtype.
         kind = inputs.query.dtype
         wide |= {name: getattr(inputs, name).to(kind).contiguous() for name in ("query_weight", "key_weight")}
         narrow = {name: _rows(getattr(inputs, name).to(kind)) for name in INPUTS[:5]}
@@ -105,15 +105,15 @@ class Launch:
             "D": dim, "BD": _tile(dim), "M": value_dim, "BM": _tile(value_dim), "P": self.projected,
             "BP": _tile(self.projected), "C": chunk, "BC": _tile(chunk), "DELAY": 1 if settings.window else 0,
             "MAP": FORM_CODES[settings.form], "TWO": int(self.two), "PRECISION": "ieee" if exact else "tf32",
-            # Sums of float16 numbers overflow float16.
+            # Not float16, which sums of float16 numbers overflow.
             "STATE": tl.bfloat16 if kind == torch.bfloat16 else tl.float32,
         }  # fmt: skip
         self.sinks = {"S": sinks, "BS": _tile(sinks)}
-        # Whole models go through in this many warps: the far sums fill the registers.
+        # Enough warps for the far sums, which fill the registers.
         self.options = {"num_warps": 8 if self.tiles["BM"] * self.tiles["BP"] >= 64 * 64 else 4, "num_stages": 1}
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fill the buffers that the backward pass needs; output, carry, peak."""
+        """Output, far sums and their log-scale; fills the buffers that the backward pass needs."""
         x, blocks, every = self.inputs, self.blocks, self.all
         new = x.kv_state.new_empty
         self.states, block_peaks = new(every, blocks, self.size), new(every, 2, blocks + 1)
@@ -148,7 +148,7 @@ class Launch:
         return output, self.matrix(kv_state), block_peaks[:, 1, -1].reshape(self.batch, self.heads)
 
     def maps(self) -> tuple[torch.Tensor, ...]:
-        """The affine maps of queries and keys, and the maps' codes."""
+        """The affine maps of queries and keys, and the codes of the feature maps."""
         x = self.inputs
         query, key = (x.query_weight, x.query_bias, x.query_shift), (x.key_weight, x.key_bias, x.key_shift)
         return *query, *key, self.settings.map_codes
@@ -158,29 +158,29 @@ class Launch:
         return torch.cat([state[..., :-1].flatten(2), state[..., -1]], dim=-1).view(self.all, self.size)
 
     def matrix(self, flat: torch.Tensor) -> torch.Tensor:
-        """What `flat` takes."""
+        """The inverse of `flat`."""
         flat = flat.view(self.batch, self.heads, -1)
         whole, ones = flat[..., : -self.components], flat[..., -self.components :]
         return torch.cat([whole.unflatten(-1, (self.components, -1)), ones.unsqueeze(-1)], dim=-1)
 
     def _count(self, statistics: FarStatistics) -> None:
-        """Add the queries whose far part was dropped; padding does not count."""
+        """Add the number of queries whose far part was dropped, without padding."""
         asked = self.settings.plan.asked.flatten(1)[:, None, None, : self.length]
         dropped = (self.log_weight == torch.inf) & asked
         statistics.add(dropped, dropped | ((self.log_weight > -torch.inf) & asked))
 
 
 def _tile(size: int) -> int:
-    """Tensor cores want powers of two, at least 16."""
+    """The tile size for `size`: tensor cores need powers of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
 def on_device(x: torch.Tensor) -> Any:
-    """Kernels run on the current device."""
+    """Make the device of `x` current, since kernels run on the current device."""
     return torch.cuda.device_of(x)
 
 
 def _output_like(query: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """(B, Hk, G, T, M), in memory token by token, all heads of a token beside each other: as models want it."""
+    """(B, Hk, G, T, M), stored token by token with all heads of a token contiguous, as models need it."""
     batch, heads, groups, length, _ = query.shape
     return query.new_empty(batch, length, heads, groups, value_dim).permute(0, 2, 3, 1, 4)

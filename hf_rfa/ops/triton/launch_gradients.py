@@ -1,4 +1,4 @@
-"""The launches of the backward pass, and what is left to do for torch around them."""
+"""Kernel launches of the backward pass, and the torch operations around them."""
 
 import torch
 import triton
@@ -8,17 +8,17 @@ from hf_rfa.ops.triton.key_gradients import key_gradients
 from hf_rfa.ops.triton.launch import SCAN_TILE, Launch, on_device
 from hf_rfa.ops.triton.query_gradients import query_gradients
 
-#: Tokens of a program of `inner_products`.
+#: Tokens per program of `inner_products`.
 INNER_TILE = 64
 
 
 def gradients(
     launch: Launch, output: torch.Tensor, d_output: torch.Tensor | None, d_kv_state: torch.Tensor | None, learned: bool
 ) -> dict[str, torch.Tensor]:
-    """Gradients of `Inputs` by name, from those of the output and of the far sums after the last chunk.
+    """Gradients of `Inputs` by name, given those of the output and of the far sums after the last chunk.
 
-    `learned`: whether those of the far kernel's parameters are wanted. None is given for `log_max`: it is what
-    `kv_state` is divided by, and follows it.
+    `learned`: whether those of the far kernel's parameters are wanted. `log_max` gets none: it only says what
+    `kv_state` is divided by.
     """
     x, settings = launch.inputs, launch.settings
     every, blocks, chunks, length = launch.all, launch.blocks, launch.chunks, launch.length
@@ -79,7 +79,7 @@ def gradients(
 
 
 def _block_decay(launch: Launch) -> torch.Tensor:
-    """(A, blocks): what of the far sums before a block is left of them behind it."""
+    """(A, blocks): the share of the far sums before a block that is left behind it."""
     first = torch.arange(launch.blocks, device=launch.peaks.device) * launch.settings.block
     last = (first + launch.settings.block).clamp_max(launch.chunks)
     before, after = launch.peaks[:, first], launch.peaks[:, last]
@@ -88,16 +88,16 @@ def _block_decay(launch: Launch) -> torch.Tensor:
 
 
 def _sums_of_maps(launch: Launch, blocks: int, learned: bool) -> tuple[torch.Tensor, ...]:
-    """Room for the gradients of W, b and the shifts, those of each block by themselves."""
+    """Buffers for the gradients of W, b and the shifts, separate per block."""
     rows = (launch.all, blocks, launch.projected) if learned else (0, blocks, launch.projected)
     new = launch.inputs.kv_state.new_empty
     return new(*rows, launch.inputs.query.shape[-1]), new(rows), new(rows)
 
 
 def _give_sinks(launch: Launch, whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Add the gradients of each chunk's sinks (A, n, s, D) to those of the tokens that they are (B, Hk, T, D).
+    """Add the gradients of each chunk's sinks (A, n, s, D) to those of their tokens (B, Hk, T, D).
 
-    Returned is what belongs to the sinks of the state (B, Hk, s, D).
+    Returns the gradients of the state's sinks (B, Hk, s, D).
     """
     sinks = launch.inputs.sink_key.shape[2]
     if not rows.shape[2]:
@@ -107,7 +107,7 @@ def _give_sinks(launch: Launch, whole: torch.Tensor, rows: torch.Tensor) -> torc
     of_state = torch.where(chunks < 0, rows, 0.0).sum(2)
     by_chunk = torch.zeros_like(rows).scatter_add_(2, chunks.clamp_min(0), torch.where(chunks < 0, 0.0, rows))
     chunk = launch.tiles["C"]
-    for slot in range(sinks):  # a strided view: the slot of every chunk
+    for slot in range(sinks):  # a strided view: this slot of every chunk
         place = whole[:, :, slot::chunk]
         place += by_chunk[:, :, : place.shape[2], slot].to(whole.dtype)
     return of_state

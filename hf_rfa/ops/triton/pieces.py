@@ -1,31 +1,31 @@
 """Functions that the kernels share: loading tokens, features, scores of near keys, the update of the far sums.
 
 A tile holds one chunk of one head: BC >= C rows (slots), padded to a power of two of at least 16, as tensor cores
-want.
-Feature maps are numbers here: every map has `P` projected features and one or two components of each.
+need.
+Feature maps are numbers here: every map has `P` projected features with one or two components each.
 """
 
 import triton
 import triton.language as tl
 
 #: exp of one projection (positive, optimal_positive); exp of plus and minus (hyperbolic); sine and cosine
-#: (trigonometric); the latter two chosen by each head's code; exp for queries and softmax for keys (clustered).
+#: (trigonometric); the latter two, chosen by each head's code; exp for queries and softmax for keys (clustered).
 EXP, PAIR, WAVE, MIXED, CLUSTER = (tl.constexpr(n) for n in range(5))
-#: What still counts as a positive far denominator: `ops.combine.smallest_denominator` of float32.
+#: The least positive far denominator: `ops.combine.smallest_denominator` of float32.
 TINY = tl.constexpr(1.1754943508222875e-38 * 2**24)
 
-VALID = tl.constexpr(1)  # bits of a slot: it holds a token; its key ever moves into the far sums
+VALID = tl.constexpr(1)  # bits of a slot: it holds a token; its key is ever added to the far sums
 FOLD = tl.constexpr(2)
 KEEP = tl.constexpr(
     1
-)  # bits of a chunk: it continues the state; the chunk before is of its document; sinks lie before its window
+)  # bits of a chunk: it continues the state; the previous chunk is of its document; sinks lie before its window
 FOLLOWS = tl.constexpr(2)
 BEHIND_SINKS = tl.constexpr(4)
 
 
 @triton.jit
 def tile(base, start, rows, length, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """Tokens start .. start + C of (length, D); zeros elsewhere."""
+    """Load the tokens start .. start + C of (length, D); zeros elsewhere."""
     columns = tl.arange(0, BD)
     inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
     pointers = base + (start + rows).to(tl.int64)[:, None] * stride + columns[None, :]
@@ -34,7 +34,7 @@ def tile(base, start, rows, length, stride, D: tl.constexpr, BD: tl.constexpr, C
 
 @triton.jit
 def put(base, start, rows, length, stride, x, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """Store what `tile` loads."""
+    """Store a tile; the inverse of `tile`."""
     columns = tl.arange(0, BD)
     inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
     pointers = base + (start + rows).to(tl.int64)[:, None] * stride + columns[None, :]
@@ -43,7 +43,7 @@ def put(base, start, rows, length, stride, x, D: tl.constexpr, BD: tl.constexpr,
 
 @triton.jit
 def numbers(base, start, rows, length, C: tl.constexpr):
-    """One number of each token of a chunk; 0 elsewhere."""
+    """Load one number per token of a chunk; 0 elsewhere."""
     inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
     return tl.load(base + start + rows, mask=inside, other=0.0)
 
@@ -68,7 +68,7 @@ def weights(w, b, h, head, D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, B
 
 @triton.jit
 def features(argument, code, P: tl.constexpr, BP: tl.constexpr, MAP: tl.constexpr, KEYS: tl.constexpr):
-    """The components (rows, BP) of psi, the second ones (the first again where there are none), log of the scale."""
+    """First and second components (rows, BP) of psi (the first twice if there is only one), and the log-scale."""
     wanted = (tl.arange(0, BP) < P)[None, :]
     peak = tl.zeros_like(tl.max(argument, 1))
     if MAP == WAVE:
@@ -96,7 +96,7 @@ def features(argument, code, P: tl.constexpr, BP: tl.constexpr, MAP: tl.constexp
 
 @triton.jit
 def argument_gradient(first, second, d_first, d_second, code, MAP: tl.constexpr, KEYS: tl.constexpr):
-    """Gradient of the arguments from those of the components; the peaks are constants that cancel."""
+    """Gradient of the arguments, given those of the components; the peaks are constants that cancel."""
     if MAP == WAVE:
         result = d_first * second - d_second * first
     elif MAP == CLUSTER and KEYS:
@@ -112,14 +112,14 @@ def argument_gradient(first, second, d_first, d_second, code, MAP: tl.constexpr,
 
 @triton.jit
 def decay(older, newer):
-    """exp(older - newer) of two peaks, 0 where the older one is of no keys at all."""
+    """exp(older - newer) of two peaks; 0 if the older one is -inf (no keys)."""
     safe = tl.where(newer == float("-inf"), 0.0, newer)
     return tl.exp(older - safe)
 
 
 @triton.jit
 def dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x @ y with operands in TYPE and float32 sums."""
+    """x @ y with operands in TYPE, accumulated in float32."""
     return tl.dot(x.to(TYPE), y.to(TYPE), input_precision=PRECISION)
 
 
@@ -128,7 +128,7 @@ def near_masks(own_code, before_code, flags, rows, sinks, C: tl.constexpr, S: tl
     """Which sinks (1, BS), keys of the chunk before (1, BC) and of the own chunk (BC, BC) each query sees."""
     sink = ((flags & BEHIND_SINKS) != 0) & (sinks < S)
     before = ((flags & FOLLOWS) != 0) & ((before_code & VALID) != 0)
-    # Padding sees itself, so that no row is empty; nobody sees padding.
+    # Padding sees itself, so that no row is empty; no other token sees padding.
     filled = ((own_code & VALID) != 0)[None, :]
     own = (rows[None, :] <= rows[:, None]) & (filled | (rows[None, :] == rows[:, None]))
     return sink[None, :], before[None, :], own
@@ -136,7 +136,7 @@ def near_masks(own_code, before_code, flags, rows, sinks, C: tl.constexpr, S: tl
 
 @triton.jit
 def slot_codes(codes, chunk, chunks, rows, C: tl.constexpr):
-    """The bits of a chunk's slots; 0 outside of the sequence."""
+    """Load the bits of a chunk's slots; 0 outside the sequence."""
     index = chunk * C + rows
     return tl.load(codes + index, mask=(rows < C) & (index >= 0) & (index < chunks * C), other=0).to(tl.int32)
 
@@ -145,7 +145,7 @@ def slot_codes(codes, chunk, chunks, rows, C: tl.constexpr):
 def own_weights(scale, peak, rows):
     """Without a window: exp(scale_j - base_i) (BC, BC) for keys j up to query i, exp(peak - base), base (BC).
 
-    The maximum runs over the keys up to each query: a later key changes nothing.
+    The maximum runs over the keys up to each query, so that later keys change nothing.
     """
     causal = rows[None, :] <= rows[:, None]
     running = tl.max(tl.where(causal, scale[None, :], float("-inf")), 1)
@@ -156,7 +156,7 @@ def own_weights(scale, peak, rows):
 
 @triton.jit
 def sums(base, half, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
-    """S (BP, BM) and z (BP) of one half of the components, from [S of all F components, z]."""
+    """Load S (BP, BM) and z (BP) of one half of the components from [S of all F components, z]."""
     components, columns = tl.arange(0, BP), tl.arange(0, BM)
     wanted = components < P
     pointers = base + (half * P + components)[:, None] * M + columns[None, :]
@@ -166,7 +166,7 @@ def sums(base, half, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.
 
 @triton.jit
 def put_sums(base, half, S, z, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
-    """Store what `sums` loads."""
+    """Store S and z of one half; the inverse of `sums`."""
     components, columns = tl.arange(0, BP), tl.arange(0, BM)
     wanted = components < P
     pointers = base + (half * P + components)[:, None] * M + columns[None, :]
@@ -179,7 +179,7 @@ def fold_in(
     S1, z1, S2, z2, first, second, values, shrink, weight, TWO: tl.constexpr, STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the far sums, faded by `shrink`, with a chunk's keys in them; values have a `weight` each."""
+    """Scale both halves of the far sums by `shrink` and add a chunk's keys, each value with its `weight`."""
     new = values.to(tl.float32) * weight[:, None]
     S1 = S1 * shrink + dot(tl.trans(first), new, STATE, PRECISION)
     z1 = z1 * shrink + tl.sum(first * weight[:, None], 0)
@@ -194,7 +194,7 @@ def sink_tiles(
     key, value, sink_key, sink_value, sink_chunk, sinks, length, key_t, value_t, D: tl.constexpr, BD: tl.constexpr,
     M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the sinks: the first tokens of chunk `sink_chunk`; those of the state if that is < 0."""
+    """Load keys and values of the sinks: the first tokens of chunk `sink_chunk`, or the state's if that is < 0."""
     if sink_chunk < 0:
         keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
         values = tile(sink_value, 0, sinks, S, M, M, BM, S)

@@ -1,4 +1,4 @@
-"""Backward pass: the walk of the forward pass again, for the gradients of the queries and the sinks; see `flows`."""
+"""Backward pass: the forward pass again, for the gradients of the queries and the sinks; see `flows`."""
 
 import triton
 import triton.language as tl
