@@ -52,5 +52,5 @@ def _block(chunks: int, heads: int, device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; the interpreter counts as a small device, so that tests have several chunks a run."""
+    """Streaming multiprocessors; the interpreter counts as a small device, so that tests run over several chunks."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
