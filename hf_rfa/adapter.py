@@ -2,7 +2,8 @@
 
 import warnings
 
-from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import named_adapters
 
 __all__ = ["RFAAdapter", "named_adapters"]
 

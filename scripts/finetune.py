@@ -48,7 +48,7 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import perplexity
 from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
 from hf_rfa.evaluation.model_card import write_model_card
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.record import is_converted
 from hf_rfa.training import finetune
 from hf_rfa.training.checkpoint import check_output

@@ -25,7 +25,8 @@ from hf_rfa.calibration.fitting import LayerFit
 from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
 from hf_rfa.report import CalibrationReport, HeadCalibration
-from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 from hf_rfa.runtime.quiet import plain_torch, quiet_eval
 from hf_rfa.runtime.record import base_model, conversion_config, store_report

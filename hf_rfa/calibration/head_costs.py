@@ -24,7 +24,8 @@ from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
-from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 from hf_rfa.runtime.quiet import quiet_eval
 from hf_rfa.runtime.record import base_model

@@ -21,7 +21,8 @@ from hf_rfa.conversion.implementation import (
 from hf_rfa.conversion.packing import keeps_documents_apart
 from hf_rfa.conversion.probe import AttentionCalls, DryRun, count_calls, watch
 from hf_rfa.errors import ConfigError, RFAError, UnsupportedModelError
-from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter, named_adapters
+from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.devices import execution_device
 from hf_rfa.runtime.layer_cache import stash_cache
 from hf_rfa.runtime.mask import RFAMask

@@ -14,7 +14,7 @@ from hf_rfa.calibration.self_text import check_can_write, write_text
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert, swap_attention
 from hf_rfa.errors import ConfigError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import base_model, conversion_config, store_config
 from hf_rfa.runtime.softmax_heads import set_softmax_heads

@@ -21,7 +21,8 @@ from hf_rfa.calibration.divergence import ignore
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.runtime.adapter import RFAAdapter, named_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 from hf_rfa.runtime.quiet import plain_torch, quiet_eval
 from hf_rfa.runtime.record import base_model, conversion_config, store_config

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import next_token_nll, window_logits
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.arguments import cache_argument
 from hf_rfa.runtime.quiet import evaluation_mode
 

@@ -1,14 +1,14 @@
 """`RFAAdapter`: all that a converted attention module owns: omega and its draw, the far kernel, the exact heads."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from hf_rfa.config import AUTO_MAPS, RFAConfig
-from hf_rfa.errors import ConfigError, UnsupportedModelError
+from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import FEATURE_MAPS, optimal_proposal
 from hf_rfa.features.omega import draw_omega
@@ -294,28 +294,3 @@ class RFAAdapter(Float32Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._read()
-
-
-def adapter_of(module: nn.Module) -> RFAAdapter | None:
-    """The adapter of an attention module; None if it has none."""
-    adapter = module._modules.get(ADAPTER_NAME)
-    return adapter if isinstance(adapter, RFAAdapter) else None
-
-
-def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, RFAAdapter]]:
-    """(name of the attention module, the module, its adapter) of every layer, in the model's order."""
-    for name, module in model.named_modules():
-        adapter = adapter_of(module)
-        if adapter is not None:
-            yield name, module, adapter
-
-
-def require_adapters(model: nn.Module) -> list[RFAAdapter]:
-    """The adapters of a converted model; `UnsupportedModelError` if it is not converted."""
-    adapters = [adapter for _, _, adapter in named_adapters(model)]
-    if not adapters:
-        raise UnsupportedModelError(
-            f"The model is not converted. Got a {type(model).__name__} without adapters. Call "
-            "`hf_rfa.convert(model)` first."
-        )
-    return adapters

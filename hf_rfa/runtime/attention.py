@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf_rfa.errors import UnsupportedModelError
 from hf_rfa.ops.arguments import far_kernel
 from hf_rfa.ops.softmax import cross_attention, exact_attention, masked_attention
-from hf_rfa.runtime.adapter import LayerKind, RFAAdapter, adapter_of
+from hf_rfa.runtime.adapter import LayerKind, RFAAdapter
+from hf_rfa.runtime.adapters import adapter_of
 from hf_rfa.runtime.attention_call import AttendInputs, AttentionCall
 from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.calls import current_forward, current_interception, in_backward_pass, layer_call

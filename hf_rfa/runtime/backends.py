@@ -5,7 +5,8 @@ from torch import nn
 
 from hf_rfa.ops.call import check_backend
 from hf_rfa.ops.dispatch import pick
-from hf_rfa.runtime.adapter import RFAAdapter, named_adapters, require_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import named_adapters, require_adapters
 
 
 def set_backend(model: nn.Module, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 
 def far_statistics(model: nn.Module) -> dict[int, float]:

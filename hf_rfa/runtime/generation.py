@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.adopted_cache import adopt_cache_layer, has_place
 from hf_rfa.runtime.arguments import CACHE_NAMES
 from hf_rfa.runtime.attention_call import shares_keys

@@ -7,7 +7,8 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_rfa.errors import UnsupportedModelError
-from hf_rfa.runtime.adapter import RFAAdapter, adapter_of
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import adapter_of
 from hf_rfa.runtime.adopted_cache import adopt_cache_layer
 from hf_rfa.runtime.attention_call import AttendInputs, AttentionCall, shares_keys
 from hf_rfa.runtime.cache import RFACacheLayer

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_rfa.errors import ConfigError
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 
 def resample(model: nn.Module, draw: int | None = None) -> int:

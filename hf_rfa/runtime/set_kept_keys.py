@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_rfa.config import HeadIndex
 from hf_rfa.errors import ConfigError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.record import base_model, conversion_config, store_config
 
 

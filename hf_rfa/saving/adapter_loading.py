@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_rfa.errors import CheckpointError
-from hf_rfa.runtime.adapter import ADAPTER_NAME, named_adapters
+from hf_rfa.runtime.adapter import ADAPTER_NAME
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.record import conversion_config, store_config, store_report
 from hf_rfa.saving.base_model import restore_weights
 from hf_rfa.saving.conversion_files import SavedConversion, adapter_tensors

@@ -38,7 +38,8 @@ from transformers import PreTrainedModel
 from hf_rfa.config import FORMAT_VERSION, RFAConfig
 from hf_rfa.errors import CheckpointError
 from hf_rfa.report import CalibrationReport
-from hf_rfa.runtime.adapter import ADAPTER_NAME, named_adapters
+from hf_rfa.runtime.adapter import ADAPTER_NAME
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.record import CONFIG_FIELD
 from hf_rfa.saving.saved_files import (
     CONFIG_FILE,

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import ConfigError
 from hf_rfa.ops.state import RFAState
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.cache import RFACacheLayer
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from hf_rfa.data.document_batches import Batch
 from hf_rfa.errors import CheckpointError, ConfigError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.quiet import training_flags_kept
 from hf_rfa.training.carry import Carry, check_carry
 from hf_rfa.training.checkpoint import check_output, load_checkpoint, save_checkpoint

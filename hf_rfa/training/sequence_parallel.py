@@ -36,7 +36,8 @@ from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.scan import chunk_sums, merge_states
 from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.ops.state import RFAState, accumulation_dtype
-from hf_rfa.runtime.adapter import RFAAdapter, require_adapters
+from hf_rfa.runtime.adapter import RFAAdapter
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 
 #: Keys whose features are computed at once for a process's far sums, and recomputed in the backward pass.

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_rfa
 from hf_rfa.data import load_documents, tokenize_documents
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 LENGTH, CALIBRATION_TEXTS, TEXTS = 512, 8, 32
 

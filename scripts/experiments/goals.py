@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
 from hf_rfa.data import load_documents, tokenize_documents
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 ROWS, CONTEXT = 2, 2048
 

@@ -43,7 +43,7 @@ from hf_rfa.evaluation.measuring import Measurer, Tokens
 from hf_rfa.evaluation.results import CompareSettings
 from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
 from hf_rfa.options import Settings, option
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.arguments import cache_of
 
 FIELDS = ("feature_map", "num_features", "window", "softmax_heads", "stage")

@@ -14,7 +14,8 @@ from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
-from hf_rfa.runtime.adapter import LEARNED, RFAAdapter, require_adapters
+from hf_rfa.runtime.adapter import LEARNED, RFAAdapter
+from hf_rfa.runtime.adapters import require_adapters
 
 CLUSTERED = dataclasses.replace(SHORT, feature_map="clustered", num_features=6)
 

@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import hf_rfa
 from hf_rfa import ConfigError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 
 _SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -16,7 +16,7 @@ from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 
 CONFIG = hf_rfa.RFAConfig(num_features=8, window=16, sink_tokens=2)

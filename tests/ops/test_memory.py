@@ -83,7 +83,8 @@ def test_no_tensor_is_quadratic(options, causal):
         assert after < 2.2 * before  # linear would be 2, quadratic 4
         assert after < HEADS * LONG * LONG / 4
     if "softmax_heads" not in options:
-        assert max(long) < HEADS * LONG * LONG / 16
+        # An encoder asks a fixed number of queries, a sixteenth of these tokens, which far keys matter.
+        assert max(long) <= HEADS * LONG * LONG / 16
 
 
 def test_softmax_heads_without_a_mask_make_no_scores():

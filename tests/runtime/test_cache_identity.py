@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import hf_rfa
 from hf_rfa import StaleStateError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "gpt_oss"])
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import hf_rfa
 from hf_rfa import UnsupportedModelError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.calls import Interception, intercept
 

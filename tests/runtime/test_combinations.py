@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import hf_rfa
 from hf_rfa import RFAConfig
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 
 SEEDS = range(20)
 FAMILIES = ["llama", "gemma3", "gpt_oss", "deepseek_v3", "gpt2"]

@@ -9,7 +9,8 @@ from conversions import converted
 from families import SHORT, build, token_ids
 
 import hf_rfa
-from hf_rfa.runtime.adapter import GATE, OPEN_GATE, require_adapters
+from hf_rfa.runtime.adapter import GATE, OPEN_GATE
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.training import FinetuneConfig, finetune
 
 GATED = dataclasses.replace(SHORT, gate=True)

@@ -26,7 +26,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.generation import adopt_cache

@@ -8,7 +8,8 @@ from conversions import converted
 from families import SHORT, build, token_ids
 
 import hf_rfa
-from hf_rfa.runtime.adapter import LEARNED, require_adapters
+from hf_rfa.runtime.adapter import LEARNED
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.training import FinetuneConfig, finetune
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import hf_rfa
 from hf_rfa import StaleStateError, UnsupportedModelError
-from hf_rfa.runtime.adapter import named_adapters
+from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.arguments import cache_of
 
 # --- inference mode --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 import hf_rfa
 from hf_rfa import RFAConfig, UnsupportedModelError
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 SIX = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_oss", "jamba", "bert"])
 CPU = torch.device("cpu")

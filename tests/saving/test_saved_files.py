@@ -226,7 +226,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
                 hf_rfa.from_pretrained(folder)
         room[:] = [None] * writes
         save(scaled(redrawn(base(), draw=9)))
-    assert {a.draw_number for a in hf_rfa.runtime.adapter.require_adapters(hf_rfa.from_pretrained(folder))} == {9}
+    assert {a.draw_number for a in hf_rfa.runtime.adapters.require_adapters(hf_rfa.from_pretrained(folder))} == {9}
 
 
 def test_a_save_that_transformers_does_not_finish_leaves_no_conversion(base, folder, monkeypatch):

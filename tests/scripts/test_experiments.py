@@ -7,7 +7,7 @@ import paths
 import pytest
 
 import hf_rfa
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 pytest.importorskip("yaml")
 SCRIPTS = paths.SCRIPTS / "experiments"

@@ -13,7 +13,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.arguments import cache_of
 
 peft = pytest.importorskip("peft")

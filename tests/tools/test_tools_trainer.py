@@ -10,7 +10,7 @@ from trainers import Texts, arguments, losses
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import hf_rfa
-from hf_rfa.runtime.adapter import require_adapters
+from hf_rfa.runtime.adapters import require_adapters
 
 # Transformers 5.23 renamed it.
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
