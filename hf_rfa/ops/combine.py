@@ -58,11 +58,18 @@ def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor |
 
     Every row must see at least one key; with `visible=None` it sees all.
     """
+    return near_part_and_weights(scores, value, visible)[0]
+
+
+def near_part_and_weights(
+    scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
+) -> tuple[Part, torch.Tensor]:
+    """`near_part`, and its weights (..., R, K), of which its denominator is the sum."""
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     highest = scores.detach().amax(-1)
     weights = (scores - highest.unsqueeze(-1)).exp()
-    return Part(weights @ value, weights.sum(-1), highest)
+    return Part(weights @ value, weights.sum(-1), highest), weights
 
 
 def combine(

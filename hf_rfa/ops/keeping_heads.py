@@ -7,6 +7,7 @@ import torch
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops.combine import Part
 from hf_rfa.ops.state import RFAState
 
 
@@ -63,22 +64,19 @@ class KeepingHeads:
         self.decay = torch.where(self.position < 0, self.decay, self.decay + log_gate.unsqueeze(-1))
 
     @torch.no_grad()
-    def receive(self, scores: torch.Tensor, visible: torch.Tensor | None, slots: slice, counted: torch.Tensor) -> None:
+    def receive(self, weights: torch.Tensor, part: Part, slots: slice, counted: torch.Tensor | None) -> None:
         """Add the attention that a token's queries give to the exact keys.
 
         Args:
-            scores: (B, Hk, G, W), s q.k for the keys in `slots`.
-            visible: (B, 1, 1, W) bool; None if all are visible.
-            counted: (B or 1, 1, W) bool: for which keys the token counts; all False if it is padding.
+            weights: (B, Hk, G, W) unnormalised weights of the exact keys, which begin with those in `slots`.
+            part: Their sums, see `near_part_and_weights`.
+            counted: (B, slots or 1) bool: for which keys the token counts, for none if it is padding; None: for all.
         """
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        if self._sink_logits is None:
-            weights = scores.softmax(-1)
-        else:
-            logits = self._sink_logits.to(scores.dtype)[..., None].expand(*scores.shape[:3], 1)
-            weights = torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
-        self._mass[..., slots] += weights.masked_fill(~counted.unsqueeze(1), 0.0)
+        whole = part.denominator
+        if self._sink_logits is not None:
+            whole = whole + (self._sink_logits.to(whole.dtype) - part.log_scale).exp()
+        given = weights[..., : slots.stop - slots.start] / whole.unsqueeze(-1)
+        self._mass[..., slots] += given if counted is None else given.masked_fill(~counted[:, None, None], 0.0)
 
     def choose(self, rivals: "Rivals") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose again in the rows where a chunk leaves the window.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.combine import FarStatistics, Part, combine, near_part
+from hf_rfa.ops.combine import FarStatistics, Part, combine, near_part_and_weights
 from hf_rfa.ops.keeping_heads import KeepingHeads, Rivals
 from hf_rfa.ops.kept_keys import least_distance, number_kept
 from hf_rfa.ops.prepared import PreparedQueries
@@ -122,21 +122,17 @@ class RecurrentHeads:
             visible = (slots >= torch.tensor(first)[:, None]) & (slots < torch.tensor(end)[:, None])
             visible = visible[:, None, None].to(query.device)
         scores = (query * self._scaling) @ key.mT
+        part, weights = near_part_and_weights(scores, value, visible)
         if self._keeping is not None:
-            distant = self._distant(start, stop, query.device)
-            self._keeping.receive(
-                scores, visible, slice(start, stop), distant if present is None else distant & present[:, None, :]
-            )
-        return near_part(scores, value, visible)
-
-    def _distant(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """(B or 1, 1, W) bool: which slots are far enough from the new token for its queries to count."""
-        ends = sorted({self._seen(count)[1] for count in self._counts})
-        slots, nearest = torch.arange(start, stop, device=device), least_distance(self._window)
-        if len(ends) == 1:
-            return (slots < ends[0] - nearest).view(1, 1, -1)
-        own = torch.tensor([self._seen(count)[1] for count in self._counts], device=device)
-        return (slots < own[:, None] - nearest).unsqueeze(1)
+            # Only the slots that are far enough from the new token for its queries to count.
+            counted, ends = None, [max(start, last - least_distance(self._window)) for last in end]
+            if len(set(ends)) > 1:
+                slots = torch.arange(start, max(ends), device=query.device)
+                counted = slots < torch.tensor(ends, device=query.device)[:, None]
+            if present is not None:
+                counted = present if counted is None else counted & present
+            self._keeping.receive(weights, part, slice(start, max(ends)), counted)
+        return part
 
     def _seen(self, count: int) -> tuple[int, int]:
         """The range of slots (first, last + 1) that token number `count` of a row sees."""
