@@ -23,9 +23,7 @@ import torch
 
 from hf_rfa.ops.kept_keys import NOTHING
 
-#: Queries asked per document. On all-MiniLM-L6-v2 (512 tokens, window 64, K = 64, one fixed far kernel) the relative
-#: squared error of the layers' outputs is 0.0217, 0.0200, 0.0166 with 64, 128, 256 queries, and the embedding's cosine
-#: distance 0.0143, 0.0144, 0.0135 (without kept keys 0.0532 and 0.0286). The time of the choice grows in proportion.
+#: Queries asked per document. The time of the choice grows in proportion.
 QUERIES = 128
 
 

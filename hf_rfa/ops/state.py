@@ -107,11 +107,6 @@ class RFAState:
         }
 
     @property
-    def z_state(self) -> torch.Tensor:
-        """z (B, Hk, F): the sums of the denominators, divided by exp(log_max)."""
-        return self.kv_state[..., -1]
-
-    @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """kept_key, kept_value, kept_position, kept_decay and mass; only for states with kept keys."""
         key, value, position, decay, mass = (

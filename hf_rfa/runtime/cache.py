@@ -127,14 +127,14 @@ class RFACacheLayer(CacheLayerMixin):
         layout = TokenLayout(None if token_mask is None else token_mask[:, -key.shape[2] :])
         # Without kept keys no query has a say in a state.
         settings = new.settings.replace(sink_logits=None)
-        self.state = state_after(key, key, value, new.kernel, settings, layout, None)
+        self.state = state_after(AttendInputs(key, key, value, new.kernel, settings, layout), None)
 
     def extend(self, new: AttendInputs) -> torch.Tensor:
         """The attention (B, H, N, M) of new tokens; the state then includes them."""
         before = self.state
         output, state = new.attend(before, output_final_state=True)
         if self.record_past:
-            self._steps.append(RecordedStep(before, *new.tokens, new.kernel, new.settings, new.layout))
+            self._steps.append(RecordedStep(before, new))
         self.state = state
         self.seen += new.key.shape[2]
         return output

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conversions import converted
 from families import SHORT, build
 from operator_inputs import random_inputs
 
@@ -92,7 +93,9 @@ def test_what_was_chosen_is_what_runs(tiny_llama, monkeypatch):
     assert set(hf_rfa.backend(model).values()) == {"triton"}
     asked = []
     pick = dispatch.pick
-    monkeypatch.setattr(dispatch, "pick", lambda name, *rest: asked.append(name) or pick("chunked", *rest))
+    monkeypatch.setattr(
+        dispatch, "pick", lambda name, *rest, **named: asked.append(name) or pick("chunked", *rest, **named)
+    )
     model(torch.ones(1, 40, dtype=torch.int64))
     assert asked == ["triton"] * len(hf_rfa.backend(model))
 
@@ -116,3 +119,10 @@ def test_encoders_and_layers_that_stay_softmax_are_named():
     model = hf_rfa.convert(build("llama"), partly, calibrate=False)
     assert hf_rfa.backend(model)[0] == "softmax"
     assert hf_rfa.backend(model)[1] == "chunked"
+
+
+def test_kept_keys_are_no_work_for_the_kernels():
+    model = converted(head_kept_keys={(0, 1): 8})
+    with pytest.raises(ConfigError, match="far keys are kept"):
+        hf_rfa.set_backend(model, "triton")
+    assert set(hf_rfa.backend(model).values()) == {"chunked"}
