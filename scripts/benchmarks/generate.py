@@ -136,7 +136,7 @@ def models(setting: Setting, layers: int = LAYERS) -> tuple[LlamaForCausalLM, Ll
         original = LlamaForCausalLM(config).eval().to(setting.device, DTYPES[setting.dtype])
     options = hf_rfa.RFAConfig(
         feature_map=setting.feature_map, num_features=setting.num_features, window=setting.window,
-        sink_tokens=setting.sinks,
+        sink_tokens=setting.sinks, kept_keys=setting.kept_keys,
     )  # fmt: skip
     return original, hf_rfa.convert(copy.deepcopy(original), options, calibrate=False)
 
