@@ -32,6 +32,9 @@ HeadNumbers = Mapping[HeadIndex, int] | Sequence[tuple[HeadIndex, int]] | None
 #: "learned": drawn as "sphere", then trained by `distill` or found by `calibrate`, and never redrawn.
 OmegaDraw = Literal["sphere", "orthogonal", "gaussian", "learned"]
 OMEGA_DRAWS: tuple[str, ...] = get_args(OmegaDraw)
+#: `kept_keys` where nothing is said and there is a window. On a real model it is the largest step in fidelity for its
+#: bytes (scripts/experiments/README.md, *Kept keys*).
+DEFAULT_KEPT_KEYS = 128
 #: With `feature_map="auto"`, `calibrate` chooses one of these per key head; before that all heads have the first.
 AUTO_MAPS = ("hyperbolic", "trigonometric")
 
@@ -99,11 +102,12 @@ class RFAConfig:
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
-    kept_keys: int = _help(
+    kept_keys: int | None = _help(
         "Far keys that each linear key head goes on seeing exactly: those that took the largest share of attention, "
         "chosen anew each time a chunk leaves the window (layers that see both sides: once, by queries from all over "
-        "the text). All others go through the features. Needs a window. `hf_rfa.kept_tokens` shows which they are.",
-        0,
+        "the text). All others go through the features. Needs a window: by default 128, and 0 if window = 0. "
+        "`hf_rfa.kept_tokens` shows which they are.",
+        None,
     )
     head_kept_keys: HeadNumbers = _help(
         "Other numbers of kept keys for some key heads, as {(layer, key_head): number}: heads differ a lot in how "
@@ -148,7 +152,8 @@ class RFAConfig:
         check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
         check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
         check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
-        check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
+        if self.kept_keys is not None:
+            check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
         if (self.kept_keys or self.head_kept_keys) and not self.window:
             raise ConfigError(
                 "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
@@ -193,16 +198,23 @@ class RFAConfig:
         """Number of random features per key head of one layer."""
         return dict(self.layer_features or ()).get(layer, self.num_features)
 
+    @property
+    def usual_kept_keys(self) -> int:
+        """The number of kept keys of the heads that `head_kept_keys` does not name."""
+        if self.kept_keys is None:
+            return DEFAULT_KEPT_KEYS if self.window else 0
+        return self.kept_keys
+
     def kept_of(self, layer: int, key_heads: int) -> int | tuple[int, ...]:
         """The number of kept keys of one layer, or that of each of its key heads where they differ."""
         others = dict(self.head_kept_keys or ())
-        numbers = tuple(others.get((layer, head), self.kept_keys) for head in range(key_heads))
+        numbers = tuple(others.get((layer, head), self.usual_kept_keys) for head in range(key_heads))
         return numbers if len(set(numbers)) > 1 else numbers[0]
 
     @property
-    def keeps_keys(self) -> bool:
-        """Whether any head keeps far keys."""
-        return self.kept_keys > 0 or any(number for _, number in self.head_kept_keys or ())
+    def most_kept_keys(self) -> int:
+        """The largest number of keys that any head keeps."""
+        return max([self.usual_kept_keys, *(number for _, number in self.head_kept_keys or ())])
 
     def omega_rows(self, layer: int) -> int:
         """Number of rows of omega per key head of one layer."""
@@ -220,8 +232,9 @@ class RFAConfig:
         return layer in self.layers
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary with the format version."""
+        """A JSON-ready dictionary with the format version; a default that may change is written as its value."""
         values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        values["kept_keys"] = self.usual_kept_keys
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -245,4 +258,4 @@ class RFAConfig:
                 f"Unknown fields in the saved config: {unknown}. Known ones: {sorted(known)}. Remove them or save "
                 "the model again."
             )
-        return cls(**values)
+        return cls(**{"kept_keys": 0, **values})  # files of versions before kept keys do not name them

@@ -66,7 +66,8 @@ def tiny_model(softmax_heads: int):
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     heads = [(number % LAYERS, number // LAYERS) for number in range(softmax_heads)]
-    rfa = hf_rfa.RFAConfig(feature_map="positive", alpha=0.5, softmax_heads=heads)
+    # No kept keys, which sequence parallelism does not hand on from process to process.
+    rfa = hf_rfa.RFAConfig(feature_map="positive", alpha=0.5, softmax_heads=heads, kept_keys=0)
     return hf_rfa.convert(LlamaForCausalLM(config), rfa, calibrate=False).train()
 
 

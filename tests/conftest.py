@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.dtest.globs.clear()
 
 
+@pytest.fixture(autouse=True)
+def no_kept_keys_by_default(request, monkeypatch) -> None:
+    """Tests keep keys where they say so: of texts as short as theirs the default, 128, would leave nothing far.
+
+    Tests of the default itself are marked `default_kept_keys`; examples and commands have it, too.
+    """
+    if request.node.get_closest_marker("default_kept_keys") is None:
+        monkeypatch.setattr(hf_rfa.config, "DEFAULT_KEPT_KEYS", 0)
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A Llama with its weights as they are drawn, for which texts end; the same one every time."""

@@ -18,7 +18,7 @@ def test_defaults():
         "omega": "sphere",
         "window": 64,
         "sink_tokens": 4,
-        "kept_keys": 0,
+        "kept_keys": None,
         "head_kept_keys": None,
         "softmax_heads": None,
         "loss_budget": 0.005,
@@ -29,6 +29,26 @@ def test_defaults():
         "gamma": 1.0,
         "gate": False,
     }
+
+
+@pytest.mark.default_kept_keys
+def test_the_default_number_of_kept_keys_is_128_where_there_is_a_window():
+    assert (RFAConfig().kept_of(0, 2), RFAConfig().most_kept_keys) == (128, 128)
+    assert RFAConfig(window=0, sink_tokens=0).most_kept_keys == 0
+    assert RFAConfig(kept_keys=0).most_kept_keys == 0
+    heads = RFAConfig(head_kept_keys={(1, 0): 512})
+    assert (heads.kept_of(1, 2), heads.kept_of(0, 2), heads.most_kept_keys) == ((512, 128), 128, 512)
+    assert dataclasses.replace(RFAConfig(), window=0, sink_tokens=0).most_kept_keys == 0
+    with pytest.raises(ConfigError, match="needs a window"):
+        RFAConfig(window=0, sink_tokens=0, kept_keys=128)
+
+
+@pytest.mark.default_kept_keys
+def test_a_saved_config_holds_the_number_and_not_the_default():
+    saved = RFAConfig().to_dict()
+    assert saved["kept_keys"] == 128
+    del saved["kept_keys"]  # a file from before kept keys
+    assert RFAConfig.from_dict(saved).most_kept_keys == 0
 
 
 def test_every_field_says_what_it_is():
@@ -171,8 +191,9 @@ def test_a_config_survives_json(config):
     saved = json.loads(json.dumps(config.to_dict()))
     assert saved["format_version"] == FORMAT_VERSION
     loaded = RFAConfig.from_dict(saved)
-    assert loaded == config
-    assert hash(loaded) == hash(config)  # lists came back as tuples
+    said = dataclasses.replace(config, kept_keys=config.most_kept_keys)  # the default is saved as its value
+    assert loaded == said
+    assert hash(loaded) == hash(said)  # lists came back as tuples
     assert loaded.to_dict() == config.to_dict()
 
 

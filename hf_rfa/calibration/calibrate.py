@@ -108,8 +108,7 @@ def _calibrate(model: nn.Module, batches: list[ModelInput], plant_repeats: bool)
         for head, row in enumerate(_silent(rows) if layer in silenced else rows)
     ]
     tokens = int(next(iter(fits.values())).totals[1])
-    most = max([config.kept_keys, *(number for _, number in config.head_kept_keys or ())])
-    seen = {"window": config.window, "sink_tokens": config.sink_tokens, "kept_keys": most}
+    seen = {"window": config.window, "sink_tokens": config.sink_tokens, "kept_keys": config.most_kept_keys}
     report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced, **seen)
     store_report(base, report)
     return report

@@ -120,7 +120,7 @@ def compare(
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
-        if settings.conversion.keeps_keys:
+        if settings.conversion.most_kept_keys:
             comparison.kept = hf_rfa.kept_tokens(models[LINEAR], tokens.prompt(tokens.longest))
 
         for context in speed_contexts:

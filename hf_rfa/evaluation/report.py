@@ -126,7 +126,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 def markdown(comparison: Comparison) -> str:
     """The text of report.md."""
     settings, environment, conversion = comparison.settings, comparison.environment, comparison.settings.conversion
-    heads = comparison.softmax_heads
+    heads, kept = comparison.softmax_heads, conversion.most_kept_keys
     parts = [
         "# hf_rfa compare",
         f"{source_name(settings.model)} ({comparison.parameters:,} parameters) on {source_name(settings.data)}; "
@@ -136,8 +136,8 @@ def markdown(comparison: Comparison) -> str:
             tokens=f"{comparison.eval_tokens:,}",
             window=conversion.window,
             seen=seen_exactly(conversion.window, conversion.sink_tokens),
-            kept=f"keeps up to {conversion.kept_keys} far keys per key head and " if conversion.kept_keys else "",
-            others="other " if conversion.kept_keys else "",
+            kept=f"keeps up to {kept} far keys per key head and " if kept else "",
+            others="other " if kept else "",
             features=conversion.num_features,
             feature_map=conversion.feature_map,
             heads=len(heads),

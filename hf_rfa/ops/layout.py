@@ -38,6 +38,7 @@ class Plan:
         placed: (R, N) whether a token has one; padding and the documents that are left out have none.
         count: (R,) tokens of the row's last document seen after the call, on the CPU.
         identity: Whether the aligned sequence begins with the source itself, so that no gather is needed.
+        history: Whether the source begins with the 2C near slots of a state.
         regular: (n,) whether, in every row, a chunk and the one before it are full, of one document and behind its
             first two chunks: all such chunks have the same mask.
     """
@@ -54,6 +55,7 @@ class Plan:
     placed: torch.Tensor
     count: torch.Tensor
     identity: bool
+    history: bool
     regular: tuple[bool, ...]
 
     @functools.cached_property
@@ -265,6 +267,7 @@ def _make_plan(documents: Documents, seen: np.ndarray, spec: PlanSpec, device: t
         put(placed),
         torch.from_numpy((before + documents.length)[documents.last]),
         identity=rows == 1 and bool(placed.all()) and bool((place[0] == np.arange(documents.slots)).all()),
+        history=spec.history,
         regular=(False, *alike.all(0).tolist()),
     )
 

@@ -37,7 +37,7 @@ def converted_forward(model: Any, own: Callable[..., Any], *args: Any, **kwargs:
     _refuse_tracing(model)
     refuse_attention_weights(model, named)
     refuse_shared_keys(named)
-    if record.config.keeps_keys and isinstance(kwargs.get("logits_to_keep"), int) and model.base_model is model:
+    if record.config.most_kept_keys and isinstance(kwargs.get("logits_to_keep"), int) and model.base_model is model:
         # Gemma 4 would ask the layers that share keys for these tokens alone, whose kept keys all queries decide; what
         # the head is asked for is its own affair.
         kwargs["logits_to_keep"] = 0

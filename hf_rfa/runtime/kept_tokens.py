@@ -213,7 +213,7 @@ def _heads_of(layer: RFACacheLayer, whole: RFAState) -> Iterator[KeptHead]:
 
 def _over_text(model: nn.Module, input_ids: Any) -> KeptTokens:
     config, base = conversion_config(model), base_model(model)
-    if not config.keeps_keys:
+    if not config.most_kept_keys:
         raise UnsupportedModelError(
             f"This {type(base).__name__} keeps no far keys: it was converted with kept_keys=0. Convert it with "
             "RFAConfig(kept_keys=K)."

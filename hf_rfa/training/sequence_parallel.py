@@ -65,10 +65,10 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup) -> Iterator[No
         raise ConfigError(
             "Sequence parallelism needs an exact window. Got window=0. Convert with RFAConfig(window=64)."
         )
-    if adapters[0].config.keeps_keys:
+    if adapters[0].config.most_kept_keys:
         raise ConfigError(
             "Which far keys are kept is decided chunk after chunk, and sequence parallelism cannot hand that on from "
-            f"process to process yet. Got kept_keys={adapters[0].config.kept_keys}. Convert with "
+            f"process to process yet. Got kept_keys={adapters[0].config.most_kept_keys}. Convert with "
             "RFAConfig(kept_keys=0, head_kept_keys=None), or use one process per document."
         )
     with intercept(Interception(shards={adapter: Shard(adapter, group) for adapter in adapters})):

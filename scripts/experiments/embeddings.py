@@ -35,8 +35,9 @@ def main() -> None:
     tokenizer, original = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     original.config.attention_probs_dropout_prob = 0.0
     config = hf_rfa.RFAConfig(
-        feature_map=options.feature_map, num_features=options.num_features, window=options.window, softmax_heads=0.5
-    )
+        feature_map=options.feature_map, num_features=options.num_features, window=options.window, softmax_heads=0.5,
+        kept_keys=0,
+    )  # fmt: skip
     model = hf_rfa.convert(copy.deepcopy(original), config, calibrate=texts(tokenizer, options.data, "train"))
     report = hf_rfa.calibration_report(model)
     held_out = texts(tokenizer, options.data, "validation")

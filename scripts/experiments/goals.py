@@ -42,7 +42,7 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     config = hf_rfa.RFAConfig(
         feature_map=options.feature_map, num_features=options.num_features, window=options.window,
-        softmax_heads=options.share, sink_tokens=4 if options.window else 0,
+        softmax_heads=options.share, sink_tokens=4 if options.window else 0, kept_keys=0,
     )  # fmt: skip
     text: Any = True
     if not options.own_text:

@@ -99,7 +99,7 @@ def convert(model: PreTrainedModel, text: torch.Tensor, options: Options) -> Pre
         costs_of = hf_rfa.head_costs(model, text, ways, draws=2)
         kept = set(map(tuple, exact(model)))
         linear = {number: {h: c for h, c in costs.items() if h not in kept} for number, costs in costs_of.items()}
-        hf_rfa.set_kept_keys(model, 0, spend(linear, config.kept_keys))
+        hf_rfa.set_kept_keys(model, 0, spend(linear, config.usual_kept_keys))
     return model
 
 

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     given = options.conversion
     config = hf_rfa.RFAConfig(  # made anew: the omega of the default's map is not that of any other map
         feature_map=given.feature_map, num_features=given.num_features, layer_features=given.layer_features,
-        window=given.window, sink_tokens=4 if given.window else 0,
+        window=given.window, sink_tokens=4 if given.window else 0, kept_keys=0,
     )  # fmt: skip
     results: dict[str, Any] = {"config": config.to_dict(), "options": options.to_dict()}
     results["original"] = figures(measure, original, original, held_out)

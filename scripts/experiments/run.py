@@ -157,6 +157,7 @@ def make(
     config = hf_rfa.RFAConfig(
         feature_map=run["feature_map"] or "hyperbolic", num_features=run["num_features"] or 1, window=run["window"],
         sink_tokens=4 if run["window"] else 0, softmax_heads=run["softmax_heads"], gamma=0.0 if bare else 1.0,
+        kept_keys=0,  # the study is about features; `kept_keys.py` is about kept keys
     )  # fmt: skip
     model, seconds = hf_rfa.convert(copy.deepcopy(original), config, calibrate=False), {}
 

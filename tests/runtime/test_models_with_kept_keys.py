@@ -325,8 +325,9 @@ def test_a_saved_model_keeps_the_same_keys(tmp_path, config):
     assert_close(rest_of(loaded, cache, ids, 50), whole(model, ids)[:, 50:], atol=5e-5, rtol=0)
 
 
+@pytest.mark.default_kept_keys
 def test_a_folder_from_before_kept_keys_loads(tmp_path):
-    model = converted(softmax_heads=[(1, 0)], calibrate=token_ids(2, 120))
+    model = converted(kept_keys=0, softmax_heads=[(1, 0)], calibrate=token_ids(2, 120))
     hf_rfa.save_pretrained(model, tmp_path)
     removed = []
     for path in tmp_path.glob("*.json"):

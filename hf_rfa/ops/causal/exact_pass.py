@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass
-from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.chunks import take
 from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.state import RFAState
@@ -97,55 +96,71 @@ class _ExactPass:
     """Goes through the chunks in order; logits are in base 2, since powers of two take a third of the time of exp.
 
     The keys and values that a chunk sees lie in tables `[kept | sinks | one chunk | the other chunk]` of W slots:
-    chunks alternate between the last two places, so that chunk i overwrites chunk i - 2.
+    chunks alternate between the last two places, so that chunk i overwrites chunk i - 2. What else is known of a key
+    is one column of `entries`: index, position, |v|, and the attention from each of the G query heads. Integers and
+    floats lie in one tensor, the latter by their bits, so that keys are joined and chosen in one operation each.
     """
 
     def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
         inputs, plan, size = chunked.inputs, chunked.plan, chunked.chunk
-        assert inputs.kept_key is not None
-        assert inputs.kept_value is not None
+        kept = inputs.kept_key, inputs.kept_value
+        assert kept[0] is not None
+        assert kept[1] is not None
         self.chunked, self.plan, self.wide = chunked, plan, inputs.wide
-        self.count, self.heads, self.sinks = inputs.kept_key.shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
-        self.pools = Pool(inputs.kept_key, inputs.key), Pool(inputs.kept_value, inputs.value)
-        self.index = torch.arange(self.count, device=position.device).expand_as(position)
-        self.position = torch.where(self._rows(plan.segment_ids[:, :1] == 0), position, -1)
+        self.count, self.heads, self.sinks = kept[0].shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
         width = self.count + self.sinks + 2 * size
         # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
-        self.tables = [inputs.kv_state.new_zeros(width, len(position), pool.shape[-1]) for pool in self.pools]
-        missing = plan.token_mask[0].numel() - inputs.value.shape[2]
-        norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
-        lengths = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
-        # Per kept key, and per token of each chunk: the attention from each of the G query heads, and |v|.
-        numbers = torch.cat([mass, lengths.unsqueeze(1)], dim=1)
-        self.numbers, tokens = numbers[..., : self.count], numbers[..., self.count :]
-        self.tokens = tokens.unflatten(2, (-1, size))
+        self.tables = [inputs.kv_state.new_zeros(width, len(position), of_state.shape[-1]) for of_state in kept]
+        for table, of_state in zip(self.tables, kept, strict=True):
+            table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
         slots = torch.arange(size, device=position.device)
         rival = plan.token_mask & ((plan.rank > 0).unsqueeze(-1) | (slots >= self.sinks))
         places = torch.where(rival, plan.rank.unsqueeze(-1) * size + slots, -1)
-        self.places = self._rows(places).expand(len(position), -1, -1)
+        self.entries, self.tokens = self._entries(position, self._rows(places), mass)
         self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
+        self.all_asked = plan.asked.all(-1).all(0).tolist()
         self.counted = self._counted(slots)
-        shape = len(position), size
-        self._nothing = position.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=position.device)
+        nothing = position.new_zeros(len(position), size)
+        self._nothing = nothing, torch.zeros_like(nothing, dtype=torch.bool)
         self._all = torch.ones_like(self._nothing[1])
-        self._slots = (self.count + torch.arange(self.places[0].numel(), device=position.device)).view(1, -1, size)
         self._ends = self._rows((plan.rank + 1) * size)
         self._advances, self._begins = self._rows(plan.boundaries.advances), self._rows(plan.boundaries.begins)
-        self.full, self._there = False, self.position >= 0
-        self._masks: dict[int, torch.Tensor] = {}
-        self._take()
+        self._places = torch.arange(len(position), device=position.device)
+        self._slot = torch.arange(self.count + size, device=position.device)
+        self.full, self._masks = False, dict[int, torch.Tensor]()
+        self._look()
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """(R, ...) expanded to (1 or A, ...)."""
         return x.repeat_interleave(self.heads, 0) if len(x) > 1 else x
 
-    def _take(self) -> None:
-        """Write the kept keys and values to their slots."""
-        rows = self.pools[0].rows(self.index)
-        for pool, table in zip(self.pools, self.tables, strict=True):
-            pool.put(rows, table[: self.count])
+    def _entries(
+        self, position: torch.Tensor, places: torch.Tensor, mass: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`entries` of the kept keys (A, G + 3, K), and of the tokens (A, n, G + 3, C)."""
+        inputs, (count, size) = self.chunked.inputs, (self.count, places.shape[2])
+        assert inputs.kept_value is not None
+        bits = torch.int32 if self.wide == torch.float32 else torch.int64
+        rows, chunks = len(position), places.shape[1]
+        position = torch.where(self._rows(self.plan.segment_ids[:, :1] == 0), position, -1)
+        index = torch.arange(count + chunks * size, device=position.device).expand(rows, -1)
+        numbers = torch.cat([position, places.flatten(1).expand(rows, -1)], dim=1)
+        norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
+        missing = chunks * size - inputs.value.shape[2]
+        length = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
+        floats = torch.cat([length.unsqueeze(1), mass], dim=1).view(bits)
+        whole = torch.cat([torch.stack([index, numbers], dim=1).to(bits), floats], dim=1)
+        tokens = whole[:, :, count:].unflatten(2, (chunks, size)).transpose(1, 2)
+        return whole[:, :, :count].contiguous(), tokens.contiguous()
+
+    def _floats(self, entries: torch.Tensor) -> torch.Tensor:
+        """(..., G + 1, L): |v|, and the attention from each query head."""
+        return entries.view(self.wide)[..., 2:, :]
+
+    def _look(self) -> None:
+        """Whether each place holds a kept key, once all do for good."""
         if not self.full:
-            self._there = self.position >= 0
+            self._there = self.entries[:, 1] >= 0
             self.full = bool(self._there.all())
 
     def _counted(self, slots: torch.Tensor) -> torch.Tensor:
@@ -157,7 +172,7 @@ class _ExactPass:
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """The fields of `Choice`."""
-        near = self.asked.new_empty(*self.places.shape[:2], self.asked.shape[2], self.pools[1].shape[-1])
+        near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self.tables[1].shape[-1])
         near_log, lists = near.new_empty(near.shape[:-1]), []
         for span in self.chunked.spans():
             query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
@@ -165,11 +180,12 @@ class _ExactPass:
             for i, chunk in enumerate(range(span.start, span.stop)):
                 self._enter(chunk)
                 near_log[:, chunk] = self._attend(query[:, i], chunk, near[:, chunk])
-                lists.append((self.index, self._there, *self._advance(chunk)))
-        last = torch.where(self.position >= 0, self.index, -1)
-        mass = torch.cat([self.numbers, self.tokens.flatten(2)], dim=2)[:, :-1]
-        stacked = [torch.stack(x, dim=1) for x in zip(*lists, strict=True)]
-        return *stacked, near, near_log.mul_(LN2), last, mass
+                lists.append((self.entries[:, 0], self._there, *self._advance(chunk)))
+        index, there, evicted, evicted_mask = (torch.stack(x, dim=1) for x in zip(*lists, strict=True))
+        last = torch.where(self.entries[:, 1] >= 0, self.entries[:, 0], -1).long()
+        mass = [self._floats(self.entries), self._floats(self.tokens).transpose(1, 2).flatten(2)]
+        mass = torch.cat(mass, dim=2)[:, 1:]
+        return index.long(), there, evicted.long(), evicted_mask, near, near_log.mul_(LN2), last, mass
 
     def _enter(self, chunk: int) -> None:
         """Write a chunk and its sinks to their slots."""
@@ -178,7 +194,8 @@ class _ExactPass:
         for table, tokens, sinks in zip(self.tables, (inputs.key, inputs.value), self.chunked.sink_rows, strict=True):
             own = tokens.flatten(0, 1)[:, chunk * size : (chunk + 1) * size].transpose(0, 1)
             table[first : first + len(own)] = own  # leftovers of an older chunk behind it are masked
-            table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
+            if not (chunk and self.plan.regular[chunk] and self.plan.regular[chunk - 1]):  # else they are the same
+                table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
 
     def _mask(self, chunk: int) -> torch.Tensor:
         """(1 or A, R, W): 0 where a query of the chunk sees a slot, else -inf."""
@@ -189,7 +206,7 @@ class _ExactPass:
         sinks, before, _, own = near.split([self.sinks, self.chunked.chunk] * 2, dim=-1)
         kept = near.new_zeros(1, 1, self.count)
         if not self.full:
-            kept = near.new_zeros(self.position.shape).masked_fill_(self.position < 0, -torch.inf).unsqueeze(1)
+            kept = near.new_zeros(self._there.shape).masked_fill_(~self._there, -torch.inf).unsqueeze(1)
         parts = [kept, sinks, before, own] if chunk % 2 else [kept, sinks, own, before]
         rows = max(len(part) for part in parts)
         mask = torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
@@ -211,16 +228,16 @@ class _ExactPass:
         if self.chunked.inputs.sink_logits is not None:
             share = 1 / (total + (self._sink_logits() - highest).exp2_())
         first, size = self.count + self.sinks, self.chunked.chunk
-        weights[:, :, first:] *= self.counted[chunk % 2]
+        weights[:, :, first:].mul_(self.counted[chunk % 2])
         # Each query head separately.
-        asked = (share * self.asked[:, chunk]).view(-1, 1, size)
+        asked = (share if self.all_asked[chunk] else share * self.asked[:, chunk]).view(-1, 1, size)
         given = torch.bmm(asked, weights.view(-1, size, weights.shape[2])).view(len(query), -1, weights.shape[2])
-        self.numbers[:, :-1] += given[..., : self.count]
-        one, other = given[..., first : first + size], given[..., first + size :]
+        kept, _, one, other = given.split([self.count, self.sinks, size, size], dim=2)
         own, before = (other, one) if chunk % 2 else (one, other)
-        self.tokens[:, :-1, chunk] += own
+        self._floats(self.entries)[:, 1:].add_(kept)
+        self._floats(self.tokens[:, chunk])[:, 1:].add_(own)
         if chunk:
-            self.tokens[:, :-1, chunk - 1] += before
+            self._floats(self.tokens[:, chunk - 1])[:, 1:].add_(before)
         return log
 
     def _sink_logits(self) -> torch.Tensor:
@@ -228,7 +245,7 @@ class _ExactPass:
         logits = self.chunked.inputs.sink_logits
         assert logits is not None
         rows = logits.repeat_interleave(self.chunked.chunk, dim=1) * LOG2E
-        return rows.repeat(len(self.position) // len(rows), 1)
+        return rows.repeat(len(self.entries) // len(rows), 1)
 
     def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key."""
@@ -237,30 +254,38 @@ class _ExactPass:
             self._begin(chunk)
             return self._nothing
         before = max(chunk - 1, 0)
-        leaving, advances = self.places[:, before], self._advances[:, chunk : chunk + 1]
         ordinary = self.full and chunk > 0 and boundaries.all_advance[before] and boundaries.all_advance[chunk]
+        whole, advances = torch.cat([self.entries, self.tokens[:, before]], dim=2), self._advances[:, chunk, None]
+        position, floats = whole[:, 1], self._floats(whole)
         if not chunk or not boundaries.all_advance[before]:  # nothing is evicted where a document has just begun
-            leaving = leaving.masked_fill(~self._advances[:, before : before + 1] if chunk else leaving > -2, -1)
-        index = torch.cat([self.index, self._slots[:, before].expand_as(leaving)], dim=1)
-        position = torch.cat([self.position, leaving], dim=1)
-        numbers = torch.cat([self.numbers, self.tokens[:, :, before]], dim=2)
-        score = kept_keys.scores(numbers[:, :-1], numbers[:, -1], position, self._ends[:, chunk : chunk + 1], window)
+            leaving = position[:, self.count :]
+            leaving.masked_fill_(~self._advances[:, before, None] if chunk else leaving > -2, -1)
+        score = kept_keys.scores(floats[:, 1:], floats[:, 0], position, self._ends[:, chunk, None], window)
         if not boundaries.all_advance[chunk]:  # other rows do not change
-            still = torch.arange(score.shape[1], device=score.device) < self.count
+            still = self._slot < self.count
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
-            position = torch.where(advances | still, position, -1)
+            position.masked_fill_(~(advances | still), -1)
         going, staying = kept_keys.split(score, self.count, all_keys=ordinary)
-        evicted = index.gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
-        self.index, self.position = index.gather(1, staying), position.gather(1, staying)
-        self.numbers = numbers.gather(2, staying.unsqueeze(1).expand(-1, numbers.shape[1], -1))
+        evicted = whole[:, 0].gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
+        self.entries = whole.gather(2, staying.unsqueeze(1).expand(-1, whole.shape[1], -1))
+        self._move(staying, before)
         self._begin(chunk)
-        self._take()
+        self._look()
         return evicted
+
+    def _move(self, staying: torch.Tensor, before: int) -> None:
+        """Write the keys and values `staying` (A, K), of the kept ones and those of chunk `before`, to their slots."""
+        shift = self.sinks + before % 2 * self.chunked.chunk
+        slots = torch.where(staying < self.count, staying, staying + shift)
+        rows = (slots * len(staying) + self._places.unsqueeze(1)).T.flatten()
+        for table in self.tables:  # they are still in the CPU's cache, unlike the call's keys and values
+            table[: self.count].view(-1, table.shape[2]).copy_(table.view(-1, table.shape[2]).index_select(0, rows))
 
     def _begin(self, chunk: int) -> None:
         """Forget everything in rows where the next chunk belongs to another document."""
         if self.plan.boundaries.any_begins[chunk]:
-            begins = self._begins[:, chunk : chunk + 1]
-            self.position = self.position.masked_fill(begins, -1)
-            self.numbers = self.numbers.masked_fill(begins.unsqueeze(1), 0.0)
-            self.full, self._there = False, self.position >= 0
+            begins = self._begins[:, chunk, None]
+            self.entries[:, 1].masked_fill_(begins, -1)
+            self._floats(self.entries)[:, 1:].masked_fill_(begins.unsqueeze(1), 0.0)
+            self.full = False
+            self._there = self.entries[:, 1] >= 0

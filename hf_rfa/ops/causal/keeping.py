@@ -32,7 +32,7 @@ def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: R
     there, index = choice.last >= 0, choice.last.clamp_min(0)
 
     def taken(of_state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        rows = Pool(of_state, tokens).take(index.unsqueeze(1)).squeeze(1)
+        rows = Pool(of_state, tokens, plan.history).take(index.unsqueeze(1)).squeeze(1)
         return rows.masked_fill(~there.unsqueeze(-1), 0.0).unflatten(0, (batch, heads))
 
     chunk = plan.token_mask.shape[-1]

@@ -266,7 +266,8 @@ class ChunkedPass:
             return None
         assert inputs.kept_key is not None
         assert inputs.kept_value is not None
-        return Pool(inputs.kept_key, inputs.key), Pool(inputs.kept_value, inputs.value)
+        continues = self.plan.history
+        return Pool(inputs.kept_key, inputs.key, continues), Pool(inputs.kept_value, inputs.value, continues)
 
     def _kept_rows(self, span: slice) -> KeptRows | None:
         inputs = self.inputs

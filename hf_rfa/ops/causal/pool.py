@@ -10,48 +10,38 @@ import torch
 class Pool:
     """Keys or values of a call, looked up by index."""
 
-    def __init__(self, of_state: torch.Tensor, tokens: torch.Tensor) -> None:
-        """of_state (B, Hk, K, D), tokens (B, Hk, T, D)."""
-        whole = torch.cat([of_state, tokens], dim=2)
-        self.shape = whole.shape
-        self._rows = whole.view(-1, whole.shape[-1])
-        self._starts = torch.arange(whole.shape[0] * whole.shape[1], device=whole.device) * whole.shape[2]
+    def __init__(self, of_state: torch.Tensor, tokens: torch.Tensor, continues: bool) -> None:
+        """of_state (B, Hk, K, D), tokens (B, Hk, T, D); `continues`: whether the call continues a state."""
+        # A new state has no kept keys, and tokens that need not follow its K empty places need not be copied.
+        whole = torch.cat([of_state, tokens], dim=2) if continues else tokens
+        self.shape, self.first = whole.shape, 0 if continues else of_state.shape[2]
+        self._rows = whole.reshape(-1, whole.shape[-1])
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows (A, n, L, D) at `index` (A, n, L)."""
-        return self._rows.index_select(0, pool_rows(index, self.shape)).view(*index.shape, self.shape[-1])
+        """The rows (A, n, L, D) at `index` (A, n, L); any at the empty places of a new state."""
+        return self._rows.index_select(0, self.rows(index)).view(*index.shape, self.shape[-1])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """`index` (A, L) as row numbers (L * A) over all pools of this length, for `put`."""
-        return (index.T + self._starts).flatten()
-
-    def put(self, rows: torch.Tensor, target: torch.Tensor) -> None:
-        """Write the `rows` (L * A) to `target` (L, A, D), which is contiguous."""
-        flat = target.view(-1, target.shape[-1])
-        if target.dtype == self._rows.dtype:
-            torch.index_select(self._rows, 0, rows, out=flat)
-        else:
-            flat.copy_(self._rows.index_select(0, rows))
+        """`index` (A, n, L) as row numbers (A * n * L) over all pools."""
+        starts = torch.arange(len(index), device=index.device) * self.shape[2]
+        within = (index - self.first).clamp_min_(0) if self.first else index
+        return (within + starts.view(-1, 1, 1)).flatten()
 
 
 class PoolGradient:
     """The gradient of a pool's rows, accumulated block by block."""
 
     def __init__(self, pool: Pool, dtype: torch.dtype) -> None:
-        self._shape = pool.shape
+        self._pool = pool
         self._rows = pool._rows.new_zeros(pool._rows.shape, dtype=dtype)
 
     def add(self, index: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add gradients (A, n, L, D) of the rows at `index` (A, n, L)."""
-        self._rows.index_add_(0, pool_rows(index, self._shape), gradient.flatten(0, 2))
+        """Add gradients (A, n, L, D) of the rows at `index` (A, n, L); those of empty places are zero."""
+        self._rows.index_add_(0, self._pool.rows(index), gradient.flatten(0, 2))
 
     def split(self, kept_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the state's kept keys (B, Hk, K, D) and of the tokens (B, Hk, T, D)."""
-        whole = self._rows.view(self._shape)
+        whole = self._rows.view(self._pool.shape)
+        if self._pool.first:
+            return whole.new_zeros(*whole.shape[:2], kept_keys, whole.shape[3]), whole
         return whole[:, :, :kept_keys], whole[:, :, kept_keys:]
-
-
-def pool_rows(index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`index` (A, n, L), one pool of `shape` (B, Hk, K + T, D) each, as row numbers (A * n * L) over all pools."""
-    starts = torch.arange(len(index), device=index.device) * shape[2]
-    return (index + starts.view(-1, 1, 1)).flatten()
