@@ -103,9 +103,9 @@ class _ExactPass:
 
     def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
         inputs, plan, size = chunked.inputs, chunked.plan, chunked.chunk
+        assert inputs.kept_key is not None
+        assert inputs.kept_value is not None
         kept = inputs.kept_key, inputs.kept_value
-        assert kept[0] is not None
-        assert kept[1] is not None
         self.chunked, self.plan, self.wide = chunked, plan, inputs.wide
         self.count, self.heads, self.sinks = kept[0].shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
         width = self.count + self.sinks + 2 * size
@@ -183,8 +183,8 @@ class _ExactPass:
                 lists.append((self.entries[:, 0], self._there, *self._advance(chunk)))
         index, there, evicted, evicted_mask = (torch.stack(x, dim=1) for x in zip(*lists, strict=True))
         last = torch.where(self.entries[:, 1] >= 0, self.entries[:, 0], -1).long()
-        mass = [self._floats(self.entries), self._floats(self.tokens).transpose(1, 2).flatten(2)]
-        mass = torch.cat(mass, dim=2)[:, 1:]
+        floats = self._floats(self.entries), self._floats(self.tokens).transpose(1, 2).flatten(2)
+        mass = torch.cat(floats, dim=2)[:, 1:]
         return index.long(), there, evicted.long(), evicted_mask, near, near_log.mul_(LN2), last, mass
 
     def _enter(self, chunk: int) -> None:

@@ -145,7 +145,10 @@ class _Backward:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.sink_key, self.sink_value = sink_key.zero_().flatten(0, 1), sink_value.zero_().flatten(0, 1)
         self.sink_rows = [torch.zeros_like(rows) for rows in chunked.sink_rows]
-        self.pools = None if chunked.pools is None else [PoolGradient(pool, inputs.wide) for pool in chunked.pools]
+        self.pools: list[PoolGradient] | None = None
+        if chunked.pools is not None:
+            pairs = zip(chunked.pools, (self.key, self.value), strict=True)
+            self.pools = [PoolGradient(pool, inputs.wide, tokens) for pool, tokens in pairs]
         self.far_decay = None if inputs.far_decay is None else torch.zeros_like(inputs.far_decay)
         self.decay = None if inputs.decay is None else torch.zeros_like(inputs.decay).flatten(0, 1)
         self.logits = None if inputs.sink_logits is None else torch.zeros_like(inputs.sink_logits)
@@ -199,8 +202,9 @@ class _Backward:
         else:
             key = F.pad(key, (0, 0, 0, 0, 1, 0))  # for the chunk before the block's own
         chunked.put(self.query, query, span)
-        chunked.put_keys(self.key, key, span)
-        chunked.put_keys(self.value, gradients.value, span)
+        begun = [False] * 2 if self.pools is None else [pool.shared for pool in self.pools]
+        chunked.put_keys(self.key, key, span, begun[0])
+        chunked.put_keys(self.value, gradients.value, span, begun[1])
         if self.decay is not None and gradients.decay is not None and gradients.log_max is not None:
             first = max(span.start - 1, 0)
             self.decay[:, first : span.stop] += gradients.decay[:, first - span.stop :]
@@ -236,8 +240,7 @@ class _Backward:
         of_kept: list[torch.Tensor | None] = [None, None]
         if self.pools is not None and inputs.kept_key is not None:
             for i, (pool, of_tokens) in enumerate(zip(self.pools, (self.key, self.value), strict=True)):
-                of_kept[i], added = pool.split(inputs.kept_key.shape[2])
-                of_tokens += added.flatten(0, 1)
+                of_kept[i] = pool.finish(of_tokens, inputs.kept_key.shape[2])
         self.kernel["gamma"] = torch.where(alive, self.log_gamma / self.chunked.far.gamma, 0.0)
         flat = (self.key, self.value, self.sink_key, self.sink_value)
         whole = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)

@@ -194,14 +194,18 @@ class ChunkedPass:
         start = span.start * self.chunk
         whole[:, :, :, start : start + tokens.shape[3]] = tokens[:, :, :, : length - start]
 
-    def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice) -> None:
+    def put_keys(self, whole: torch.Tensor, chunks: torch.Tensor, span: slice, begun: bool) -> None:
         """Write a block's gradients of chunks (A, n + 1, C, D), the first before the span, to whole (A, T, D).
 
         Call it from the last block to the first: the following block has already written to this one's last chunk.
+        `begun`: All of `whole` holds a part of the gradient already.
         """
         count, tokens = self.plan.token_mask.shape[1], chunks.flatten(1, 2)
         first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
         low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
+        if begun:
+            whole[:, low:stop] += tokens[:, low - first : stop - first]
+            return
         whole[:, low:written] = tokens[:, low - first : written - first]
         whole[:, written:stop] += tokens[:, written - first : stop - first]
 

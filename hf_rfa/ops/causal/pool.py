@@ -29,19 +29,27 @@ class Pool:
 
 
 class PoolGradient:
-    """The gradient of a pool's rows, accumulated block by block."""
+    """The gradient of a pool's rows, accumulated block by block: where that of the tokens is, if it can be."""
 
-    def __init__(self, pool: Pool, dtype: torch.dtype) -> None:
+    def __init__(self, pool: Pool, dtype: torch.dtype, tokens: torch.Tensor) -> None:
+        """tokens (B * Hk, T, D), contiguous: the gradient of the tokens, which then begins at zero."""
         self._pool = pool
-        self._rows = pool._rows.new_zeros(pool._rows.shape, dtype=dtype)
+        #: Whether what is added goes to `tokens` at once: they are the whole pool, and precise enough for sums.
+        self.shared = pool.first > 0 and tokens.dtype == dtype
+        flat = tokens.view(-1, tokens.shape[-1])
+        self._rows = flat.zero_() if self.shared else pool._rows.new_zeros(pool._rows.shape, dtype=dtype)
 
     def add(self, index: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add gradients (A, n, L, D) of the rows at `index` (A, n, L); those of empty places are zero."""
         self._rows.index_add_(0, self._pool.rows(index), gradient.flatten(0, 2))
 
-    def split(self, kept_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the state's kept keys (B, Hk, K, D) and of the tokens (B, Hk, T, D)."""
-        whole = self._rows.view(self._pool.shape)
+    def finish(self, tokens: torch.Tensor, kept_keys: int) -> torch.Tensor:
+        """Bring `tokens` up to date; the gradient of the state's kept keys (B, Hk, K, D)."""
+        batch, heads, _, dim = self._pool.shape
         if self._pool.first:
-            return whole.new_zeros(*whole.shape[:2], kept_keys, whole.shape[3]), whole
-        return whole[:, :, :kept_keys], whole[:, :, kept_keys:]
+            if not self.shared:
+                tokens += self._rows.view_as(tokens)
+            return tokens.new_zeros(batch, heads, kept_keys, dim)
+        whole = self._rows.view(self._pool.shape)
+        tokens += whole[:, :, kept_keys:].flatten(0, 1)
+        return whole[:, :, :kept_keys]
