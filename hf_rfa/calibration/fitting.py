@@ -9,7 +9,7 @@ from torch import nn
 from hf_rfa.calibration.candidates import Candidate, CandidateSource
 from hf_rfa.calibration.geometry import Geometry
 from hf_rfa.calibration.head_errors import grams_of_heads, output_projection, squared_errors
-from hf_rfa.calibration.parts import attention_parts
+from hf_rfa.calibration.parts import attention_parts, linear_settings
 from hf_rfa.features.maps import optimal_proposal
 from hf_rfa.ops.arguments import far_kernel
 from hf_rfa.ops.call import OperatorCall
@@ -97,19 +97,12 @@ class LayerFit:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout,
         settings: AttentionSettings, run: Candidate,
     ) -> OperatorCall:  # fmt: skip
-        config, (query, key, value) = self.adapter.config, (t.float() for t in (query, key, value))
+        query, key, value = (t.float() for t in (query, key, value))
         kernel = far_kernel(
             query, key.shape[1], omega=run.omega, feature_map=run.feature_map, alpha=run.alpha,
             proposal=self._proposal(run), **vars(run.geometry),
         )  # fmt: skip
-        settings = settings.replace(
-            window=config.window,
-            sink_tokens=config.sink_tokens,
-            kept_keys=self.adapter.kept_keys,
-            softmax_heads=(),
-            sliding_window=None,
-        )
-        return OperatorCall.of(query, key, value, kernel, settings, layout)
+        return OperatorCall.of(query, key, value, kernel, linear_settings(self.adapter, settings), layout)
 
     def _proposal(self, run: Candidate) -> torch.Tensor:
         """A (key_heads,) of the optimal positive features, for queries and keys times alpha."""

@@ -1,4 +1,4 @@
-"""The near and the far part of the operator before they are joined, for `calibrate` to fit how they are joined."""
+"""A layer with every head linear, and its near and far part before they are joined: what `calibrate` fits."""
 
 import torch
 
@@ -7,6 +7,17 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.chunked import CausalPass
 from hf_rfa.ops.chunks import from_chunks
 from hf_rfa.ops.combine import Part
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter
+
+
+def linear_settings(adapter: RFAAdapter, settings: AttentionSettings) -> AttentionSettings:
+    """How a layer attends with every key head linear, made of the settings of its exact call."""
+    config = adapter.config
+    return settings.replace(
+        window=config.window, sink_tokens=config.sink_tokens, kept_keys=adapter.kept_keys, softmax_heads=(),
+        sliding_window=None,
+    )  # fmt: skip
 
 
 def attention_parts(call: OperatorCall) -> tuple[Part | None, Part]:
