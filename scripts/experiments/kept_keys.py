@@ -1,13 +1,16 @@
-"""Kept keys on one model, nothing trained: divergence, greedy tokens, copies and pass keys at a number of bytes.
+"""Kept keys on one model: divergence, greedy tokens, copies and pass keys at a number of bytes.
 
     python scripts/experiments/kept_keys.py --model MODEL --data DATA --output row.json
         [--kept_keys 128] [--exact 0.25] [--per_head] [--window 64] [--feature_map hyperbolic] [--gamma 0]
+        [--transfer_steps 100]
 
 The far kernels are calibrated on one passage of the training split, behind the kept keys. `--exact` keeps that share
 of the key heads as softmax, those that cost most (`hf_rfa.head_costs`). `--per_head` spends as many kept keys as
 `--kept_keys` gives all linear heads together where they lower the cost most. `--gamma 0` leaves the far part out: a
-window with sinks, if no keys are kept either. Measured are passages of the validation split's documents: KL divergence
-from the original and agreement of the greedy tokens (teacher-forced), copy perplexity, and pass keys at 1,024 tokens.
+window with sinks, if no keys are kept either. `--transfer_steps` trains the far kernels behind the kept keys
+(attention transfer, see `recipe.py`, on texts as long as the passages, half of them in a loop) and measures the model
+before (`calibrated` in the row) and after; without it nothing is trained. Measured are passages of the validation
+split's documents: KL divergence from the original and agreement of the greedy tokens (teacher-forced), copy perplexity, and pass keys at 1,024 tokens.
 """
 
 import copy
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -53,6 +57,7 @@ class Options(Settings):
     passages: int = option("Passages of each document of the validation split.", 4, least=1)
     exact: float = option("Share of the key heads that stay softmax.", 0.0, least=0, most=1)
     per_head: bool = option("Let heads keep different numbers of keys, `kept_keys` on average.", False)
+    transfer_steps: int = option("Steps of attention transfer; 0 trains nothing.", 0, least=0)
     conversion: hf_rfa.RFAConfig = part(
         hf_rfa.RFAConfig(),
         only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "gamma", "seed"),
@@ -71,14 +76,26 @@ def main(arguments: list[str]) -> None:
     started = time.process_time()
     model = convert(copy.deepcopy(original), text[None], options)
     row: dict[str, Any] = {"conversion_seconds": time.process_time() - started}
-    row |= fidelity(original, model, passages(documents, options), options.context)
-    filler = torch.cat([ids[SKIPPED:] for ids in documents])
-    first = tokenizer.bos_token_id
-    for name, each in (("original", original), ("converted", model)):
-        row[f"copy_300_{name}"] = copy_perplexity(each, filler, gap=300, first_token=first)
+    texts, filler = passages(documents, options), torch.cat([ids[SKIPPED:] for ids in documents])
+
+    def measured(name: str, each: PreTrainedModel) -> dict[str, Any]:
+        first = tokenizer.bos_token_id
+        found: dict[str, Any] = {} if each is original else fidelity(original, each, texts, options.context)
+        found[f"copy_300_{name}"] = copy_perplexity(each, filler, gap=300, first_token=first)
         cells = passkey_retrieval(each, filler, [1024], (0.1, 0.3, 0.5), first_token=first)
-        row[f"passkey_{name}"] = sum(cell.accuracy for cell in cells) / len(cells)
-        row[f"cache_bytes_{name}"] = cache_bytes(each, text)
+        found[f"passkey_{name}"] = sum(cell.accuracy for cell in cells) / len(cells)
+        return found | {f"cache_bytes_{name}": cache_bytes(each, text)}
+
+    row |= measured("original", original)
+    if options.transfer_steps:
+        row["calibrated"] = measured("converted", model)
+        started = time.process_time()
+        recipe.transfer(
+            model, train, options.transfer_steps, seed=options.conversion.seed, tokens=options.context, rows=1,
+            loop_probability=0.5,
+        )  # fmt: skip
+        row["transfer_seconds"] = time.process_time() - started
+    row |= measured("converted", model)
     row["heads"] = exact(model)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"options": options.to_dict(), **row}, indent=1), encoding="utf-8")
