@@ -202,7 +202,7 @@ class _Sequence:
         if self.sink_logits is not None:
             total = total + self.sink_logits.to(total).exp()[..., None, None]
         counts = ~near[:, ranks]
-        mass = (share / total * counts[:, None]).sum((1, 2))
+        mass = (share / total * counts[:, None]).sum(2)
         score = kept_encoder_keys.scores(mass, self.value[0].norm(dim=-1), counts.sum(1))
         kept = kept_encoder_keys.best(score, self.kept_keys)
         return (kept.unsqueeze(-1) == torch.arange(score.shape[1])).any(1).unsqueeze(1)

@@ -10,7 +10,8 @@ of the key heads as softmax, those that cost most (`hf_rfa.head_costs`). `--per_
 window with sinks, if no keys are kept either. `--transfer_steps` trains the far kernels behind the kept keys
 (attention transfer, see `recipe.py`, on texts as long as the passages, half of them in a loop) and measures the model
 before (`calibrated` in the row) and after; without it nothing is trained. Measured are passages of the validation
-split's documents: KL divergence from the original and agreement of the greedy tokens (teacher-forced), copy perplexity, and pass keys at 1,024 tokens.
+split's documents: KL divergence from the original and agreement of the greedy tokens (teacher-forced), copy
+perplexity, and pass keys at 1,024 tokens.
 """
 
 import copy
