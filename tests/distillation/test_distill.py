@@ -153,6 +153,16 @@ def test_padding_and_other_documents_do_not_count_in_the_weight_loss():
     torch.testing.assert_close(sampled_weight_loss(packed, torch.arange(20, 60)), plain)
 
 
+@pytest.mark.parametrize("heads", [None, {(0, 0): 128, (1, 1): 0}])
+def test_keys_that_are_kept_are_not_trained_for(tiny_llama, heads):
+    """Where all keys are kept nothing is estimated, and nothing can be wrong."""
+    model = sharp(tiny_llama, feature_map="hyperbolic", kept_keys=128, head_kept_keys=heads)
+    settings = DistillConfig(steps=1, weight_loss=1.0, sampled_queries=128, progress=False)
+    losses = distill(model, batches(1), settings).losses[0]
+    assert losses[0] < 1e-6
+    assert (losses[1] > 0.1) == (heads is not None)
+
+
 def test_the_weight_loss_moves_weights_to_the_key_that_is_looked_up(tiny_llama):
     """Entropy of softmax is the least cross-entropy there is: training on it alone has to come nearer."""
     model = sharp(tiny_llama, feature_map="hyperbolic")
