@@ -119,7 +119,7 @@ def settle(options: Options, output: Path) -> None:
             raise ConfigError(
                 f"{str(output)!r} holds a run already. Go on with it by resume=true, or choose another `output`."
             )
-        # An option that the version of that run did not have was at its default, and no keys were kept; its strings are
+        # An option that the version of that run did not have was at its default, and no keys were kept. Strings are
         # read.
         saved = json.loads(path.read_text(encoding="utf-8"))
         before = Options.from_dict({"model": "", "output": "", "kept_keys": 0} | saved, source=str(path)).to_dict()

@@ -50,7 +50,8 @@ def run(tiny_llama, tmp_path):
     options = {
         "model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl"), "output": str(tmp_path / "run"),
         "context": 128, "window": 16, "sink_tokens": 2, "num_features": 8, "feature_map": "positive", "steps": 6,
-        "kept_keys": 8, "batches_per_step": 2, "save_every": 2, "evaluate_every": 3, "evaluation_windows": 2, "progress": False,
+        "kept_keys": 8,
+        "batches_per_step": 2, "save_every": 2, "evaluate_every": 3, "evaluation_windows": 2, "progress": False,
         "softmax_heads": "0.25", "resample": "2", "learning_rate": 1e-2, "documents": "packed",
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
