@@ -97,9 +97,9 @@ def test_what_cannot_be_is_said(columns):
     with pytest.raises(ConfigError, match="`columns` must be some of"):
         CompareSettings(model="m", columns=("wide",))
     # One feature of one component and no kept keys: there is nothing to keep a key in place of.
-    least = dict(num_features=1, feature_map="positive", window=16, sink_tokens=2, kept_keys=0)
+    least = {"num_features": 1, "feature_map": "positive", "window": 16, "sink_tokens": 2, "kept_keys": 0}
     small = converted(llama(hidden_size=64, max_position_embeddings=512), **least)
-    with pytest.raises(ConfigError, match="needs at least .* bytes of cache after 200 tokens"):
+    with pytest.raises(ConfigError, match=r"needs at least .* bytes of cache after 200 tokens"):
         untrained_columns(models[ORIGINAL], small, ("same_kept",), ids)
 
 
