@@ -70,7 +70,7 @@ def _family(name: str, config: RFAConfig) -> Callable[[int], RFAConfig]:
         own: dict[HeadIndex, int] = dict(config.head_kept_keys or ())
         return lambda more: dataclasses.replace(
             bare,
-            kept_keys=config.kept_keys + more,
+            kept_keys=config.usual_kept_keys + more,
             head_kept_keys={head: number + more for head, number in own.items()} or None,
         )
     heads = config.softmax_heads if name == SAME_SPLIT else None

@@ -1,6 +1,7 @@
 """The text in which the tasks hide what they ask for: sentences of any language, as token ids."""
 
 import bisect
+import collections
 import itertools
 import random
 import re
@@ -52,11 +53,11 @@ class Filler:
         end = bisect.bisect_right(self._ends, self._ends[first] + tokens) - 1
         return self._ids[first:end]
 
-    def words(self, shortest: int = 4, longest: int = 12) -> list[str]:
-        """The different words of the text in lower case, in order of appearance, without those of other lengths."""
+    def words(self, shortest: int = 5, longest: int = 10) -> list[str]:
+        """The different words of the text in lower case, the most frequent first, without those of other lengths."""
         found = re.findall(r"[^\W\d_]+", " ".join(self.sentences))
         ordinary = (word for word in found if shortest <= len(word) <= longest and word[1:] == word[1:].lower())
-        return list(dict.fromkeys(word.lower() for word in ordinary))
+        return [word for word, _ in collections.Counter(word.lower() for word in ordinary).most_common()]
 
 
 def sentences(text: str) -> list[str]:

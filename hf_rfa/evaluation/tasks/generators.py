@@ -29,6 +29,8 @@ from hf_rfa.evaluation.tasks.wording import Fact, Wording
 KEYS, VALUED_KEYS, VALUES, CHAINS, CHAIN_LENGTH = 4, 2, 2, 2, 3
 #: Number of common words among every ten of a list, and how much more often than any other each must appear.
 COMMON_WORDS, TEN, MORE_OFTEN = 3, 10, 3
+#: The common words are some of so many that are the most frequent in the text.
+ORDINARY = 300
 LETTERS = "ABCD"
 
 
@@ -191,9 +193,11 @@ def variables(material: Material, length: int, generator: random.Random) -> Task
 def common_words(material: Material, length: int, generator: random.Random) -> TaskDocument:
     """Of every ten words three are the common ones; the others come round again when the text has no further ones."""
     prompts, wording = material.prompts, material.wording
-    vocabulary = material.filler.words()
-    generator.shuffle(vocabulary)
-    common, others = vocabulary[:COMMON_WORDS], vocabulary[COMMON_WORDS:]
+    # Ordinary words, which small models have tokens for; a list needs fewer than a word for three tokens.
+    vocabulary = material.filler.words()[: max(ORDINARY, length // 3)]
+    common = generator.sample(vocabulary[:ORDINARY], min(COMMON_WORDS, len(vocabulary)))
+    others = [word for word in vocabulary if word not in common]
+    generator.shuffle(others)
     question = _asked(
         prompts, "common_words", wording.words_question.format(count=COMMON_WORDS),
         wording.words_answer.format(count=COMMON_WORDS), common,
@@ -213,7 +217,7 @@ def common_words(material: Material, length: int, generator: random.Random) -> T
     if not rounds or not others or rounds < MORE_OFTEN * -(-rounds * (TEN - COMMON_WORDS) // len(others)):
         raise ConfigError(
             f"In a list of {len(listed)} words of the text, {COMMON_WORDS} must be {MORE_OFTEN} times as common as "
-            f"all others. Got {len(vocabulary)} different words of 4 to 12 letters. Pass more text, set longer "
+            f"all others. Got {len(vocabulary)} different words of 5 to 10 letters. Pass more text, set longer "
             "lengths, or leave out the task common_words."
         )
     generator.shuffle(listed)
