@@ -242,7 +242,7 @@ def test_what_cannot_run_here_says_why(benchmark, monkeypatch, options, message)
 
 
 def test_without_names_peers_that_cannot_run_are_named(benchmark, monkeypatch, capsys):
-    from benchmarks.peers import chosen_peers
+    from benchmarks.peers.operators import chosen_peers
     from benchmarks.setting import Setting
 
     monkeypatch.setitem(sys.modules, "performer_pytorch", None)

@@ -31,17 +31,12 @@ def greedy_answers(model: PreTrainedModel, document: TaskDocument) -> list[list[
     stop = _end_tokens(model)
     with evaluation_mode(model):
         read = torch.tensor([document.ids])
-        cache = copied = None
-        if document.questions and _may_be_split(model, read[:, :2]):
-            cache = cache_of(_step(model, read))
+        split = bool(document.questions) and _may_be_split(model, read[:, :2])
+        cache = cache_of(_step(model, read)) if split else None
         answers = []
         for question in document.questions:
-            asked = torch.tensor([question.ids])
-            if cache is None:
-                asked, copied = torch.cat([read, asked], 1), None
-            else:
-                copied = copy.deepcopy(cache)
-            answers.append(_generate(model, asked, copied, question.new_tokens, stop))
+            unread = torch.tensor([question.ids if split else document.ids + question.ids])
+            answers.append(_generate(model, unread, copy.deepcopy(cache), question.new_tokens, stop))
     return answers
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -149,8 +149,3 @@ def task_rows(scores: Mapping[str, Sequence[TaskScore]]) -> list[list[str]]:
         first = same[0]
         rows.append([f"{first.task}, {first.length} tokens, {first.samples} questions", *map(score_cell, same)])
     return rows
-
-
-def as_dict(score: TaskScore) -> dict[str, Any]:
-    """JSON-ready, answers included."""
-    return {**vars(score), "answers": [vars(answer) for answer in score.answers]}
