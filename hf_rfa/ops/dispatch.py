@@ -38,30 +38,25 @@ def form_of_call(call: OperatorCall) -> str:
             raise _cannot("the layer sees both sides, and the kernels are causal")
         return "bidirectional"
     tokens = call.query.device, call.query.dtype, call.value.shape[-1]
-    return pick(call.backend, call.far, *tokens, call.window, keeps_keys=call.kept_keys > 0)
+    return pick(call.backend, call.far, *tokens, call.window)
 
 
-def pick(
-    backend: str, far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int,
-    keeps_keys: bool = False,
-) -> str:  # fmt: skip
+def pick(backend: str, far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int) -> str:
     """'triton' or 'chunked' for causal calls of more than one token."""
     if backend == "chunked" or (backend == "auto" and not AUTO_PICKS_TRITON):
         return "chunked"
-    reason = why_not_triton(far, device, dtype, value_dim, window, keeps_keys)
+    reason = why_not_triton(far, device, dtype, value_dim, window)
     if reason is not None and backend == "triton":
         raise _cannot(reason)
     return "chunked" if reason is not None else "triton"
 
 
 def why_not_triton(
-    far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int, keeps_keys: bool = False
+    far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int
 ) -> str | None:
     """The reason why the kernels cannot compute such calls; None if they can."""
     rows, dim = far.omega.shape[1:]
     chunk = window or PURE_CHUNK
-    if keeps_keys:
-        return "far keys are kept"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (`pip install triton`)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -64,18 +64,21 @@ class Plan:
         same = F.pad(self.segment_ids[:, 1:] == self.segment_ids[:, :-1], (1, 0))
         keep = same.clone()
         keep[:, 0] = self.segment_ids[:, 0] == 0
-        chunks = keep.int() + 2 * same.int() + 4 * (self.rank > 1).int()
-        slots = self.token_mask.to(torch.uint8) + 2 * self.fold.to(torch.uint8)
+        chunks = keep.int() + 2 * same.int() + 4 * (self.rank > 1).int() + 8 * self._advances().int()
+        slots = self.token_mask.to(torch.uint8) + 2 * self.fold.to(torch.uint8) + 4 * self.asked.to(torch.uint8)
         return slots, chunks, self.sink_chunk.int()
 
     @functools.cached_property
     def boundaries(self) -> "Boundaries":
         """Whether the document continues, or another one begins, after each chunk."""
-        same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
-        advances = F.pad(same & (self.rank[:, 1:] == self.rank[:, :-1] + 1), (0, 1))
-        begins = F.pad(~same, (0, 1))
+        advances = self._advances()
+        begins = F.pad(self.segment_ids[:, 1:] != self.segment_ids[:, :-1], (0, 1))
         numbers = torch.stack([advances.any(0), advances.all(0), begins.any(0)]).tolist()
         return Boundaries(advances, begins, *(tuple(x) for x in numbers))
+
+    def _advances(self) -> torch.Tensor:
+        same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+        return F.pad(same & (self.rank[:, 1:] == self.rank[:, :-1] + 1), (0, 1))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,4 @@ def _form(module: nn.Module, adapter: RFAAdapter, name: str) -> str:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     # Value dims are those of the keys but in a few families, whose calls are checked again when they come.
     tokens, config = (adapter.omega.device, dtype, adapter.omega.shape[2]), adapter.config
-    kept = adapter.kept_keys
-    keeps_keys = kept > 0 if isinstance(kept, int) else any(kept)
-    return pick(name, adapter.kernel, *tokens, config.window, keeps_keys=keeps_keys)
+    return pick(name, adapter.kernel, *tokens, config.window)

@@ -30,14 +30,15 @@ def chunked_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[
     Returns the output (B, Hk, G, N, M), zero for the `short` documents, and the state after the last token, or None
     if it is not wanted.
     """
-    aligned = align(call, short)
+    aligned = with_choice(align(call, short), call)
     settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, call.statistics)
     output, kv_state, log_max = causal_attention(aligned.inputs, settings)
     final = None
     if call.output_final_state:
         final = final_state(aligned, kv_state, log_max, call.window)
         if aligned.choice is not None:
-            final = with_kept_keys(final, aligned.choice, aligned.inputs, aligned.state, aligned.plan)
+            last, mass = aligned.choice.last, aligned.choice.mass
+            final = with_kept_keys(final, last, mass, aligned.inputs, aligned.state, aligned.plan)
     return tokens_of(output, aligned.plan, call.query.shape[3]), final
 
 
@@ -45,7 +46,7 @@ class CausalPass:
     """The near and the far part of a call before they are combined; without gradients."""
 
     def __init__(self, call: OperatorCall) -> None:
-        aligned = align(call)
+        aligned = with_choice(align(call), call)
         self.plan = aligned.plan
         self._pass = ChunkedPass(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
@@ -64,7 +65,10 @@ class CausalPass:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The tokens of a call behind the near keys of the state; every document begins at a chunk boundary."""
+    """The tokens of a call behind the near keys of the state; every document begins at a chunk boundary.
+
+    `inputs` holds the `choice`, too, once `with_choice` has made it.
+    """
 
     inputs: PassInputs
     plan: Plan
@@ -106,15 +110,22 @@ def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
         query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
         state.kv_state.to(wide), log_max,
     )  # fmt: skip
+    if call.kept_keys:
+        assert state.kept_key is not None
+        assert state.kept_value is not None
+        kept_key, kept_value = state.kept_key.to(key.dtype), state.kept_value.to(value.dtype)
+        inputs = dataclasses.replace(inputs, kept_key=kept_key, kept_value=kept_value)
+    return Aligned(inputs, plan, state)
+
+
+def with_choice(aligned: Aligned, call: OperatorCall) -> Aligned:
+    """The same with the keys that each chunk keeps and the exact part; unchanged for calls that keep none."""
     if not call.kept_keys:
-        return Aligned(inputs, plan, state)
-    assert state.kept_key is not None
-    assert state.kept_value is not None
-    inputs = dataclasses.replace(
-        inputs, kept_key=state.kept_key.to(key.dtype), kept_value=state.kept_value.to(value.dtype)
-    )
-    choice = choose_keys(ChunkedPass(inputs, call.far, plan, window, call.scaling, may_bound=False), state, history)
-    far_decay = None if decay is None else decay_of_evicted(choice, decay, state, plan)
+        return aligned
+    inputs, plan, state = aligned.inputs, aligned.plan, aligned.state
+    chunked = ChunkedPass(inputs, call.far, plan, call.window, call.scaling, may_bound=False)
+    choice = choose_keys(chunked, state)
+    far_decay = None if inputs.decay is None else decay_of_evicted(choice, inputs.decay, state, plan)
     inputs = dataclasses.replace(
         inputs, kept=choice.kept, kept_mask=choice.kept_mask, evicted=choice.evicted,
         evicted_mask=choice.evicted_mask, far_decay=far_decay, near=choice.near, near_log=choice.near_log,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass
-from hf_rfa.ops.chunks import take
+from hf_rfa.ops.causal.rivals import mass_so_far, places_of_rivals, value_lengths
 from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.state import RFAState
 
@@ -45,22 +45,13 @@ class Choice:
     mass: torch.Tensor
 
 
-def choose_keys(chunked: ChunkedPass, state: RFAState, history: bool) -> Choice:
-    """The exact part of a pass that continues `state`; with `history`, its near keys precede the new tokens.
+def choose_keys(chunked: ChunkedPass, state: RFAState) -> Choice:
+    """The exact part of a pass that continues `state`, whose near keys precede the new tokens if there was one.
 
     Without gradients: those of the exact part come with the far part's, because the two share a normaliser.
     """
-    inputs, plan = chunked.inputs, chunked.plan
-    _, _, position, _, mass = state.kept
-    kept_count = position.shape[2]
-    token_mass = mass.new_zeros(*mass.shape[:3], plan.token_mask[0].numel())
-    if history:
-        near = mass[..., kept_count:].transpose(2, 3)
-        remembered = (plan.token_mask & ~plan.asked).flatten(1)[:, None, None]
-        near = take(near, plan.source.clamp_max(near.shape[2] - 1)).transpose(2, 3)
-        token_mass = near.masked_fill(~remembered, 0.0)
-    tensors = [getattr(inputs, name) for name in _READ]
-    mass = torch.cat([mass[..., :kept_count], token_mass], dim=-1)
+    tensors = [getattr(chunked.inputs, name) for name in _READ]
+    position, mass = state.kept[2], mass_so_far(state, chunked.plan)
     return Choice(*recomputing(_Recipe(chunked), *tensors, position, mass))
 
 
@@ -114,9 +105,7 @@ class _ExactPass:
         for table, of_state in zip(self.tables, kept, strict=True):
             table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
         slots = torch.arange(size, device=position.device)
-        rival = plan.token_mask & ((plan.rank > 0).unsqueeze(-1) | (slots >= self.sinks))
-        places = torch.where(rival, plan.rank.unsqueeze(-1) * size + slots, -1)
-        self.entries, self.tokens = self._entries(position, self._rows(places), mass)
+        self.entries, self.tokens = self._entries(position, self._rows(places_of_rivals(plan, self.sinks)), mass)
         self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
         self.all_asked = plan.asked.all(-1).all(0).tolist()
         self.counted = self._counted(slots)
@@ -145,9 +134,7 @@ class _ExactPass:
         position = torch.where(self._rows(self.plan.segment_ids[:, :1] == 0), position, -1)
         index = torch.arange(count + chunks * size, device=position.device).expand(rows, -1)
         numbers = torch.cat([position, places.flatten(1).expand(rows, -1)], dim=1)
-        norms = [torch.linalg.vector_norm(x, dim=-1, dtype=self.wide) for x in (inputs.kept_value, inputs.value)]
-        missing = chunks * size - inputs.value.shape[2]
-        length = F.pad(torch.cat(norms, dim=2), (0, missing)).flatten(0, 1)
+        length = value_lengths(inputs.kept_value, inputs.value, self.plan, self.wide).flatten(0, 1)
         floats = torch.cat([length.unsqueeze(1), mass], dim=1).view(bits)
         whole = torch.cat([torch.stack([index, numbers], dim=1).to(bits), floats], dim=1)
         tokens = whole[:, :, count:].unflatten(2, (chunks, size)).transpose(1, 2)

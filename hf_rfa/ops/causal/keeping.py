@@ -23,13 +23,15 @@ def decay_of_evicted(choice: Choice, decay: torch.Tensor, state: RFAState, plan:
     return (before - whole.gather(2, choice.evicted)).to(decay.dtype)
 
 
-def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: RFAState, plan: Plan) -> RFAState:
-    """The final state with its kept keys, after a call that continued `state`."""
+def with_kept_keys(
+    final: RFAState, last: torch.Tensor, mass: torch.Tensor, inputs: PassInputs, state: RFAState, plan: Plan
+) -> RFAState:
+    """The final state with its kept keys, after a call that continued `state`; `last`, `mass`: see `Choice`."""
     assert inputs.kept_key is not None
     assert inputs.kept_value is not None
     _, _, kept_position, kept_decay, _ = state.kept
-    batch, heads, count, _ = inputs.kept_key.shape
-    there, index = choice.last >= 0, choice.last.clamp_min(0)
+    batch, heads = inputs.kept_key.shape[:2]
+    there, index = last >= 0, last.clamp_min(0)
 
     def taken(of_state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         rows = Pool(of_state, tokens, plan.history).take(index.unsqueeze(1)).squeeze(1)
@@ -46,18 +48,18 @@ def with_kept_keys(final: RFAState, choice: Choice, inputs: PassInputs, state: R
         decay = behind.masked_fill(~there, 0.0).to(decay.dtype).unflatten(0, (batch, heads))
     return dataclasses.replace(
         final, kept_key=taken(inputs.kept_key, inputs.key), kept_value=taken(inputs.kept_value, inputs.value),
-        kept_position=position, kept_decay=decay, mass=_mass(choice, plan, batch, heads, count),
+        kept_position=position, kept_decay=decay, mass=_final_mass(last, mass, plan, batch, heads),
     )  # fmt: skip
 
 
-def _mass(choice: Choice, plan: Plan, batch: int, heads: int, count: int) -> torch.Tensor:
+def _final_mass(last: torch.Tensor, mass: torch.Tensor, plan: Plan, batch: int, heads: int) -> torch.Tensor:
     """Mass (B, Hk, G, K + 2C) of the kept keys, then of the chunks c0 - 1 and c0."""
-    chunk = plan.token_mask.shape[-1]
-    kept = choice.mass[..., :count].masked_fill((choice.last < 0).unsqueeze(1), 0.0).unflatten(0, (batch, heads))
-    tokens = choice.mass[..., count:].unflatten(0, (batch, heads)).unflatten(3, (-1, chunk))
-    last = plan.last[:, None]
-    both = torch.cat([last - 1, last], dim=1)
-    belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, last))
+    chunk, count = plan.token_mask.shape[-1], last.shape[1]
+    kept = mass[..., :count].masked_fill((last < 0).unsqueeze(1), 0.0).unflatten(0, (batch, heads))
+    tokens = mass[..., count:].unflatten(0, (batch, heads)).unflatten(3, (-1, chunk))
+    end = plan.last[:, None]
+    both = torch.cat([end - 1, end], dim=1)
+    belongs = (both >= 0) & (plan.segment_ids.gather(1, both.clamp_min(0)) == plan.segment_ids.gather(1, end))
     filled = plan.token_mask.gather(1, both.clamp_min(0).unsqueeze(-1).expand(-1, -1, chunk)) & belongs.unsqueeze(-1)
     both = both.clamp_min(0).expand(batch, -1)[:, None, None, :, None].expand(-1, heads, tokens.shape[2], -1, chunk)
     near = tokens.gather(3, both).masked_fill(~filled[:, None, None], 0.0)

@@ -128,13 +128,13 @@ def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr
 @triton.jit
 def block_outputs(
     query, key, value, query_r, query_scale, key_r, key_scale, query_w, query_bias, query_shift, key_w, key_bias,
-    key_shift, map_codes, sink_logits, sink_key, sink_value, codes, flags, sink_chunks, state, start_peaks,
-    output, log_total, log_weight, peaks,
+    key_shift, map_codes, sink_logits, sink_key, sink_value, codes, flags, sink_chunks, state, start_peaks, near_part,
+    near_log, output, log_total, log_weight, peaks,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_g,
     output_t, code_row, flag_row, heads, groups, length, chunks, blocks, L, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr,
-    TWO: tl.constexpr, LOGITS: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
+    TWO: tl.constexpr, NEAR: tl.constexpr, LOGITS: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = P * (1 + TWO)
     block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -146,6 +146,7 @@ def block_outputs(
     tokens = a * groups * length
     query_r, query_scale = query_r + tokens, query_scale + tokens
     log_total, log_weight = log_total + tokens, log_weight + tokens
+    near_part, near_log = near_part + tokens * M, near_log + tokens
     sink_key, sink_value = sink_key + a * S * D, sink_value + a * S * M
     codes, flags, sink_chunks = codes + row * code_row, flags + row * flag_row, sink_chunks + row * flag_row
     query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
@@ -164,11 +165,11 @@ def block_outputs(
             S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
             peak = tl.full((), float("-inf"), tl.float32)
         start = step * C
-        own_value = tile(value, start, rows, length, value_t, M, BM, C)
-        if DELAY:
+        far_value = tile(value, start - DELAY * C, rows, length, value_t, M, BM, C)
+        if NEAR:
             own_key = tile(key, start, rows, length, key_t, D, BD, C)
+            own_value = tile(value, start, rows, length, value_t, M, BM, C)
             before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
-            before_value = tile(value, start - C, rows, length, value_t, M, BM, C)
             sees_sink, sees_before, sees_own = near_masks(
                 slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
                 rows, sinks, C, S,
@@ -195,6 +196,7 @@ def block_outputs(
                 den += tl.sum(second * z2[None, :], 1)
             if DELAY:
                 log_far = log_q + peak
+            if NEAR:
                 own = tl.dot(queries, tl.trans(own_key), input_precision=PRECISION) * scaling
                 own = tl.where(sees_own, own, float("-inf"))
                 before = tl.dot(queries, tl.trans(before_key), input_precision=PRECISION) * scaling
@@ -207,11 +209,14 @@ def block_outputs(
                 own, before = tl.exp(own - top[:, None]), tl.exp(before - top[:, None])
                 mass = tl.sum(own, 1) + tl.sum(before, 1)
                 near = dot(own, own_value, own_value.dtype, PRECISION)
-                near += dot(before, before_value, before_value.dtype, PRECISION)
+                near += dot(before, far_value, far_value.dtype, PRECISION)
                 if S:
                     sink = tl.exp(sink - top[:, None])
                     mass += tl.sum(sink, 1)
                     near += dot(sink, sink_values, sink_values.dtype, PRECISION)
+            elif DELAY:
+                near = tile(near_part + g * length * M, start, rows, length, M, M, BM, C)
+                top, mass = numbers(near_log + g * length, start, rows, length, C), tl.full((BC,), 1.0, tl.float32)
             else:
                 own, lifted, own_base = own_weights(log_scale, peak, rows)
                 log_far = log_q + own_base
@@ -219,7 +224,7 @@ def block_outputs(
                 if TWO:
                     scores += dot(second, tl.trans(second_k), STATE, PRECISION)
                 scores *= own
-                num = num * lifted[:, None] + dot(scores, own_value, STATE, PRECISION)
+                num = num * lifted[:, None] + dot(scores, far_value, STATE, PRECISION)
                 den = den * lifted + tl.sum(scores, 1)
             exists = log_far > float("-inf")
             used = exists & (den > TINY)
@@ -248,9 +253,6 @@ def block_outputs(
             put_numbers(log_weight + g * length, start, rows, length, weight, C)
         new_peak = tl.maximum(peak, tl.max(log_scale, 0))
         shrink, weight = decay(peak, new_peak), decay(log_scale, new_peak)
-        far_value = own_value
-        if DELAY:
-            far_value = before_value
         S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, weight, TWO, STATE, PRECISION)
         peak = new_peak
     if block == blocks - 1:

@@ -32,7 +32,7 @@ def key_gradients(
     flow_blocks, blocks, L, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
-    LEARNED: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, LEARNED: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks that cover steps 0 .. chunks - 1 + DELAY, A); step i handles the keys of chunk i - DELAY."""
     F: tl.constexpr = P * (1 + TWO)
@@ -88,13 +88,13 @@ def key_gradients(
             d_keys = tl.zeros((BC, BD), tl.float32)
             shrink = decay(peak, new_peak)
             S1, z1, S2, z2 = S1 * shrink, z1 * shrink, S2 * shrink, z2 * shrink
-            if DELAY:
+            if NEAR:
                 own_code = slot_codes(codes, step - 1, chunks, rows, C)
                 _sinks, sees_before, sees_own = near_masks(own_code, own_code, flag, rows, rows, C, 0)
-            else:
+            if not DELAY:
                 own, lifted, _base = own_weights(log_scale, peak, rows)
             for g in range(groups):
-                if DELAY:  # queries of the keys' own chunk
+                if NEAR:  # queries of the keys' own chunk
                     queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
                     above = tile(gradient + g * gradient_g, start, rows, length, gradient_t, M, BM, C)
                     inners = numbers(inner + g * length, start, rows, length, C)
@@ -112,14 +112,14 @@ def key_gradients(
                     above = tile(gradient + g * gradient_g, step * C, rows, length, gradient_t, M, BM, C)
                     inners = numbers(inner + g * length, step * C, rows, length, C)
                     read = weight
-                    if DELAY:  # queries of the chunk behind the keys
+                    if NEAR:  # queries of the chunk behind the keys
                         total = numbers(log_total + g * length, step * C, rows, length, C)
                         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling - total[:, None]
                         shares = tl.exp(tl.where(sees_before, scores, float("-inf")))
                         d_values += dot(tl.trans(shares), above, values.dtype, PRECISION)
                         shares *= (dot(above, tl.trans(values), values.dtype, PRECISION) - inners[:, None]) * scaling
                         d_keys += dot(tl.trans(shares), queries, keys.dtype, PRECISION)
-                    else:
+                    if not DELAY:
                         read = weight * lifted
                         lift = own * weight[:, None]
                         shares = dot(above, tl.trans(values), STATE, PRECISION) - inners[:, None]

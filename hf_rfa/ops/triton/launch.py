@@ -1,4 +1,4 @@
-"""Sizes, buffers and kernel launches of the forward pass of one call."""
+"""Sizes, buffers and kernel launches of the forward pass of one call; `launch_exact` has those for kept keys."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,8 @@ import triton.language as tl
 
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
-from hf_rfa.ops.triton import forward, pieces
+from hf_rfa.ops.triton import forward, launch_exact, pieces
+from hf_rfa.ops.triton.sizes import on_device, precision, tile_size, token_rows
 
 FORM_CODES = {"EXP": pieces.EXP, "PAIR": pieces.PAIR, "WAVE": pieces.WAVE, "MIXED": pieces.MIXED,
               "CLUSTER": pieces.CLUSTER}  # fmt: skip
@@ -43,7 +44,10 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Tensors with gradients. query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sinks of the state (B, Hk, s, D
-    or M); sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s."""
+    or M); sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s.
+
+    With kept keys, kept_key, kept_value (B, Hk, K, D or M), those of the state, and the lists of `kept.Choice`; r and
+    the log-scale of the keys are then those of the `evicted` ones."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -63,52 +67,54 @@ class Inputs:
     key_shift: torch.Tensor
     key_r: torch.Tensor
     key_scale: torch.Tensor
+    kept_key: torch.Tensor | None = None
+    kept_value: torch.Tensor | None = None
+    listed: torch.Tensor | None = None
+    evicted: torch.Tensor | None = None
 
 
 INPUTS = tuple(f.name for f in dataclasses.fields(Inputs))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a contiguous last dimension, as the kernels need it."""
-    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+#: Products have both operands in the queries' dtype; everything else is computed in float32.
+_NARROW = ("query", "key", "value", "sink_key", "sink_value", "kept_key", "kept_value", "query_weight", "key_weight")
+#: Tensors that a kernel reads token by token; the others are contiguous.
+_STRIDED = ("query", "key", "value")
 
 
 class Launch:
     """One call; after `forward`, its buffers hold everything that the backward pass needs."""
 
     def __init__(self, inputs: Inputs, settings: Settings) -> None:
-        wide = {name: getattr(inputs, name).float().contiguous() for name in INPUTS[6:] if "weight" not in name}
-        # Both operands of a product have the queries' dtype.
-        kind = inputs.query.dtype
-        wide |= {name: getattr(inputs, name).to(kind).contiguous() for name in ("query_weight", "key_weight")}
-        narrow = {name: _rows(getattr(inputs, name).to(kind)) for name in INPUTS[:5]}
-        narrow |= {name: narrow[name].contiguous() for name in ("sink_key", "sink_value")}
-        logits = inputs.sink_logits
-        self.inputs = Inputs(**narrow, **wide, sink_logits=None if logits is None else logits.float().contiguous())
-        self.settings = settings
+        plan, kind = settings.plan, inputs.query.dtype
+        placed: dict[str, Any] = {name: _placed(name, getattr(inputs, name), kind) for name in INPUTS}
+        self.inputs = x = Inputs(**placed)
+        self.settings, self.keeps = settings, x.listed is not None
+        #: What is added to the far sums: chunk after chunk of tokens, or the evicted ones instead.
+        self.far_key, self.far_value = launch_exact.evicted_tokens(x, plan.history) if self.keeps else (x.key, x.value)
         batch, heads, groups, length, dim = inputs.query.shape
         value_dim, self.projected = inputs.value.shape[-1], inputs.query_weight.shape[1]
         self.batch, self.heads, self.groups, self.length = batch, heads, groups, length
         self.all = batch * heads
-        plan = settings.plan
         self.chunks, chunk = plan.token_mask.shape[1:]
         self.blocks = triton.cdiv(self.chunks, settings.block)
         self.two = settings.form in ("PAIR", "WAVE", "MIXED")
         self.components = self.projected * (2 if self.two else 1)
         self.size = self.components * (value_dim + 1)
         self.codes, self.flags, self.sink_chunks = plan.codes
+        # Which evicted keys there are is in their log-scale.
+        self.far_codes = torch.full_like(self.codes, pieces.FOLD.value) if self.keeps else self.codes
         rows = len(self.codes)
         self.code_row, self.flag_row = (0, 0) if rows == 1 else (self.codes.stride(0), self.flags.stride(0))
-        sinks = inputs.sink_key.shape[2]
-        exact = kind == torch.float32 and torch.get_float32_matmul_precision() == "highest"
         self.tiles = {
-            "D": dim, "BD": _tile(dim), "M": value_dim, "BM": _tile(value_dim), "P": self.projected,
-            "BP": _tile(self.projected), "C": chunk, "BC": _tile(chunk), "DELAY": 1 if settings.window else 0,
-            "MAP": FORM_CODES[settings.form], "TWO": int(self.two), "PRECISION": "ieee" if exact else "tf32",
+            "D": dim, "BD": tile_size(dim), "M": value_dim, "BM": tile_size(value_dim), "P": self.projected,
+            "BP": tile_size(self.projected), "C": chunk, "BC": tile_size(chunk), "DELAY": 1 if settings.window else 0,
+            "MAP": FORM_CODES[settings.form], "TWO": int(self.two), "PRECISION": precision(kind),
             # Not float16, which sums of float16 numbers overflow.
             "STATE": tl.bfloat16 if kind == torch.bfloat16 else tl.float32,
         }  # fmt: skip
-        self.sinks = {"S": sinks, "BS": _tile(sinks)}
+        # The exact part of calls that keep keys, sinks included, has kernels of its own.
+        sinks = 0 if self.keeps else inputs.sink_key.shape[2]
+        self.near = {"NEAR": int(bool(settings.window) and not self.keeps)}
+        self.sinks = {"S": sinks, "BS": tile_size(sinks)}
         # Enough warps for the far sums, which fill the registers.
         self.options = {"num_warps": 8 if self.tiles["BM"] * self.tiles["BP"] >= 64 * 64 else 4, "num_stages": 1}
 
@@ -121,10 +127,10 @@ class Launch:
         value_dim = x.value.shape[-1]
         with on_device(x.query):
             forward.block_sums[(blocks, every)](
-                x.key, x.value, x.key_r, x.key_scale, x.key_weight, x.key_bias, x.key_shift, self.settings.map_codes,
-                self.codes, self.flags, self.states, block_peaks, self.kept, *x.key.stride()[:3],
-                *x.value.stride()[:3], self.code_row, self.flag_row, self.heads, self.length, self.chunks, blocks,
-                self.settings.block, **self.tiles, **self.options,
+                self.far_key, self.far_value, x.key_r, x.key_scale, x.key_weight, x.key_bias, x.key_shift,
+                self.settings.map_codes, self.far_codes, self.flags, self.states, block_peaks, self.kept,
+                *self.far_key.stride()[:3], *self.far_value.stride()[:3], self.code_row, self.flag_row, self.heads,
+                self.length, self.chunks, blocks, self.settings.block, **self.tiles, **self.options,
             )  # fmt: skip
             kv_state = self.flat(x.kv_state)
             forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
@@ -135,13 +141,15 @@ class Launch:
             self.log_total, self.log_weight = new(tokens), new(tokens)
             self.peaks = new(every, self.chunks + 1)
             logits = x.kv_state if x.sink_logits is None else x.sink_logits
+            near = launch_exact.outputs(self) if self.keeps else (x.kv_state, x.kv_state)
             forward.block_outputs[(blocks, every)](
-                x.query, x.key, x.value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(), logits,
-                x.sink_key, x.sink_value, self.codes, self.flags, self.sink_chunks, self.states, block_peaks, output,
-                self.log_total, self.log_weight, self.peaks, *x.query.stride()[:4], *x.key.stride()[:3],
-                *x.value.stride()[:3], *output.stride()[:4], self.code_row, self.flag_row, self.heads, self.groups,
-                self.length, self.chunks, blocks, self.settings.block, self.settings.scaling,
-                LOGITS=int(x.sink_logits is not None), **self.tiles, **self.sinks, **self.options,
+                x.query, self.far_key, self.far_value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(),
+                logits, x.sink_key, x.sink_value, self.far_codes, self.flags, self.sink_chunks, self.states,
+                block_peaks, *near, output, self.log_total, self.log_weight, self.peaks, *x.query.stride()[:4],
+                *self.far_key.stride()[:3], *self.far_value.stride()[:3], *output.stride()[:4], self.code_row,
+                self.flag_row, self.heads, self.groups, self.length, self.chunks, blocks, self.settings.block,
+                self.settings.scaling,
+                LOGITS=int(x.sink_logits is not None), **self.tiles, **self.near, **self.sinks, **self.options,
             )  # fmt: skip
         if self.settings.statistics is not None:
             self._count(self.settings.statistics)
@@ -170,14 +178,12 @@ class Launch:
         statistics.add(dropped, dropped | ((self.log_weight > -torch.inf) & asked))
 
 
-def _tile(size: int) -> int:
-    """The tile size for `size`: tensor cores need powers of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def on_device(x: torch.Tensor) -> Any:
-    """Make the device of `x` current, since kernels run on the current device."""
-    return torch.cuda.device_of(x)
+def _placed(name: str, x: torch.Tensor | None, kind: torch.dtype) -> torch.Tensor | None:
+    """An input as the kernels need it."""
+    if x is None or not x.is_floating_point():
+        return x
+    x = x.to(kind if name in _NARROW else torch.float32)
+    return token_rows(x) if name in _STRIDED else x.contiguous()
 
 
 def _output_like(query: torch.Tensor, value_dim: int) -> torch.Tensor:

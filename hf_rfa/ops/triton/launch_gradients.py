@@ -3,10 +3,12 @@
 import torch
 import triton
 
+from hf_rfa.ops.triton import launch_exact
 from hf_rfa.ops.triton.flows import block_flows, inner_products, scan_flows
 from hf_rfa.ops.triton.key_gradients import key_gradients
-from hf_rfa.ops.triton.launch import SCAN_TILE, Launch, on_device
+from hf_rfa.ops.triton.launch import SCAN_TILE, Launch
 from hf_rfa.ops.triton.query_gradients import query_gradients
+from hf_rfa.ops.triton.sizes import on_device
 
 #: Tokens per program of `inner_products`.
 INNER_TILE = 64
@@ -29,45 +31,51 @@ def gradients(
     inner = x.kv_state.new_empty(tokens)
     flows = x.kv_state.new_empty(every, blocks, launch.size)
     sizes = (launch.code_row, launch.flag_row, launch.heads, launch.groups, length, chunks)
-    queries, keys, values = x.query.stride()[:4], x.key.stride()[:3], x.value.stride()[:3]
-    found = {name: torch.empty_like(getattr(x, name)) for name in ("query", "key", "value")}
+    queries, keys, values = x.query.stride()[:4], launch.far_key.stride()[:3], launch.far_value.stride()[:3]
+    # With kept keys these are gradients of the far part alone, to which those of the exact part are added.
+    kind = torch.float32 if launch.keeps else x.query.dtype
+    tensors = {"query": x.query, "key": launch.far_key, "value": launch.far_value}
+    found = {name: torch.empty_like(tensor, dtype=kind) for name, tensor in tensors.items()}
     found |= {name: torch.empty_like(getattr(x, name)) for name in ("query_r", "query_scale", "key_r", "key_scale")}
-    sinks = x.sink_key.shape[2] if settings.window else 0
+    sinks = launch.sinks["S"] if settings.window else 0
     sink_rows = [
         x.kv_state.new_empty(every, chunks if sinks else 0, sinks, t.shape[-1]) for t in (x.sink_key, x.sink_value)
     ]
     key_blocks = triton.cdiv(chunks + launch.tiles["DELAY"], settings.block)
     query_maps, key_maps = (_sums_of_maps(launch, count, learned) for count in (blocks, key_blocks))
-    shares = {"LEARNED": int(learned), **launch.tiles, **launch.options}
+    shares = {"LEARNED": int(learned), **launch.tiles, **launch.near, **launch.options}
     with on_device(x.query):
         inner_products[(triton.cdiv(length, INNER_TILE), every * launch.groups)](
             above, output, inner, *above.stride()[:4], *output.stride()[:4], launch.heads, launch.groups, length,
             M=launch.tiles["M"], BM=launch.tiles["BM"], BT=INNER_TILE,
         )  # fmt: skip
         block_flows[(blocks, every)](
-            x.query, x.key, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_weight, *launch.maps(),
-            launch.codes, launch.flags, launch.peaks, flows, *queries, *keys, *above.stride()[:4], *sizes, blocks,
+            x.query, launch.far_key, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_weight, *launch.maps(),
+            launch.far_codes, launch.flags, launch.peaks, flows, *queries, *keys, *above.stride()[:4], *sizes, blocks,
             settings.block, **launch.tiles, **launch.options,
         )  # fmt: skip
         scan_flows[(triton.cdiv(launch.size, SCAN_TILE), every)](
             flows, _block_decay(launch), flow, blocks, launch.size, BE=SCAN_TILE
         )
         query_gradients[(blocks, every)](
-            x.query, x.key, x.value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
-            launch.log_weight, *launch.maps(), x.sink_key, x.sink_value, launch.codes, launch.flags,
+            x.query, launch.far_key, launch.far_value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
+            launch.log_weight, *launch.maps(), x.sink_key, x.sink_value, launch.far_codes, launch.flags,
             launch.sink_chunks, launch.states, launch.peaks, found["query"], found["query_r"], found["query_scale"],
             *sink_rows, *query_maps, *queries, *keys, *values, *above.stride()[:4], *found["query"].stride()[:4],
             *sizes, blocks, settings.block, settings.scaling, **launch.sinks, **shares,
         )  # fmt: skip
         key_gradients[(key_blocks, every)](
-            x.query, x.key, x.value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
-            launch.log_weight, *launch.maps(), launch.codes, launch.flags, flows, launch.peaks, found["key"],
+            x.query, launch.far_key, launch.far_value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
+            launch.log_weight, *launch.maps(), launch.far_codes, launch.flags, flows, launch.peaks, found["key"],
             found["value"], found["key_r"], found["key_scale"], *key_maps, *queries, *keys, *values,
             *above.stride()[:4], *found["key"].stride()[:3], *found["value"].stride()[:3], *sizes, blocks, key_blocks,
             settings.block, settings.scaling, **shares,
         )  # fmt: skip
-    for name, rows in zip(("key", "value"), sink_rows, strict=True):
-        found[f"sink_{name}"] = _give_sinks(launch, found[name], rows)
+    if launch.keeps:
+        found |= launch_exact.gradients(launch, above, inner, found)
+    else:
+        for name, rows in zip(("key", "value"), sink_rows, strict=True):
+            found[f"sink_{name}"] = _give_sinks(launch, found[name], rows)
     if learned:
         for side, maps in (("query", query_maps), ("key", key_maps)):
             for name, rows in zip(("weight", "bias", "shift"), maps, strict=True):

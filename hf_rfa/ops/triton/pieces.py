@@ -14,13 +14,11 @@ EXP, PAIR, WAVE, MIXED, CLUSTER = (tl.constexpr(n) for n in range(5))
 #: The least positive far denominator: `ops.combine.smallest_denominator` of float32.
 TINY = tl.constexpr(1.1754943508222875e-38 * 2**24)
 
-VALID = tl.constexpr(1)  # bits of a slot: it holds a token; its key is ever added to the far sums
-FOLD = tl.constexpr(2)
-KEEP = tl.constexpr(
-    1
-)  # bits of a chunk: it continues the state; the previous chunk is of its document; sinks lie before its window
-FOLLOWS = tl.constexpr(2)
-BEHIND_SINKS = tl.constexpr(4)
+#: Bits of a slot: it holds a token; its key is ever added to the far sums; its query is asked for.
+VALID, FOLD, ASKED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+#: Bits of a chunk: it continues the state; the previous chunk is of its document; sinks lie before its window; its
+#: document goes on in the next chunk.
+KEEP, FOLLOWS, BEHIND_SINKS, ADVANCES = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def query_gradients(
     gradient_g, gradient_t, d_b, d_h, d_g, d_t, code_row, flag_row, heads, groups, length, chunks, blocks, L, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr,
-    TWO: tl.constexpr, LEARNED: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
+    TWO: tl.constexpr, NEAR: tl.constexpr, LEARNED: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = P * (1 + TWO)
     block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -65,11 +65,11 @@ def query_gradients(
             S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
             peak = tl.full((), float("-inf"), tl.float32)
         start = step * C
-        own_value = tile(value, start, rows, length, value_t, M, BM, C)
-        if DELAY:
+        far_value = tile(value, start - DELAY * C, rows, length, value_t, M, BM, C)
+        if NEAR:
             own_key = tile(key, start, rows, length, key_t, D, BD, C)
+            own_value = tile(value, start, rows, length, value_t, M, BM, C)
             before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
-            before_value = tile(value, start - C, rows, length, value_t, M, BM, C)
             sees_sink, sees_before, sees_own = near_masks(
                 slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
                 rows, sinks, C, S,
@@ -102,7 +102,7 @@ def query_gradients(
                 d_second = dot(above, tl.trans(S2), STATE, PRECISION) - inners[:, None] * z2[None, :]
                 d_second = d_second * read[:, None]
             if not DELAY:
-                shares = dot(above, tl.trans(own_value), STATE, PRECISION) - inners[:, None]
+                shares = dot(above, tl.trans(far_value), STATE, PRECISION) - inners[:, None]
                 shares = shares * own * weight[:, None]
                 d_first += dot(shares, first_k, STATE, PRECISION)
                 if TWO:
@@ -119,7 +119,7 @@ def query_gradients(
                 dw += dot(tl.trans(d_projection), queries, STATE, PRECISION)
                 db += tl.sum(d_projection, 0)
                 dh += tl.sum(d_argument, 0)
-            if DELAY:
+            if NEAR:
                 total = numbers(log_total + g * length, start, rows, length, C)
                 scores = tl.dot(queries, tl.trans(own_key), input_precision=PRECISION) * scaling - total[:, None]
                 shares = tl.exp(tl.where(sees_own, scores, float("-inf")))
@@ -127,7 +127,7 @@ def query_gradients(
                 result += dot(shares, own_key, own_key.dtype, PRECISION)
                 scores = tl.dot(queries, tl.trans(before_key), input_precision=PRECISION) * scaling - total[:, None]
                 shares = tl.exp(tl.where(sees_before, scores, float("-inf")))
-                shares *= (dot(above, tl.trans(before_value), own_value.dtype, PRECISION) - inners[:, None]) * scaling
+                shares *= (dot(above, tl.trans(far_value), own_value.dtype, PRECISION) - inners[:, None]) * scaling
                 result += dot(shares, before_key, own_key.dtype, PRECISION)
                 if S:
                     scores = tl.dot(queries, tl.trans(sink_keys), input_precision=PRECISION) * scaling - total[:, None]
@@ -138,15 +138,12 @@ def query_gradients(
                     result += dot(shares, sink_keys, own_key.dtype, PRECISION)
                     d_sink_keys += dot(tl.trans(shares), queries, own_key.dtype, PRECISION)
             put(d_query + g * d_g, start, rows, length, d_t, result, D, BD, C)
-        if DELAY and S:
+        if NEAR and S:
             place = a * chunks + step
             put(d_sink_key + place * S * D, 0, sinks, S, D, d_sink_keys, D, BD, S)
             put(d_sink_value + place * S * M, 0, sinks, S, M, d_sink_values, M, BM, S)
         new_peak = tl.load(peaks + step + 1)
         shrink, fold = decay(peak, new_peak), decay(log_scale, new_peak)
-        far_value = own_value
-        if DELAY:
-            far_value = before_value
         S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, fold, TWO, STATE, PRECISION)
     if LEARNED:
         put_weights(d_w, d_bias, d_shift, a * blocks + block, dw, db, dh, D, BD, P, BP)

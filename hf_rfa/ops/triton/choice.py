@@ -1,0 +1,141 @@
+"""The kernel that chooses the kept keys: sequential over chunks, one program per row and key head.
+
+The rule is that of `ops.kept_keys`. Everything is indexed by entries of the pool (see `exact`), so that a key keeps
+its entry, and with it the attention that it received, for as long as it is exact. Two passes over the exact keys of a
+chunk: the normaliser of each query, then what each key receives. The keys that stay are those with the K largest
+(score, place) among the kept ones and the chunk before.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_rfa.ops.triton.exact import pool_places, pool_tile
+from hf_rfa.ops.triton.pieces import ADVANCES, ASKED, FOLLOWS, near_masks, slot_codes, tile
+
+#: Scores above it are equal: the largest float32.
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def scores_of(queries, keys, sees, scaling, PRECISION: tl.constexpr):
+    """s q.k (BC, keys); -inf for keys that a query does not see."""
+    return tl.where(sees, tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling, float("-inf"))
+
+
+@triton.jit
+def widen(scores, top, total):
+    """Add a tile of scores to the maximum, and to the sum relative to it, of each query."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    return new_top, total * tl.exp(top - new_top) + tl.sum(tl.exp(scores - new_top[:, None]), 1)
+
+
+@triton.jit
+def receive(mass, index, scores, log_total, counts):
+    """Add to each key's mass its weights from the queries that count for it."""
+    given = tl.sum(tl.where(counts, tl.exp(scores - log_total[:, None]), 0.0), 0)
+    there = index >= 0
+    tl.store(mass + index, tl.load(mass + index, mask=there, other=0.0) + given, mask=there)
+
+
+@triton.jit
+def order(score, there, places):
+    """One int64 per rival that grows with its score, then with its place; entries without a key come first.
+
+    The bits of a float >= 0, read as an integer, grow with it.
+    """
+    bits = tl.where(score >= 0, tl.minimum(score, LARGEST).to(tl.int32, bitcast=True), -1)
+    return (tl.where(there, bits, -2).to(tl.int64) << 32) | places
+
+
+@triton.jit
+def choose(
+    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted,
+    query_b, query_h, query_g, query_t, key_b, key_h, key_t, code_row, flag_row, heads, groups, length, chunks, E,
+    entries, scaling, least,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (A,). Fills `listed` (A, chunks + 1, S + K) behind its first chunk and `evicted` (A, chunks, C), which
+    come filled with the sinks and -1; adds to mass (A, G, entries). evicted[i] are the keys that leave after chunk
+    i + 1, position and size (A, entries) are each key's number in its document and its |v|."""
+    a = tl.program_id(0).to(tl.int64)
+    N: tl.constexpr = S + K
+    row, head = a // heads, a % heads
+    rows, slots, places = tl.arange(0, BC), tl.arange(0, BN), tl.arange(0, BR)
+    query, key = query + row * query_b + head * query_h, key + row * key_b + head * key_h
+    state_key, codes = state_key + a * E * D, codes + row * code_row
+    flags, ranks = flags + row * flag_row, ranks + row * flag_row
+    position, size, mass = position + a * entries, size + a * entries, mass + a * groups * entries
+    listed, evicted = listed + a * (chunks + 1) * N, evicted + a * chunks * C
+    distance = rows[:, None] - rows[None, :]
+    for step in range(chunks):
+        flag, start = tl.load(flags + step), step * C
+        code = slot_codes(codes, step, chunks, rows, C)
+        asked = ((code & ASKED) != 0)[:, None]
+        before_code = slot_codes(codes, step - 1, chunks, rows, C)
+        _sinks, sees_before, sees_own = near_masks(code, before_code, flag, rows, rows, C, 0)
+        own_key = tile(key, start, rows, length, key_t, D, BD, C)
+        before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
+        own_places, before_places = (
+            pool_places(start, rows, length, E, C), pool_places(start - C, rows, length, E, C),
+        )  # fmt: skip
+        for g in range(groups):
+            queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
+            own = scores_of(queries, own_key, sees_own, scaling, PRECISION)
+            before = scores_of(queries, before_key, sees_before, scaling, PRECISION)
+            top = tl.max(own, 1)
+            total = tl.sum(tl.exp(own - top[:, None]), 1)
+            top, total = widen(before, top, total)
+            for part in range(0, N, BN):
+                index = tl.load(listed + step * N + part + slots, mask=part + slots < N, other=-1)
+                keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                top, total = widen(scores_of(queries, keys, (index >= 0)[None, :], scaling, PRECISION), top, total)
+            if LOGITS:
+                total += tl.exp(tl.load(logits + head * groups + g) - top)
+            log_total = top + tl.log(total)
+            received = mass + g * entries
+            receive(received, own_places, own, log_total, asked & (distance >= least))
+            receive(received, before_places, before, log_total, asked & (distance + C >= least))
+            for part in range(0, N, BN):
+                index = tl.load(listed + step * N + part + slots, mask=part + slots < N, other=-1)
+                keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                # The sinks, which are always seen, have no mass.
+                scores = scores_of(queries, keys, (index >= 0)[None, :], scaling, PRECISION)
+                receive(received, tl.where(part + slots >= S, index, -1), scores, log_total, asked)
+        # What this program wrote to memory is read by other threads than those that wrote it.
+        tl.debug_barrier()
+        next_list = listed + (step + 1) * N + S
+        kept = tl.load(listed + step * N + S + places, mask=places < K, other=-1)
+        if (flag & ADVANCES) != 0:
+            left = tl.full((), 0, tl.int32)
+            if step > 0:
+                left = tl.load(flags + step - 1) & ADVANCES
+            leaving = (places >= K) & (places < K + C) & (left != 0)
+            index = tl.where(leaving, E + start - C + places - K, kept)
+            number = tl.load(position + index, mask=index >= 0, other=-1)
+            there = number >= 0
+            best, broken = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.int32)
+            for g in range(groups):
+                given = tl.load(mass + g * entries + index, mask=there, other=0.0)
+                best, broken = tl.maximum(best, given), broken | (given != given)
+            queries_seen = ((tl.load(ranks + step) + 1) * C - number - least).to(tl.float32)
+            score = best * tl.load(size + index, mask=there, other=0.0) / queries_seen
+            score = tl.where((broken != 0) | (score != score), -1.0, score)
+            rivals = order(score, there, places)
+            # Among BR entries, the K largest are those from the (BR - K)-th in order on.
+            least_staying = tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
+            stays = there & (rivals >= least_staying)
+            goes = there & (rivals < least_staying)
+            number_of = stays.to(tl.int32)
+            # In the order of the pool, which is that of the text; empty places come first.
+            slot = K - tl.sum(number_of, 0) + tl.cumsum(number_of, 0) - 1
+            tl.store(next_list + slot, index, mask=stays)
+            slot = tl.cumsum(goes.to(tl.int32), 0) - 1
+            tl.store(evicted + start - C + slot, index, mask=goes)
+        else:
+            follows = tl.full((), FOLLOWS, tl.int32)
+            if step + 1 < chunks:
+                follows = tl.load(flags + step + 1) & FOLLOWS
+            if follows != 0:  # nothing is kept where another document begins
+                tl.store(next_list + places, kept, mask=places < K)
+        tl.debug_barrier()

@@ -1,0 +1,26 @@
+"""Tile sizes, precision and device of kernel launches."""
+
+from typing import Any
+
+import torch
+import triton
+
+
+def tile_size(size: int) -> int:
+    """The tile size for `size`: tensor cores need powers of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def precision(kind: torch.dtype) -> str:
+    """How products of tensors of that dtype are computed."""
+    return "ieee" if kind == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def token_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a contiguous last dimension, as the kernels need it."""
+    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+
+
+def on_device(x: torch.Tensor) -> Any:
+    """Make the device of `x` current, since kernels run on the current device."""
+    return torch.cuda.device_of(x)
