@@ -1,6 +1,7 @@
 """Resources that the Triton kernels need on a GPU, from compiling them ahead of time, without one.
 
     python scripts/triton_resources.py
+    python scripts/triton_resources.py --kept_keys 128
     python scripts/triton_resources.py --capability 80 --head_dim 64 --dtype float16 --window 0
 
 Needs triton, whose wheel brings the compiler and the tool that reads its output. Prints a Markdown table: registers of
@@ -23,13 +24,15 @@ from triton.compiler import ASTSource
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.triton import causal, forward, launch_gradients
+from hf_rfa.ops.triton import causal, forward, kept, launch_exact, launch_gradients
 
 HEADS, KEY_HEADS, LENGTH, NUM_FEATURES, SINKS = 8, 8, 1024, 64, 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
          torch.uint8: "*u8"}  # fmt: skip
 KERNELS = {
+    kept: ("choose",),
+    launch_exact: ("exact_outputs", "exact_query_gradients", "exact_key_gradients"),
     forward: ("block_sums", "scan_sums", "block_outputs"),
     launch_gradients: ("inner_products", "block_flows", "scan_flows", "query_gradients", "key_gradients"),
 }
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90, help="of the GPU: 90 for H100 and H200")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--kept_keys", type=int, default=0)
     parser.add_argument("--feature_map", default="hyperbolic")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args()
@@ -72,7 +76,7 @@ def launches(options: argparse.Namespace) -> list[tuple[Any, tuple[Any, ...], di
     tensors = [tensor.requires_grad_() for tensor in tensors]
     objects = operator_arguments(
         *tensors, omega=omega, feature_map=options.feature_map, window=options.window,
-        sink_tokens=SINKS if options.window else 0, alpha=0.25,
+        sink_tokens=SINKS if options.window else 0, kept_keys=options.kept_keys, alpha=0.25,
     )  # fmt: skip
     call = OperatorCall.of(*tensors, *objects)
     noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []

@@ -121,8 +121,8 @@ def test_encoders_and_layers_that_stay_softmax_are_named():
     assert hf_rfa.backend(model)[1] == "chunked"
 
 
-def test_kept_keys_are_no_work_for_the_kernels():
+@pytest.mark.usefixtures("kernels_can_run")
+def test_heads_that_keep_keys_run_on_the_kernels_too():
     model = converted(head_kept_keys={(0, 1): 8})
-    with pytest.raises(ConfigError, match="far keys are kept"):
-        hf_rfa.set_backend(model, "triton")
-    assert set(hf_rfa.backend(model).values()) == {"chunked"}
+    hf_rfa.set_backend(model, "triton")
+    assert set(hf_rfa.backend(model).values()) == {"triton"}

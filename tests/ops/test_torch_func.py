@@ -26,6 +26,7 @@ CALLS = {
     "one token": {"length": 1},
     "one token, padding": {"length": 1, "token_mask": torch.tensor([[True], [False]])},
     "the kernels of Triton": {"backend": "triton", "length": 25},
+    "the kernels of Triton, kept keys": {"backend": "triton", "length": 25, "window": 4, "kept_keys": 3},
 }
 
 

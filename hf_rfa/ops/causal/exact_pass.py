@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass
