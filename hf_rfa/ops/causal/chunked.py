@@ -30,7 +30,7 @@ def chunked_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[
     Returns the output (B, Hk, G, N, M), zero for the `short` documents, and the state after the last token, or None
     if it is not wanted.
     """
-    aligned = with_choice(align(call, short), call)
+    aligned = align(call, short)
     settings = PassSettings(call.far, aligned.plan, call.window, call.scaling, call.statistics)
     output, kv_state, log_max = causal_attention(aligned.inputs, settings)
     final = None
@@ -46,7 +46,7 @@ class CausalPass:
     """The near and the far part of a call before they are combined; without gradients."""
 
     def __init__(self, call: OperatorCall) -> None:
-        aligned = with_choice(align(call), call)
+        aligned = align(call)
         self.plan = aligned.plan
         self._pass = ChunkedPass(aligned.inputs, call.far, self.plan, call.window, call.scaling)
 
@@ -67,7 +67,7 @@ class CausalPass:
 class Aligned:
     """The tokens of a call behind the near keys of the state; every document begins at a chunk boundary.
 
-    `inputs` holds the `choice`, too, once `with_choice` has made it.
+    `inputs` holds the `choice`, too, if there is one.
     """
 
     inputs: PassInputs
@@ -77,6 +77,12 @@ class Aligned:
 
 
 def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
+    """`lay_out`, with the keys that each chunk keeps, and the exact part, if the call keeps any."""
+    aligned = lay_out(call, short)
+    return _with_choice(aligned, call) if call.kept_keys else aligned
+
+
+def lay_out(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
     """Lay the tokens of a call out in chunks, except for the `short` documents."""
     query, key, value, window = call.query, call.key, call.value, call.window
     batch, heads, groups, length, dim = query.shape
@@ -118,10 +124,7 @@ def align(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
     return Aligned(inputs, plan, state)
 
 
-def with_choice(aligned: Aligned, call: OperatorCall) -> Aligned:
-    """The same with the keys that each chunk keeps and the exact part; unchanged for calls that keep none."""
-    if not call.kept_keys:
-        return aligned
+def _with_choice(aligned: Aligned, call: OperatorCall) -> Aligned:
     inputs, plan, state = aligned.inputs, aligned.plan, aligned.state
     chunked = ChunkedPass(inputs, call.far, plan, call.window, call.scaling, may_bound=False)
     choice = choose_keys(chunked, state)

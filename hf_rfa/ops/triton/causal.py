@@ -6,7 +6,7 @@ import functools
 import torch
 
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.causal.chunked import align, final_state
+from hf_rfa.ops.causal.chunked import final_state, lay_out
 from hf_rfa.ops.causal.keeping import with_kept_keys
 from hf_rfa.ops.chunks import tokens_of
 from hf_rfa.ops.state import RFAState
@@ -25,7 +25,7 @@ def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[t
     Returns the output (B, Hk, G, N, M) in value's dtype, zero for the `short` documents, and the state after the last
     token, or None if it is not wanted.
     """
-    aligned = align(call, short)
+    aligned = lay_out(call, short)
     x, plan = aligned.inputs, aligned.plan
     choice = choose_keys(aligned, call) if call.kept_keys else None
     query = fold_queries(x.query, call.far, call.scaling)
