@@ -27,7 +27,7 @@ def push_with_conversion(model: Any, own: Callable[..., Any], repo_id: str, **kw
     repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id=repo, branch=revision, exist_ok=True)
-    commit = {"commit_message": "Upload converted model"}
+    commit: dict[str, Any] = {"commit_message": "Upload converted model"}
     commit |= {name: kwargs.pop(name) for name in _COMMIT if kwargs.get(name) is not None}
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, **kwargs)
