@@ -25,7 +25,7 @@ class FolderHub:
         self.cache, self.created = cache, {}
 
     def __getattr__(self, name):
-        real, answer = inspect.signature(getattr(huggingface_hub.HfApi, name)), getattr(type(self), f"_{name}")
+        real, answer = inspect.signature(getattr(huggingface_hub.HfApi, name)), ANSWERS[name]
 
         def method(*args, **kwargs):
             given = real.bind(self, *args, **kwargs)
@@ -40,23 +40,30 @@ class FolderHub:
     def snapshot(self, repo, revision):
         return self.root(repo) / "snapshots" / f"{len(revision or 'main'):040x}"
 
-    def _create_repo(given):
-        assert given.exist_ok
-        given.hub.created[given.repo_id] = given.private
-        return SimpleNamespace(repo_id=given.repo_id)
 
-    def _create_branch(given):
-        given.hub.snapshot(given.repo_id, given.branch).mkdir(parents=True, exist_ok=given.exist_ok)
+def create_repo(given):
+    assert given.exist_ok
+    given.hub.created[given.repo_id] = given.private
+    return SimpleNamespace(repo_id=given.repo_id)
 
-    def _file_exists(given):
-        return (given.hub.snapshot(given.repo_id, given.revision) / given.filename).exists()
 
-    def _upload_folder(given):
-        folder = given.hub.snapshot(given.repo_id, given.revision)
-        shutil.copytree(given.folder_path, folder, dirs_exist_ok=True)
-        (given.hub.root(given.repo_id) / "refs").mkdir(exist_ok=True)
-        (given.hub.root(given.repo_id) / "refs" / (given.revision or "main")).write_text(folder.name)
-        return SimpleNamespace(oid=folder.name, commit_message=given.commit_message)
+def create_branch(given):
+    given.hub.snapshot(given.repo_id, given.branch).mkdir(parents=True, exist_ok=given.exist_ok)
+
+
+def file_exists(given):
+    return (given.hub.snapshot(given.repo_id, given.revision) / given.filename).exists()
+
+
+def upload_folder(given):
+    folder = given.hub.snapshot(given.repo_id, given.revision)
+    shutil.copytree(given.folder_path, folder, dirs_exist_ok=True)
+    (given.hub.root(given.repo_id) / "refs").mkdir(exist_ok=True)
+    (given.hub.root(given.repo_id) / "refs" / (given.revision or "main")).write_text(folder.name)
+    return SimpleNamespace(oid=folder.name, commit_message=given.commit_message)
+
+
+ANSWERS = {each.__name__: each for each in (create_repo, create_branch, file_exists, upload_folder)}
 
 
 @pytest.fixture
