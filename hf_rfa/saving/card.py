@@ -61,7 +61,7 @@ _TAGS = ("hf_rfa", "random-feature-attention", "linear-attention", "custom_code"
 
 
 def _summary(config: RFAConfig, report: CalibrationReport | None) -> str:
-    kept = f" and up to {config.kept_keys} far ones" if config.kept_keys else ""
+    kept = f" and up to {config.most_kept_keys} far ones" if config.most_kept_keys else ""
     text = f"A query sees {seen_exactly(config.window, config.sink_tokens)} exactly{kept}; the rest through features."
     if report is None:
         return text
