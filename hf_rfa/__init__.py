@@ -1,5 +1,6 @@
 """hf_rfa: convert a pretrained Transformers model from softmax to random-feature attention with one call."""
 
+from hf_rfa.auto_classes import teach_transformers
 from hf_rfa.calibration.calibrate import calibrate
 from hf_rfa.calibration.head_costs import HeadOption, head_costs
 from hf_rfa.checkpoint import from_pretrained, save_pretrained
@@ -22,6 +23,7 @@ from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 register()
+teach_transformers()
 
 __all__ = [
     "CalibrationReport",

@@ -3,6 +3,7 @@
 so a `Trainer`, writes them too.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_rfa.runtime.record import CONFIG_FIELD, RECORD, base_model, conversion_c
 from hf_rfa.saving.adapter_loading import load_adapters
 from hf_rfa.saving.base_model import describe_base, load_base, not_in_base, saved_nowhere
 from hf_rfa.saving.conversion_files import SavedConversion, read_conversion, write_conversion
-from hf_rfa.saving.peft_files import save_peft
+from hf_rfa.saving.peft_files import save_peft, teach_peft
 from hf_rfa.saving.saved_files import CONFIG_FILE, PEFT_CONFIG, WEIGHTS_FILE, naming
 from hf_rfa.saving.source import HUB_OPTIONS, Source
 
@@ -83,6 +84,9 @@ def from_pretrained(
 ) -> Any:
     """Load a model with its conversion, from a folder or the hub.
 
+    With hf_rfa imported, the classes of Transformers (`AutoModelForCausalLM.from_pretrained`, ...) load a whole model
+    in the same way; here a conversion without weights and a LoRA load, too.
+
     Args:
         folder_or_id: A folder or hub id that `hf_rfa.save_pretrained`, `model.save_pretrained`, a PEFT model or a
             `Trainer` wrote.
@@ -102,16 +106,33 @@ def from_pretrained(
 
     Example: see `save_pretrained`.
     """
-    saved, source = read_conversion(Source.of(folder_or_id, kwargs))
-    loaded = load_base(saved, source, model_class, kwargs)
-    model: Any = _converted(loaded.model, saved, source)
+    model, info, source = load_converted(Source.of(folder_or_id, kwargs), model_class, kwargs)
     lora = source.find(PEFT_CONFIG)
     if lora is not None and not getattr(model, "_hf_peft_config_loaded", False):
         from peft import PeftModel
 
         # From the folder that all its files were found in: PEFT's own look-ups do not follow every option.
         model = PeftModel.from_pretrained(model, str(lora.parent))
-    return (model, loaded.info) if output_loading_info else model
+    return (model, info) if output_loading_info else model
+
+
+def load_converted(
+    source: Source, model_class: type[PreTrainedModel] | None, kwargs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], Source]:
+    """The converted model in `source`, Transformers' loading info, and the source at its commit.
+
+    Args:
+        model_class: Another class of the same weights (with another head, or without one); None: the saved one.
+        kwargs: Those of `from_pretrained`.
+
+    Raises:
+        CheckpointError: see `from_pretrained`.
+    """
+    saved, source = read_conversion(source)
+    if source.find(PEFT_CONFIG) is not None:
+        teach_peft()
+    loaded = load_base(saved, source, model_class, kwargs)
+    return _converted(loaded.model, saved, source), loaded.info, source
 
 
 def holds_conversion(folder_or_id: str | Path, **kwargs: Any) -> bool:

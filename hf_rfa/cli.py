@@ -1,8 +1,8 @@
-"""The command line: `hf-rfa compare` and `hf-rfa supported`, also `python -m hf_rfa ...`."""
+"""The command line: `hf-rfa convert`, `compare`, `chat` and `supported`, also `python -m hf_rfa ...`."""
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_rfa
+from hf_rfa.commands.chat import chat
+from hf_rfa.commands.convert import convert_folder, how_to_load
+from hf_rfa.commands.settings import ChatSettings, ConvertSettings
 from hf_rfa.config import seen_exactly
 from hf_rfa.errors import ConfigError, RFAError
 from hf_rfa.evaluation import report
@@ -37,27 +40,34 @@ def _commands() -> None:
 
 
 def _takes(
-    settings: type[Settings], *, filled: str
+    settings: type[Settings], *, filled: str = "", arguments: Sequence[str] = ()
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
     """Make a command of a function that takes {option: text}: the options given, of all those of `settings`.
 
     Args:
         filled: The option that the command itself fills in if it is not given, as its help says.
+        arguments: Required ones that are given without their names.
     """
 
     def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         def with_options(**texts: str | None) -> None:
             command({name: text for name, text in texts.items() if text is not None})
 
-        kinds = {}
+        kinds: dict[str, Any] = {}
         for name, each in options_of(settings).items():
+            if name in arguments:
+                kinds[name] = Annotated[str, typer.Argument(help=escape(each.help), metavar=name.upper())]
+                continue
             kinds[name] = Annotated[str | None, typer.Option(
                 option_flag(name), help=escape(each.help if name == filled else help_text(each)),
                 rich_help_panel=each.group or "Input and output", metavar=describe(each.kind, short=True),
                 show_default=False,
             )]  # fmt: skip
         signature = inspect.Signature([
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=kind,
+                default=inspect.Parameter.empty if name in arguments else None,
+            )
             for name, kind in kinds.items()
         ])  # fmt: skip
         # Which of the two Typer reads depends on its version.
@@ -66,6 +76,34 @@ def _takes(
         return with_options
 
     return decorate
+
+
+@app.command("convert")
+@_takes(ConvertSettings, arguments=("model", "output"))
+def convert_command(given: dict[str, Any]) -> None:
+    """Convert a pretrained model and save it, with its tokenizer, as a folder of its own.
+
+    The near keys of each query stay exact, all others go through random features; calibration fits every head and
+    keeps the few that look up single tokens exact. The original is not touched.
+    """
+    console = Console()
+    settings = ConvertSettings.from_dict(given, source="The command line", dashes=True)
+    model = convert_folder(settings, lambda line: console.print(escape(line), soft_wrap=True, highlight=False))
+    console.print(escape(str(hf_rfa.calibration_report(model))), soft_wrap=True, highlight=False)
+    console.print(f"\n{escape(how_to_load(model, settings.output))}", soft_wrap=True, highlight=False)
+
+
+@app.command("chat")
+@_takes(ChatSettings, arguments=("folder",))
+def chat_command(given: dict[str, Any]) -> None:
+    """Talk with a chat model in the terminal; a converted one's memory does not grow with the conversation.
+
+    Each answer is followed by the size of the cache. Without a terminal the lines of standard input are the user's
+    messages.
+    """
+    console = Console()
+    settings = ChatSettings.from_dict(given, source="The command line", dashes=True)
+    chat(settings, lambda line: console.print(escape(line), soft_wrap=True, highlight=False))
 
 
 @app.command("compare")

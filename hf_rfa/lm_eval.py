@@ -5,7 +5,9 @@
     python -m hf_rfa.lm_eval my-model-rfa --tasks lambada_openai
     python -m hf_rfa.lm_eval my-model-rfa --tasks my_task --include_path folder-with-the-tasks-yaml --output out.json
 
-The harness has no plugins, so it gets the model as an object.
+The harness's own command line reads a converted folder too (but no conversion without weights, and no LoRA):
+
+    lm_eval --model hf --model_args pretrained=my-model-rfa,trust_remote_code=True --tasks lambada_openai
 """
 
 import argparse

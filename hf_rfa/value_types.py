@@ -2,7 +2,7 @@
 
 Known are bool, int, float, str, Path, None, `Literal`, unions of these, `tuple[X, ...]` or `Sequence[X]`, pairs
 `tuple[X, Y]` and `Mapping[X, Y]`. As text a list has commas, a pair a colon, and a mapping is a list of pairs:
-`3:1,2:0` is ((3, 1), (2, 0)) or {3: 1, 2: 0}.
+`3:1,2:0` is ((3, 1), (2, 0)) or {3: 1, 2: 0}; a pair within a pair has another colon: `3:1:512` is {(3, 1): 512}.
 """
 
 import os
@@ -78,10 +78,21 @@ def _sequence(inner: tuple[Any, ...], value: Any, text: bool) -> tuple[Any, ...]
     many = len(inner) == 2 and inner[1] is Ellipsis
     if text and isinstance(value, str):
         value = [each.strip() for each in value.split("," if many else ":")] if value.strip() else []
+        value = value if many or not value else _regrouped(inner, value)
     if not isinstance(value, (list, tuple)) or not (many or len(value) == len(inner)):
         raise ValueError(value)
     kinds = [inner[0]] * len(value) if many else inner
     return tuple(convert(kind, each, text=text) for kind, each in zip(kinds, value, strict=True))
+
+
+def _regrouped(inner: tuple[Any, ...], words: list[str]) -> list[str]:
+    """The words between colons, put together again for each member that is a pair itself."""
+    found = []
+    for kind in inner:
+        size = len(get_args(kind)) if get_origin(kind) is tuple else 1
+        found.append(":".join(words[:size]))
+        words = words[size:]
+    return [*found, *words]
 
 
 def _read(kind: Any, text: str) -> Any:

@@ -19,11 +19,17 @@ from hf_rfa.runtime.adopted_cache import remember_recording
 from hf_rfa.runtime.forward import ARGUMENTS, converted_forward
 from hf_rfa.runtime.generation import generate, prepare_cache
 from hf_rfa.runtime.record import INSIDE, ORIGINAL, RECORD, original_class
-from hf_rfa.saving.peft_files import teach_peft
+from hf_rfa.saving.hub import push_with_conversion
+from hf_rfa.saving.peft_files import load_lora, teach_peft
 from hf_rfa.saving.saver import save_with_conversion
 
 #: Replacements of a class's own methods: each gets the model, the own method bound to it, then the call's arguments.
-_MODEL_METHODS: dict[str, Callable[..., Any]] = {"forward": converted_forward, "save_pretrained": save_with_conversion}
+_MODEL_METHODS: dict[str, Callable[..., Any]] = {
+    "forward": converted_forward,
+    "save_pretrained": save_with_conversion,
+    "push_to_hub": push_with_conversion,
+    "load_adapter": load_lora,
+}
 _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "_prepare_cache_for_generation": prepare_cache,

@@ -29,8 +29,8 @@ base_model: {name}
 
 # {name} with random-feature attention
 
-Converted from softmax attention by hf_rfa and trained on `{source_name(data)}`. It loads with hf_rfa alone; without it
-the folder would be another model.
+Converted from softmax attention by hf_rfa and trained on `{source_name(data)}`. Without `pip install hf_rfa` it does
+not load.
 
 ```python
 import hf_rfa

@@ -1,6 +1,7 @@
 """Loading saved tensors into the adapters of a model: all of them, or an error that says what does not fit."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def load_adapters(model: PreTrainedModel, saved: SavedConversion, source: Source
     Raises:
         CheckpointError: The tensors are not those of this model, or not those that the conversion was saved with.
     """
-    wanted, tensors = adapter_shapes(model), saved.tensors
+    wanted = adapter_shapes(model)
+    tensors = _named_for(model, saved.tensors, wanted)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise CheckpointError(
@@ -74,6 +76,14 @@ def take_over(model: PreTrainedModel, saved: SavedConversion, source: Source, *,
         )
     load_adapters(model, saved, source)
     store_config(model, saved.config)
+
+
+def _named_for(model: PreTrainedModel, tensors: dict[str, torch.Tensor], wanted: Collection[str]) -> Any:
+    """The tensors as they are called in this class: a model without its head drops the prefix that the others have."""
+    prefix = f"{model.base_model_prefix}."
+    shorter = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    longer = {f"{prefix}{key}": tensor for key, tensor in tensors.items()}
+    return next((each for each in (tensors, shorter, longer) if set(each) == set(wanted)), tensors)
 
 
 def adapter_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

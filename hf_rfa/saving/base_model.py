@@ -16,7 +16,9 @@ from hf_rfa.errors import CheckpointError
 from hf_rfa.runtime.adapter import ADAPTER_NAME
 from hf_rfa.runtime.record import original_class
 from hf_rfa.saving.conversion_files import Base, SavedConversion, as_json
+from hf_rfa.saving.marks import restored
 from hf_rfa.saving.model_class import find_class
+from hf_rfa.saving.plain import plain_loading
 from hf_rfa.saving.saved_files import MODEL_CONFIG, PEFT_WEIGHTS, read_json
 from hf_rfa.saving.source import HUB_OPTIONS, Source
 
@@ -50,7 +52,7 @@ def load_base(
     options.setdefault("attn_implementation", None)  # config.json may say "rfa", which needs adapters
     code = {key: weights.code[key] for key in ("trust_remote_code",) if key in weights.code}
     rebuilt = saved.base is not None and saved.base.config is not None
-    with _naming(weights), _expecting_adapters(cls), _unreported() if rebuilt else nullcontext():
+    with plain_loading(), _naming(weights), _expecting_adapters(cls), _unreported() if rebuilt else nullcontext():
         if rebuilt and "config" not in options:
             config, options = _config(cls, saved, weights, options)
             options["config"] = config
@@ -93,12 +95,12 @@ def not_in_base(model: PreTrainedModel, base: Base, folder: Path) -> set[str]:
         path = weights.find(MODEL_CONFIG)
     except CheckpointError:
         return set()
-    if path is None or not _may_differ(model, base.config or {}, read_json(path)):
+    if path is None or not _may_differ(model, base.config or {}, restored(read_json(path))):
         return set()
     cls = original_class(model)
     config = cls.config_class.from_dict({**(base.config or {})})
     options: dict[str, Any] = {"ignore_mismatched_sizes": True, "device_map": "meta", "output_loading_info": True}
-    with _expecting_adapters(cls), _unreported():
+    with plain_loading(), _expecting_adapters(cls), _unreported():
         _, info = cls.from_pretrained(weights.name, config=config, **weights.options, **options)
     return _lacking(info)
 

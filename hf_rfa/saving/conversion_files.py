@@ -12,17 +12,14 @@ Format 2. A folder never answers with something that was not saved last, and nev
 
 - *Whole model*: both files beside `config.json` and weights. In `config.json` the field `rfa_config` repeats the
   conversion and names the digest of its tensors, so that a config which Transformers wrote later (of a reverted
-  model) shows that the conversion is stale. `attn_implementation: "rfa"` stands there too: Transformers refuses to
-  load the folder without hf_rfa (it knows no such attention), and with hf_rfa imported the attention function refuses
-  to run without adapters. Transformers drops that key from every config that it writes itself.
+  model) shows that the conversion is stale. Marks that no other program knows stand there too (`saving.marks`).
 - *Without weights*, alone or beside a LoRA: `base` says where the base model is and what its config must be when it is
   built again; `beside` holds the hashes of a LoRA and of a whole model's config that lay there at the time.
 - `rfa_config.json` is removed before anything is written and written last, so that an interrupted save leaves no
   conversion.
 
-Loading by the Auto classes can build on this: a model that they have built with `rfa` attention knows its folder
-(`name_or_path`), and the conversion there says which adapters it needs. Format 1 had neither `base`, `beside`,
-`digest` nor the mark in `config.json`; it is read as it was.
+Format 1 had neither `base`, `beside`, `digest` nor the marks; folders of format 2 from before `saving.marks` have
+`attn_implementation: "rfa"` alone. Both are read as they were.
 """
 
 import json
@@ -41,9 +38,11 @@ from hf_rfa.report import CalibrationReport
 from hf_rfa.runtime.adapter import ADAPTER_NAME
 from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.record import CONFIG_FIELD
+from hf_rfa.saving.marks import MARK, marked, marked_lora, names_conversion, write_code
 from hf_rfa.saving.saved_files import (
     CONFIG_FILE,
     MODEL_CONFIG,
+    PEFT_CONFIG,
     WEIGHTS_FILE,
     digest,
     fingerprints,
@@ -60,8 +59,6 @@ from hf_rfa.saving.source import Source
 DIGEST_FIELD = "pair"
 #: Before the names of the base model's own weights in the tensors' file.
 WEIGHT_PREFIX = "base_model:"
-#: What `config.json` says that the model attends with: the name of hf_rfa's attention function.
-MARK = {"attn_implementation": "rfa"}
 
 
 @dataclass(frozen=True)
@@ -142,10 +139,14 @@ def write_conversion(
     elsewhere = base is not None and base.name != "."
     with naming(folder):
         forget_conversion(folder)
+        if base is not None and (folder / PEFT_CONFIG).exists():
+            write_json(folder / PEFT_CONFIG, marked_lora(read_json(folder / PEFT_CONFIG)))
         write_whole(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         if base is None:
             config = read_json(folder / MODEL_CONFIG)
-            write_json(folder / MODEL_CONFIG, {**config, CONFIG_FIELD: {**noted, DIGEST_FIELD: found}, **MARK})
+            config = {**config, CONFIG_FIELD: {**noted, DIGEST_FIELD: found}}
+            write_json(folder / MODEL_CONFIG, marked(config, model.config))
+            write_code(folder)
         described = {
             "format_version": FORMAT_VERSION,
             "rfa": noted,
@@ -253,6 +254,11 @@ def _advice(source: Source) -> str:
     inner = sorted(path.parent.name for path in source.folder.glob(f"*/{CONFIG_FILE}")) if source.folder else []
     if inner:
         return f"Its sub-folders {inner} do: pass one of them."
+    config = source.find(MODEL_CONFIG)
+    if config is not None and names_conversion(config):
+        return (
+            f"Its {MODEL_CONFIG} names one: copy {CONFIG_FILE} and {WEIGHTS_FILE} beside it, or save the model again."
+        )
     return "Load the model with its own class and call `hf_rfa.convert(model)`."
 
 

@@ -1,32 +1,46 @@
 """lm-evaluation-harness on a converted folder, with a task of one local file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-import torch
+from conversions import redrawn
+from families import llama
 from tokenizers_of_tests import byte_tokenizer
-
-import hf_rfa
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 
-@pytest.mark.filterwarnings("default")  # the harness and its imports warn about themselves
-def test_a_local_task_runs(tiny_llama, tmp_path):
-    from hf_rfa.lm_eval import evaluate
-
-    tiny_llama.resize_token_embeddings(258)
-    model = hf_rfa.convert(tiny_llama, hf_rfa.RFAConfig(num_features=8, window=8, sink_tokens=2), calibrate=False)
-    hf_rfa.save_pretrained(model, tmp_path / "model")
-    byte_tokenizer(bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "model")
-    rows = [{"question": "one", "word": " two"}, {"question": "three", "word": " four"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tiny.yaml").write_text(
-        f"task: tiny_local\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A converted model with its tokenizer, and a task."""
+    root = tmp_path_factory.mktemp("harness")
+    redrawn(llama(vocab_size=258)).save_pretrained(root / "model")
+    byte_tokenizer(bos_token="<s>", eos_token="</s>").save_pretrained(root / "model")
+    rows = [{"question": "a question far longer than the window", "word": " two"}, {"question": "three", "word": " 4"}]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "tiny.yaml").write_text(
+        f"task: tiny_local\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {root / 'rows.jsonl'}\n"
         "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{word}}'\n"
         "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
     )
-    results = evaluate(str(tmp_path / "model"), ["tiny_local"], include_path=str(tmp_path))
-    found = results["tiny_local"]["perplexity,none"]
-    assert torch.isfinite(torch.tensor(found))
-    assert found > 1
+    return root
+
+
+@pytest.mark.filterwarnings("default")  # the harness and its imports warn about themselves
+def test_a_local_task_runs_by_our_command_and_by_its_own(folder, tmp_path):
+    """Its own runs in a process that knows nothing of hf_rfa but the file in the folder."""
+    from hf_rfa.lm_eval import evaluate
+
+    ours = evaluate(str(folder / "model"), ["tiny_local"], include_path=str(folder))["tiny_local"]["perplexity,none"]
+    assert 1 < ours < float("inf")
+    command = f"""{sys.executable} -m lm_eval --model hf --tasks tiny_local --include_path {folder} --device cpu
+        --model_args pretrained={folder / "model"},trust_remote_code=True,dtype=float32 --output_path {tmp_path}"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command.split(), capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert run.returncode == 0, run.stderr[-4000:]
+    (report,) = tmp_path.glob("**/results_*.json")
+    theirs = json.loads(report.read_text())["results"]["tiny_local"]["perplexity,none"]
+    assert theirs == pytest.approx(ours, rel=1e-6)

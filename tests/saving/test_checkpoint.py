@@ -4,8 +4,6 @@ import copy
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ import hf_rfa
 from hf_rfa import CheckpointError, UnsupportedModelError
 from hf_rfa.conversion.implementation import IMPLEMENTATION
 from hf_rfa.runtime.record import conversion_config
-from hf_rfa.saving.conversion_files import MARK
+from hf_rfa.saving.marks import MARK
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
 FAMILIES = pytest.mark.parametrize("family", NAMES)
@@ -502,26 +500,18 @@ def transformers_warnings():
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-def test_a_plain_load_of_a_converted_folder_does_not_answer(save, tmp_path, transformers_warnings):
-    save(altered(), tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert any("rfa.omega" in message or "rfa.{" in message for message in transformers_warnings)
+def test_a_plain_load_of_a_converted_folder_is_the_converted_model(save, tmp_path, transformers_warnings):
+    """What happens where nothing has imported hf_rfa: `test_loads_everywhere`."""
+    model = altered()
+    save(model, tmp_path)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    assert transformers_warnings == []
+
+
+def test_the_attention_alone_does_not_answer():
+    """As where a model is built from the config of a converted one."""
     with pytest.raises(UnsupportedModelError, match=r"hf_rfa\.from_pretrained"):
-        model(token_ids())
-
-
-def test_transformers_without_hf_rfa_does_not_load_a_converted_folder(tmp_path):
-    altered().save_pretrained(tmp_path)
-    code = (
-        "import sys, transformers\n"
-        "print(transformers.AutoConfig.from_pretrained(sys.argv[1]).model_type)\n"
-        "for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):\n"
-        "    try: cls.from_pretrained(sys.argv[1])\n"
-        "    except ValueError as error: print(error)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("llama")
-    assert run.stdout.count('attn_implementation="rfa"` is not supported') == 2
+        AutoModelForCausalLM.from_config(altered().config)(token_ids())
 
 
 def test_the_mark_in_the_config_is_the_name_of_our_attention():

@@ -143,6 +143,7 @@ def test_remote_code_is_loaded_when_it_is_trusted(kind, remote, tmp_path):
         hf_rfa.from_pretrained(folder)
     if kind == "whole":  # nothing is left of the folder that it came from
         shutil.rmtree(remote)
+        assert same_outputs(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), model)
     loaded = hf_rfa.from_pretrained(folder, trust_remote_code=True)
     assert same_outputs(loaded, model)
     base = loaded.get_base_model() if kind == "lora" else loaded

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa import CheckpointError
+from hf_rfa.saving.plain import plain_loading
 
 INPUTS = {"input_ids": token_ids(), "use_cache": False}
 PAIR = {"rfa_config.json", "rfa_model.safetensors"}
@@ -128,9 +129,10 @@ def test_a_reverted_model_saved_over_its_conversion(base, folder):
 
 
 def test_a_model_trained_as_softmax_saved_over_its_conversion(base, folder):
-    """Who insists on softmax gets it; the config then still names the conversion, but not the attention."""
+    """Who insists on softmax where hf_rfa is not imported; the config still names the conversion."""
     redrawn(base()).save_pretrained(folder)
-    plain = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    with plain_loading():
+        plain = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     scaled(plain).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=STALE):
         hf_rfa.from_pretrained(folder)
@@ -214,7 +216,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_the_old_state_or_no_conversi
         room.pop()
         replace(*paths)
 
-    writes = 3 if kind == "whole" else 2  # the two files, and config.json beside weights
+    writes = 2 if kind == "alone" else 3  # the two files, and the mark in config.json or adapter_config.json
     with monkeypatch.context() as patch:
         patch.setattr("hf_rfa.saving.saved_files.os.replace", limited)
         for allowed in range(writes):

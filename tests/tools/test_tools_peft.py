@@ -269,10 +269,13 @@ def test_a_second_adapter_has_to_fit_the_first_ones_conversion(base, tmp_path):
 
 
 @PEFT_ASKS
-def test_a_lora_of_a_conversion_on_a_softmax_model_is_warned_about(base, tmp_path, caplog):
+def test_a_lora_of_a_conversion_on_a_softmax_model_is_refused(base, tmp_path):
     wrap(redrawn(base()), METHODS["lora"]()).save_pretrained(tmp_path / "saved")
-    peft.PeftModel.from_pretrained(base(), tmp_path / "saved")
-    assert "attends by softmax" in caplog.text
+    with pytest.raises(CheckpointError, match="attends by softmax"):
+        peft.PeftModel.from_pretrained(base(), tmp_path / "saved")
+    plain = wrap(base(), METHODS["lora"]())
+    with pytest.raises(CheckpointError, match="attends by softmax"):
+        plain.load_adapter(tmp_path / "saved", "default")  # as a resumed Trainer does
 
 
 @PEFT_ASKS

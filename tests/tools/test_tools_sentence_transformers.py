@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conversions import redrawn
+from families import build
+from tokenizers_of_tests import word_tokenizer
 
 import hf_rfa
 from hf_rfa import RFAConfig
 from hf_rfa.features import maps as feature_maps
+from hf_rfa.runtime.adapters import require_adapters
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 CONFIG = RFAConfig(window=32, softmax_heads=0.25)
@@ -49,8 +53,26 @@ def test_embeddings_do_not_depend_on_the_batch_and_come_back_from_a_folder(encod
     assert (embed(encoder, batch_size=1) - want).abs().max() < 1e-5
     encoder.save(str(tmp_path))
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
-    loaded[0].model = hf_rfa.from_pretrained(tmp_path)
+    assert [adapter.draw_number for adapter in require_adapters(loaded[0].model)] == [3] * 6
     assert (embed(loaded) - want).abs().max() < 1e-6
+
+
+def test_a_folder_of_a_tiny_encoder_loads_by_itself(tmp_path):
+    """The same where the package with the real one is not installed."""
+    model = redrawn(build("bert").bert)
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer = word_tokenizer(90)
+    tokenizer.pad_token = "w0"
+    tokenizer.save_pretrained(tmp_path / "bert")
+    words = [" ".join(f"w{(3 * i + first) % 90}" for i in range(60)) for first in (1, 2)]
+    first = sentence_transformers.SentenceTransformer(str(tmp_path / "bert"), device="cpu")
+    first.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    ids = torch.tensor([tokenizer(text).input_ids for text in words])
+    with torch.no_grad():
+        want = model(ids).last_hidden_state.mean(1)
+    for loaded in (first, again):
+        assert (torch.as_tensor(loaded.encode(words)) - want).abs().max() < 1e-5
 
 
 @pytest.mark.slow

@@ -4,10 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from conversions import converted
+from conversions import converted, redrawn, same_outputs
 from families import PEFT_ASKS, SHORT, build, inputs_for, outputs_of, token_ids
 from trainers import Texts, arguments, losses
-from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_rfa
 from hf_rfa.runtime.adapters import require_adapters
@@ -59,6 +66,21 @@ def test_the_best_checkpoint_comes_back_with_its_conversion(tmp_path):
     best = hf_rfa.from_pretrained(run.state.best_model_checkpoint)
     inputs = inputs_for(model)
     assert torch.equal(outputs_of(model.eval(), inputs), outputs_of(best, inputs))
+
+
+def test_a_run_resumes_with_a_model_that_an_auto_class_loaded(tmp_path):
+    straight = Trainer(
+        model=redrawn(), train_dataset=Texts(),
+        args=arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2),
+    )  # fmt: skip
+    straight.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    resumed = Trainer(model=model, args=arguments(tmp_path / "resumed", max_steps=4), train_dataset=Texts())
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed) == losses(straight)
+    assert same_outputs(model.eval(), straight.model.eval())
+    assert same_outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4"), model)
 
 
 def with_lora(folder, name="default", more=()):

@@ -1,0 +1,1 @@
+"""What the commands `hf-rfa convert` and `hf-rfa chat` do."""

@@ -1,0 +1,55 @@
+"""Options of `hf-rfa convert` and `hf-rfa chat`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hf_rfa.config import RFAConfig
+from hf_rfa.data.documents import SOURCE_HELP
+from hf_rfa.options import Settings, option, part
+
+_CALIBRATION, _RUN = "Calibration", "Run"
+_DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE_HELP = "Precision of the weights; 'auto': as they were saved."
+
+
+@dataclass(frozen=True)
+class ConvertSettings(Settings):
+    """Settings of `convert_folder`, and the options of `hf-rfa convert`."""
+
+    model: str = option("Folder or hub id of the model to convert.")
+    output: str = option("Folder for the converted model and its tokenizer; new, or empty.")
+    conversion: RFAConfig = part(RFAConfig(softmax_heads="auto"), group="Conversion")
+    data: str | None = option(
+        f"Texts to calibrate on. {SOURCE_HELP} By default a text that the model writes itself.", None,
+        group=_CALIBRATION,
+    )  # fmt: skip
+    context: int = option("Tokens per text of `data`.", 1024, group=_CALIBRATION, least=2)
+    calibration_batches: int = option("Batches of `data`.", 2, group=_CALIBRATION, least=1)
+    batch_size: int = option("Texts per batch.", 2, group=_CALIBRATION, least=1)
+    text_column: str = option("Column of the text in .jsonl, .parquet and hub datasets.", "text", group=_CALIBRATION)
+    dtype: DType = option(_DTYPE_HELP, "auto", group=_RUN)
+    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
+
+
+@dataclass(frozen=True)
+class ChatSettings(Settings):
+    """Settings of `chat`, and the options of `hf-rfa chat`."""
+
+    folder: str = option("Folder or hub id of a chat model, converted or not.")
+    system: str | None = option("What the model is told before the conversation; by default nothing.", None)
+    max_new_tokens: int = option("The most tokens of an answer.", 512, least=1)
+    greedy: bool = option("The likeliest token each time; by default as the model's generation settings say.", False)
+    dtype: DType = option(_DTYPE_HELP, "auto", group=_RUN)
+    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
+
+
+def device_of(name: str) -> str:
+    """The device that 'auto' stands for, or the one that is named."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
