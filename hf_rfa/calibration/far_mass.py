@@ -10,7 +10,7 @@ ROWS = 256
 
 def far_masses(
     query: torch.Tensor, key: torch.Tensor, *, layout: TokenLayout, window: int, sink_tokens: int, scaling: float,
-    causal: bool, sink_logits: torch.Tensor | None,
+    causal: bool, sink_logits: torch.Tensor | None, every: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Softmax weight of all far keys per query, and of each key as a far key over all queries.
 
@@ -20,6 +20,7 @@ def far_masses(
         query: (B, Hk, G, N, D); key: (B, Hk, N, D).
         sink_logits: (Hk * G,) or None.
         layout, window, sink_tokens, scaling, causal: Those of `rfa_attention`; `window = 0`: every visible key is far.
+        every: Only every so many-th query is asked, and counts as so many: the others give 0.
 
     Returns:
         given (B, Hk, G, N) and taken (B, Hk, N), float32. Time quadratic in N, memory linear.
@@ -31,7 +32,7 @@ def far_masses(
     chunk = rank // max(window, 1)
     slots = torch.arange(length, device=query.device)
     for row in range(batch):
-        for rows in slots.split(ROWS):
+        for rows in slots[every // 2 :: every].split(ROWS):
             visible = token_mask[row] & (segment_ids[row] == segment_ids[row, rows, None])
             if causal:
                 visible = visible & (slots <= rows[:, None])
@@ -45,7 +46,8 @@ def far_masses(
             if sink_logits is not None:
                 total = torch.logaddexp(total, sink_logits.float().view(heads, groups, 1, 1))
             # Padding sees nothing: its -inf - -inf is masked.
-            weights = (scores - total).exp().masked_fill(~(far & token_mask[row, rows, None]), 0.0)
+            weights = (scores - total).exp_().masked_fill(~(far & token_mask[row, rows, None]), 0.0)
+            weights *= every
             given[row][:, :, rows] = weights.sum(-1)
             taken[row] += weights.sum((1, 2))
     return given, taken

@@ -21,6 +21,9 @@ from hf_rfa.ops.settings import AttentionSettings
 
 #: This share of the mean variance is added to every variance: a few thousand tokens do not determine all directions.
 RIDGE = 0.01
+#: Of a row at least this many queries are asked which keys they attend to, and at least one in `EVERY`: that takes
+#: time N^2.
+FEW_QUERIES, EVERY = 128, 8
 #: A head has an attended geometry only if its far pairs weigh at least as much as this many tokens.
 LEAST_WEIGHT = 1.0
 
@@ -60,6 +63,7 @@ class Moments:
         given, taken = far_masses(
             query, key.squeeze(2), layout=layout, window=config.window, sink_tokens=config.sink_tokens,
             scaling=settings.scaling, causal=settings.causal, sink_logits=settings.sink_logits,
+            every=min(EVERY, max(1, kept // FEW_QUERIES)),
         )  # fmt: skip
         plain = torch.ones_like(given[:, :, :1])
         if layout.token_mask is not None:
