@@ -12,8 +12,8 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.devices import execution_device
 from hf_rfa.runtime.quiet import quiet_eval
 
-#: Many rows cost little more than one, since each step reads all weights; they are as long as it takes for most queries
-#: to have far keys that are not kept.
+#: Many rows cost little more than one, since each step reads all weights. Half of the queries have far keys that are
+#: not kept.
 ROWS, LENGTH, LONGEST = 16, 512, 1024
 #: A step takes about as long as the forward of so many tokens, and of one more for each row.
 STEP_TOKENS = 24
