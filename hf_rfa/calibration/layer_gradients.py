@@ -22,6 +22,7 @@ from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import adapter_of
+from hf_rfa.runtime.arguments import CACHE_NAMES
 from hf_rfa.runtime.calls import Interception, intercept
 from hf_rfa.runtime.quiet import quiet_eval
 
@@ -50,6 +51,8 @@ class LayerInputs:
         return attend(*self.wide(), self.adapter.kernel, self.settings, self.layout)[0]
 
 
+#: Arguments by which blocks get a cache, in all versions of Transformers and of checkpoints' own code.
+_CACHES = (*CACHE_NAMES, "past_key_value", "layer_past")
 #: Is shown a layer's inputs in a forward pass; what it is for a layer's gradient, (B, H, N, M), in a backward pass.
 Look = Callable[[LayerInputs], None]
 Take = Callable[[LayerInputs, torch.Tensor], None]
@@ -69,11 +72,11 @@ class LayerGradients:
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[RFAAdapter]) -> None:
         self.model, self.reader = model, OutputReader(model)
-        self._layers = {adapter: _Layer() for adapter in adapters if adapter.converted}
+        self.layers = {adapter: _Layer() for adapter in adapters if adapter.converted}
         observers: dict[RFAAdapter, Callable[..., None]] = dict.fromkeys(adapters, ignore)
-        self._interception = Interception(observers=observers | self._layers)
-        self._blocks = _blocks(model, self._layers)
-        for adapter, layer in self._layers.items():
+        self._interception = Interception(observers=observers | self.layers)
+        self._blocks = _blocks(model, self.layers)
+        for adapter, layer in self.layers.items():
             layer.runs_again = any(adapter in inside for inside in self._blocks.values())
 
     @contextlib.contextmanager
@@ -91,7 +94,7 @@ class LayerGradients:
 
     def forward(self, inputs: Mapping[str, Any], look: Mapping[RFAAdapter, Look] | None = None) -> Outputs:
         """Run a batch; `look` is shown the layers' inputs."""
-        for adapter, layer in self._layers.items():
+        for adapter, layer in self.layers.items():
             layer.look, layer.take = (look or {}).get(adapter), None
             layer.calls.clear()
         return self.reader(inputs)
@@ -109,7 +112,7 @@ class LayerGradients:
                 f"No gradient flows through {type(self.model).__name__} (it computes without a graph, or from none of "
                 "its converted layers), so that it cannot be calibrated. Pass `calibrate=False`."
             )
-        for adapter, layer in self._layers.items():
+        for adapter, layer in self.layers.items():
             layer.look, layer.take = None, take[adapter]
         outputs.tensor.backward(gradient, retain_graph=again)
 
@@ -120,7 +123,10 @@ class LayerGradients:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             for adapter in inside:
-                self._layers[adapter].calls.clear()
+                self.layers[adapter].calls.clear()
+            for name in _CACHES:  # run twice, a block would find its own keys in a cache
+                if kwargs.get(name) is not None:
+                    kwargs[name] = None
             with intercept(self._interception):  # a backward pass on a GPU has a thread of its own
                 return forward(*args, **kwargs)
 
@@ -155,15 +161,15 @@ class _Layer:
         again, number = self.take is not None, len(self.calls)
         # Between the passes a layer that runs again need not be held.
         self.calls.append(inputs if again else None)
-        if not torch.is_grad_enabled():  # the model asked for no graph
+        if not again and self.look is not None:
+            with torch.no_grad():
+                self.look(inputs)
+        if not torch.is_grad_enabled():  # a model may ask for no graph
             return
         if not exact.requires_grad:  # the first layer: its inputs depend on nothing that has a gradient
             exact.requires_grad_()
         if again:
             return
-        if self.look is not None:
-            with torch.no_grad():
-                self.look(inputs)
         held = None if self.runs_again else inputs
 
         def arrived(gradient: torch.Tensor) -> None:

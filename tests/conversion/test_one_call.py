@@ -11,6 +11,7 @@ from conversions import converted
 from families import LONGEST, SHORT, build, inputs_for, outputs_of, short_llama, token_ids
 from torch.testing import assert_close
 from trained_by_hand import harmful_and_helpful
+from trained_on_topics import topical, trained
 from transformers import AutoModelForCausalLM
 
 import hf_rfa
@@ -131,29 +132,6 @@ def test_auto_keeps_the_fewest_heads_that_meet_the_budget():
 # --- never worse than the window alone -------------------------------------------------------------------------------
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "phi", "qwen3"]
-TOPICS, VOCABULARY = 4, 99
-
-
-def topical(rows: int, length: int, seed: int) -> torch.Tensor:
-    """Texts of one topic each: words of its own at one place in three, so that far keys help to tell the topic."""
-    generator = torch.Generator().manual_seed(seed)
-    topic = torch.randint(TOPICS, (rows, 1), generator=generator)
-    own = 10 + 20 * topic + torch.randint(20, (rows, length), generator=generator)
-    common = 10 + torch.randint(80, (rows, length), generator=generator)
-    return torch.where(torch.rand(rows, length, generator=generator) < 0.35, own, common)
-
-
-def trained(family: str):
-    """A tiny model that has learnt to tell topics, by a few seconds of training."""
-    model = build(family).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60):
-        ids = topical(8, 100, seed=step)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 def held_out_loss(model) -> float:
