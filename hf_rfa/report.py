@@ -1,6 +1,6 @@
 """`CalibrationReport`: the far kernel and the cost of every key head, as a table, a dictionary and a heat map."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,26 @@ class HeadCalibration:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HeadCalibration":
         """The entry that `asdict` made, also of versions that fitted heads to the error of their layer's output."""
-        names = [field.name for field in fields(cls)]
+        names = [one.name for one in fields(cls)]
         return cls(**{"window_cost": float("nan")} | {name: values[name] for name in names if name in values})
+
+
+@dataclass(frozen=True)
+class CurveStep:
+    """A step of a budget (`RFAConfig.budget`): what was bought, and where that led.
+
+    Attributes:
+        bytes: Of the cache of one text, all heads of the converted layers together.
+        nats: What all heads cost together, nats/token.
+        layer, key_head: The head for which more was bought; None at the beginning.
+        kept_keys: How many far keys it keeps from then on; None: it is exact.
+    """
+
+    bytes: float
+    nats: float
+    layer: int | None
+    key_head: int | None
+    kept_keys: int | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ class CalibrationReport:
         silenced: Layers whose far parts were switched off because with them the model was worse than without.
         window, sink_tokens: Those of the config; None in reports of versions that did not record them.
         kept_keys: The most that a head of the config keeps.
+        curve: How a budget was spent, step by step; empty without one.
     """
 
     heads: list[HeadCalibration]
@@ -65,6 +84,7 @@ class CalibrationReport:
     window: int | None = None
     sink_tokens: int | None = None
     kept_keys: int = 0
+    curve: list[CurveStep] = field(default_factory=list)
 
     @property
     def ranking(self) -> list[tuple[int, int, float]]:
@@ -83,7 +103,31 @@ class CalibrationReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CalibrationReport":
         """The report that `to_dict` described."""
-        return cls(**{**values, "heads": [HeadCalibration.from_dict(head) for head in values["heads"]]})
+        heads = [HeadCalibration.from_dict(head) for head in values["heads"]]
+        curve = [CurveStep(**step) for step in values.get("curve", ())]
+        return cls(**{**values, "heads": heads, "curve": curve})
+
+    def curve_table(self) -> str:
+        """What a budget bought: bytes and nats/token after each step; `plot_curve` draws it."""
+        lines = ["      bytes  nats/token  bought"]
+        for step in self.curve:
+            kept = "exact" if step.kept_keys is None else f"{step.kept_keys} kept keys"
+            bought = "" if step.layer is None else f"head {step.layer}.{step.key_head}: {kept}"
+            lines.append(f"{step.bytes:11,.0f}  {step.nats:10.5f}  {bought}")
+        return "\n".join(lines)
+
+    def plot_curve(self, path: str | Path) -> None:
+        """Write a plot of nats against bytes, with the steps of a budget that made heads exact marked."""
+        import matplotlib.pyplot as plt  # slow to import, and only needed here
+
+        figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        axes.step([s.bytes / 2**20 for s in self.curve], [s.nats for s in self.curve], where="post")
+        exact = [s for s in self.curve if s.layer is not None and s.kept_keys is None]
+        axes.plot([s.bytes / 2**20 for s in exact], [s.nats for s in exact], "r.", label="a head became exact")
+        axes.set(xlabel="cache of one text, MiB", ylabel="estimated cost, nats/token")
+        axes.legend()
+        figure.savefig(path)
+        plt.close(figure)
 
     def plot(self, path: str | Path) -> None:
         """Write a heat map of the heads' costs, layers by key heads; exact heads are framed."""

@@ -9,7 +9,7 @@ information, per head.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,12 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_rfa.calibration.layer_gradients import LayerGradients, LayerInputs
-from hf_rfa.calibration.texts import texts_of
+from hf_rfa.calibration.processes import sum_over_processes
+from hf_rfa.calibration.texts import Text, texts_of
 from hf_rfa.config import HeadIndex
 from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.report import NATS
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.record import base_model
@@ -103,21 +105,30 @@ def head_costs(
             f"{tuple(input_ids.shape)}, {len(options)} options and draws={draws}."
         )
     base = base_model(model)
+    require_adapters(base)
+    return costs_on(base, list(texts_of(base, [input_ids], plant_repeats=False)), options, draws=draws, seed=seed)
+
+
+def costs_on(
+    base: PreTrainedModel, texts: Sequence[Text], options: Mapping[_Name, HeadOption], *, draws: int, seed: int = 0
+) -> dict[_Name, dict[HeadIndex, float]]:
+    """`head_costs` on texts as the model gets them; the sums of all processes are added."""
     adapters = require_adapters(base)
     takes = {adapter: _Costs(dict(options)) for adapter in adapters if adapter.converted}
     passes, count = LayerGradients(base, adapters), 0.0
     with passes.watching():
-        for text in texts_of(base, [input_ids], plant_repeats=False):
+        for text in texts:
             outputs = passes.forward(text.inputs)
-            count += draws * outputs.weight()
+            count += draws * outputs.weight() * (1 if outputs.unit == NATS else 0.5)
             seeds = [number + seed for number in text.seeds(len(outputs.tensor))]
             for draw, gradient in enumerate(outputs.gradients(seeds, draws)):
                 passes.backward(outputs, gradient, takes, again=draw + 1 < draws)
+    count = float(sum_over_processes(torch.tensor(count, dtype=torch.float64)))
     return {
         name: {
             (adapter.layer, head): cost / count
             for adapter, found in takes.items()
-            for head, cost in enumerate(found.costs[name].tolist())
+            for head, cost in enumerate(sum_over_processes(found.costs[name]).tolist())
         }
         for name in options
     }

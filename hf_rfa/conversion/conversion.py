@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import base_model, conversion_config, store_config
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
+from hf_rfa.saving.patterns import check_pattern, with_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ def convert(
     submodels: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
     progress: bool | None = None,
+    pattern: str | Path | None = None,
 ) -> ModelT:
     """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
 
@@ -60,6 +63,8 @@ def convert(
             part that the dry run reaches.
         parts: The old name of `submodels`.
         progress: Whether to show a progress bar, with its stages and the time left; None: if stderr is a terminal.
+        pattern: A file of `hf_rfa.save_pattern`: its exact heads and numbers of kept keys are taken, and no head is
+            ranked. It must be of the same model.
 
     Returns:
         The same model.
@@ -67,6 +72,7 @@ def convert(
     Raises:
         UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
             something that random features cannot express; the message names it.
+        CheckpointError: `pattern` cannot be read.
         ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit: `calibrate` is
             neither a bool nor batches, for example.
 
@@ -87,6 +93,8 @@ def convert(
         warnings.warn("`parts` of hf_rfa.convert is called `submodels` now.", FutureWarning, stacklevel=2)
         submodels = parts
     config = RFAConfig() if config is None else config
+    if pattern is not None:
+        config = with_pattern(config, pattern)
     batches: Any = None
     with plain_torch():
         # Arguments are checked before anything is changed.
@@ -95,9 +103,11 @@ def convert(
         elif not isinstance(calibrate, bool):
             batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
         swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
-        if calibrate is False:
-            return model
         try:
+            if pattern is not None:
+                check_pattern(model, pattern)
+            if calibrate is False:
+                return model
             with progress_bar(progress) as bar:
                 texts = [_own_text(model, bar)] if batches is None else batches
                 logger.info("%s", calibrate_on(model, texts, True, bar))
