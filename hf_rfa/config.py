@@ -241,10 +241,14 @@ class RFAConfig:
             return (layer + 1) % int(match.group(1)) != 0
         return layer in self.layers
 
+    def settled(self) -> "RFAConfig":
+        """The same config with the default number of kept keys as a number, which another default does not change."""
+        return dataclasses.replace(self, kept_keys=self.usual_kept_keys)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary with the format version; a default that may change is written as its value."""
-        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        values["kept_keys"] = self.usual_kept_keys
+        """A JSON-ready dictionary of the `settled` config with the format version."""
+        settled = self.settled()
+        values = {field.name: plain(getattr(settled, field.name)) for field in dataclasses.fields(self)}
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod

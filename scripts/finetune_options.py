@@ -89,6 +89,11 @@ class Options(Settings):
                     f"documents={self.documents}. Set documents=random, or leave it out."
                 )
         parallel = self.finetuning.sequence_parallel
+        if parallel > 1 and "calibrate" in self.stages and self.conversion.most_kept_keys:
+            raise ConfigError(
+                "Processes that share a document cannot hand kept keys on to each other. Got sequence_parallel="
+                f"{parallel} and kept_keys={self.conversion.most_kept_keys}. Set kept_keys=0, or sequence_parallel=1."
+            )
         for name, value in (
             ("documents", self.documents == "carried" and self.documents),
             ("sequence_parallel", parallel > 1 and parallel),
@@ -114,9 +119,10 @@ def settle(options: Options, output: Path) -> None:
             raise ConfigError(
                 f"{str(output)!r} holds a run already. Go on with it by resume=true, or choose another `output`."
             )
-        # An option that the version of that run did not have was at its default; strings of that version are read.
+        # An option that the version of that run did not have was at its default, and no keys were kept. Strings are
+        # read.
         saved = json.loads(path.read_text(encoding="utf-8"))
-        before = Options.from_dict({"model": "", "output": ""} | saved, source=str(path)).to_dict()
+        before = Options.from_dict({"model": "", "output": "", "kept_keys": 0} | saved, source=str(path)).to_dict()
         other = {name: before[name] for name in settings if name not in MAY_CHANGE}
         other = {name: value for name, value in other.items() if value != settings[name]}
         if other:

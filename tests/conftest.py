@@ -1,7 +1,7 @@
 """Fixtures that several test files share. Nothing here needs a network."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 import hf_rfa
 
+DEFAULT_KEPT_KEYS = hf_rfa.config.DEFAULT_KEPT_KEYS
 # Tiny models gain nothing from a second thread, and lose a lot to waiting for it on a machine that does other things.
 torch.set_num_threads(1)
 
@@ -26,14 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.dtest.globs.clear()
 
 
-@pytest.fixture(autouse=True)
-def no_kept_keys_by_default(request, monkeypatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def no_kept_keys_by_default() -> Iterator[None]:
     """Tests keep keys where they say so: of texts as short as theirs the default, 128, would leave nothing far.
 
     Tests of the default itself are marked `default_kept_keys`; examples and commands have it, too.
     """
-    if request.node.get_closest_marker("default_kept_keys") is None:
-        monkeypatch.setattr(hf_rfa.config, "DEFAULT_KEPT_KEYS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_rfa.config, "DEFAULT_KEPT_KEYS", 0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def default_kept_keys(request, monkeypatch) -> None:
+    """What the marker means."""
+    if request.node.get_closest_marker("default_kept_keys") is not None:
+        monkeypatch.setattr(hf_rfa.config, "DEFAULT_KEPT_KEYS", DEFAULT_KEPT_KEYS)
 
 
 @pytest.fixture

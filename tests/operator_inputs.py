@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from hf_rfa import rfa_attention, rfa_attention_reference
 from hf_rfa.features import maps
 from hf_rfa.features.omega import draw_omega
+from hf_rfa.ops.arguments import operator_arguments
+from hf_rfa.ops.call import OperatorCall
 
 FEATURE_MAPS = tuple(maps.FEATURE_MAPS)
 Tensors = dict[str, torch.Tensor]
@@ -43,6 +45,12 @@ def random_inputs(
         "value": draw(batch, key_heads, length, value_dim).to(dtype),
         "omega": omega.to(torch.float64 if dtype == torch.float64 else torch.float32),
     }
+
+
+def operator_call(inputs: Tensors, **options: Any) -> OperatorCall:
+    """The operator's call for the arguments of `rfa_attention`."""
+    kernel, settings, layout = operator_arguments(**inputs, **options)
+    return OperatorCall.of(inputs["query"], inputs["key"], inputs["value"], kernel, settings, layout)
 
 
 def tokens(inputs: Tensors, part: slice | torch.Tensor, rows: slice = slice(None)) -> Tensors:

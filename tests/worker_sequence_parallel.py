@@ -22,7 +22,13 @@ def main(result: str, feature_map: str, heads: str, checkpointing: str) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = llama(gain=1, hidden_size=64, intermediate_size=64)
     config = hf_rfa.RFAConfig(
-        feature_map=feature_map, num_features=16, window=8, sink_tokens=3, softmax_heads=json.loads(heads), alpha=0.5
+        feature_map=feature_map,
+        num_features=16,
+        window=8,
+        sink_tokens=3,
+        softmax_heads=json.loads(heads),
+        alpha=0.5,
+        kept_keys=0,
     )
     hf_rfa.convert(model, config, calibrate=False).train()
     ids = token_ids(2, 163)  # no multiple of the window, nor of the processes

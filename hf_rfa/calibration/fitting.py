@@ -22,7 +22,7 @@ import torch
 from hf_rfa.calibration.candidates import Candidate, CandidateSource
 from hf_rfa.calibration.geometry import Geometry
 from hf_rfa.calibration.layer_gradients import LayerInputs
-from hf_rfa.calibration.parts import CallParts, parts_of
+from hf_rfa.calibration.parts import CallParts, linear_settings, parts_of
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import optimal_proposal
 from hf_rfa.ops.arguments import far_kernel
@@ -123,14 +123,7 @@ class LayerFit:
         )  # fmt: skip
 
     def _call(self, inputs: LayerInputs) -> OperatorCall:
-        config = self.adapter.config
-        settings = inputs.settings.replace(
-            window=config.window,
-            sink_tokens=config.sink_tokens,
-            kept_keys=self.adapter.kept_keys,
-            softmax_heads=(),
-            sliding_window=None,
-        )
+        settings = linear_settings(self.adapter, inputs.settings)
         return OperatorCall.of(*inputs.wide(), self.kernels[0], settings, inputs.layout)
 
     def _proposal(self, run: Candidate) -> torch.Tensor:

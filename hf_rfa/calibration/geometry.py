@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from hf_rfa.calibration.far_mass import far_masses
+from hf_rfa.calibration.parts import linear_settings
+from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
 
@@ -57,14 +59,11 @@ class Moments:
     ) -> torch.Tensor:  # fmt: skip
         """Returns the attention (B, Hk, N) of keys before the planted repeats as far keys, see `far_masses`."""
         # The repeats at the end would count as retrieval, which the text itself does not have.
-        kept = query.shape[2] - self.planted
-        query, key = query[:, :, :kept].unflatten(1, (key.shape[1], -1)), key[:, :, :kept].unsqueeze(2)
-        config = adapter.config
-        given, taken = far_masses(
-            query, key.squeeze(2), layout=layout, window=config.window, sink_tokens=config.sink_tokens,
-            scaling=settings.scaling, causal=settings.causal, sink_logits=settings.sink_logits,
-            every=min(EVERY, max(1, kept // FEW_QUERIES)),
-        )  # fmt: skip
+        query, key, value = (x[:, :, : x.shape[2] - self.planted] for x in (query, key, value))
+        settings = linear_settings(adapter, settings)
+        every = min(EVERY, max(1, query.shape[2] // FEW_QUERIES))
+        given, taken = far_masses(OperatorCall.of(query, key, value, adapter.kernel, settings, layout), every)
+        query, key = query.unflatten(1, (key.shape[1], -1)), key.unsqueeze(2)
         plain = torch.ones_like(given[:, :, :1])
         if layout.token_mask is not None:
             plain = plain * layout.token_mask.to(plain)[:, None, None]

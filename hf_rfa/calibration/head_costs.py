@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_rfa.calibration.layer_gradients import LayerGradients, LayerInputs
+from hf_rfa.calibration.parts import linear_settings
 from hf_rfa.calibration.processes import sum_over_processes
 from hf_rfa.calibration.texts import Text, texts_of
 from hf_rfa.config import HeadIndex
@@ -60,13 +61,9 @@ class HeadOption:
 
     def settings(self, adapter: RFAAdapter, settings: AttentionSettings) -> AttentionSettings:
         """How the layer attends, made of the settings of its exact call."""
-        config = adapter.config
-        return settings.replace(
-            window=config.window if self.window is None else self.window,
-            sink_tokens=config.sink_tokens if self.sink_tokens is None else self.sink_tokens,
-            kept_keys=adapter.kept_keys if self.kept_keys is None else self.kept_keys,
-            softmax_heads=(), sliding_window=None,
-        )  # fmt: skip
+        changes = {name: getattr(self, name) for name in ("window", "sink_tokens", "kept_keys")}
+        changes = {name: number for name, number in changes.items() if number is not None}
+        return linear_settings(adapter, settings).replace(**changes)
 
 
 def head_costs(

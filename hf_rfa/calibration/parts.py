@@ -20,10 +20,21 @@ from hf_rfa.ops.causal.near import near_attention
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
 from hf_rfa.ops.chunks import queries_to_chunks, take
 from hf_rfa.ops.layout import Plan
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter
 
 #: A block's chunks; its far numerators and denominators (A, n, G * R, M + 1); the log of what these were divided by
 #: (A, n, G * R), -inf where nothing is far.
 FarBlock = tuple[slice, torch.Tensor, torch.Tensor]
+
+
+def linear_settings(adapter: RFAAdapter, settings: AttentionSettings) -> AttentionSettings:
+    """How a layer attends with every key head linear, made of the settings of its exact call."""
+    config = adapter.config
+    return settings.replace(
+        window=config.window, sink_tokens=config.sink_tokens, kept_keys=adapter.kept_keys, softmax_heads=(),
+        sliding_window=None,
+    )  # fmt: skip
 
 
 class CallParts:

@@ -53,7 +53,7 @@ def swap_attention(
         raise ConfigError(
             f"`config` must be an RFAConfig or None. Got {type(config).__name__}. Pass hf_rfa.RFAConfig(...)."
         )
-    base = base_model(model)
+    config, base = config.settled(), base_model(model)
     if is_converted(base):
         raise UnsupportedModelError(
             "The model is converted already. Call `hf_rfa.revert(model)` first, or resume with it as it is."

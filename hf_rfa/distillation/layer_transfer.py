@@ -71,12 +71,9 @@ class LayerTransfer:
             loss = _relative_error(projection, output, exact)
             if self.settings.weight_loss and self.positive_heads:
                 rows = rng.choice(query.shape[2], min(self.settings.sampled_queries, query.shape[2]), replace=False)
-                bare = settings.replace(softmax_heads=(), sink_logits=None)
-                call = OperatorCall.of(query, key, value, kernel, bare, layout).heads(self.positive_heads)
-                entropy = sampled_weight_loss(
-                    call.query, call.key, call.far, torch.as_tensor(np.sort(rows), device=query.device), layout=layout,
-                    window=call.window, sink_tokens=call.sink_tokens, scaling=call.scaling, causal=call.causal,
-                )  # fmt: skip
+                linear = settings.replace(softmax_heads=())
+                call = OperatorCall.of(query, key, value, kernel, linear, layout).heads(self.positive_heads)
+                entropy = sampled_weight_loss(call, torch.as_tensor(np.sort(rows), device=query.device))
                 loss = loss + self.settings.weight_loss * entropy
             if loss.requires_grad:
                 loss.backward()

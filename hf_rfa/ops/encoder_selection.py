@@ -170,7 +170,7 @@ class _Asking:
         for part in pairs.split(max(1, block // (asked * groups * size))):  # pairs of a document and a head
             document, head = part // heads, part % heads
             place = group.row[document].unsqueeze(1), head.unsqueeze(1), group.slot[document]
-            key, length, mass = self.key[place], self.length[place], self.length.new_zeros(len(part), size)
+            key, length, mass = self.key[place], self.length[place], self.length.new_zeros(len(part), groups, size)
             for some in torch.arange(asked, device=part.device).split(max(1, block // (len(part) * groups * size))):
                 mass += self._mass(group, document, head, some, key)
             found.append(kept_encoder_keys.scores(mass, length, group.count[document]))
@@ -179,20 +179,21 @@ class _Asking:
     def _mass(
         self, group: _Group, document: torch.Tensor, head: torch.Tensor, some: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        """Mass (P, L) that S' of the asked queries give to the keys (P, L, D) of P pairs of a document and a head."""
+        """Mass (P, G, L) that S' of the asked queries give to keys (P, L, D), for P pairs of a document and a head."""
         of_pair, row = document.unsqueeze(1), group.row[document].unsqueeze(1)
         slot = group.slot[of_pair, group.rank[of_pair, some]]
-        query = self.query.transpose(2, 3)[row, head.unsqueeze(1), slot] * self.scaling  # (P, S', G, D)
+        query = self.query.transpose(2, 3)[row, head.unsqueeze(1), slot].transpose(1, 2) * self.scaling
+        groups = query.shape[1]  # query (P, G, S', D)
         weights = query.flatten(1, 2) @ key.mT
         weights.masked_fill_(~group.token_mask[document].unsqueeze(1), -torch.inf)
         largest = weights.amax(-1)
         if self.sink_logits is not None:
-            logits = self.sink_logits[head].to(largest).repeat(1, len(some))
+            logits = self.sink_logits[head].to(largest).repeat_interleave(len(some), 1)
             largest = torch.maximum(largest, logits)
         total = weights.sub_(largest.unsqueeze(-1)).exp_().sum(-1)
         if self.sink_logits is not None:
             total += (logits - largest).exp_()
-        asked = group.asked[of_pair, some].repeat_interleave(query.shape[2], 1)
-        near = group.near[of_pair, some].repeat_interleave(query.shape[2], 1)
+        asked, near = group.asked[of_pair, some].repeat(1, groups), group.near[of_pair, some].repeat(1, groups, 1)
         weights.scatter_(2, near, 0.0)
-        return ((asked / total).unsqueeze(1) @ weights).squeeze(1)
+        shares = (asked / total).unflatten(1, (groups, 1, -1))
+        return (shares @ weights.unflatten(1, (groups, -1))).squeeze(2)

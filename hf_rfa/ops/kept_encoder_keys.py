@@ -4,12 +4,12 @@ An encoder sees its whole text at once, so the keys are chosen once per document
 a fixed number of queries, spread evenly over the text, shows which keys many queries attend to:
 
     exact(i) = near(i) + sinks + kept,        far = every other key of the document
-    score_j  = |v_j| sum_i p_ij / #i  over the queries i that are asked and do not have j in their near chunks,
+    score_j  = |v_j| max_g sum_i p_ij / #i  over the asked queries i of head g that do not have j in their near chunks,
     p_ij     = exp(s q_i.k_j) / sum_m exp(s q_i.k_m)  over all keys m of the document
 
-Of the keys that are no sinks and for which some query counts, the K with the largest scores are kept. The sum is over
-the queries of all heads that share the key head; a learned sink logit is part of the normaliser. A kept key that
-is near to a query anyway is attended to once.
+Of the keys that are no sinks and for which some query counts, the K with the largest scores are kept. The maximum is
+over the query heads that share the key head, as in `ops.kept_keys`; a learned sink logit is part of the normaliser. A
+kept key that is near to a query anyway is attended to once.
 
 Padding and other documents never compete, and no gradient flows through a choice. Of two equal scores the later key
 stays; a NaN loses to all other scores. The keys of an initial state exist only as far sums and have no part in the
@@ -42,11 +42,11 @@ def scores(mass: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> tor
     """score_j (..., L); `NOTHING` for keys that cannot be kept.
 
     Args:
-        mass: (..., L) sum_i p_ij.
+        mass: (..., G, L) sum_i p_ij, per query head.
         length: (..., L) |v_j|.
         count: (..., L) number of queries that count; 0 for sinks and where there is no key.
     """
-    return torch.nan_to_num(mass * length / count, nan=-1.0).masked_fill(count == 0, NOTHING)
+    return torch.nan_to_num(mass.amax(-2) * length / count, nan=-1.0).masked_fill(count == 0, NOTHING)
 
 
 def best(score: torch.Tensor, kept_keys: int) -> torch.Tensor:

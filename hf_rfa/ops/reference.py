@@ -6,6 +6,7 @@ exact(i) = near(i), the sinks, and the keys that the chunk of i keeps, see `ops.
 keys that the document keeps, see `ops.kept_encoder_keys`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,27 +19,42 @@ from hf_rfa.ops.state import RFAState
 
 def reference_attention(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
     """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M)."""
-    query, key, value, layout, initial_state = call.query, call.key, call.value, call.layout, call.state
-    batch, _, _, length, _ = query.shape
-    output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-    finals = []
-    for row in range(batch):
-        state = None if initial_state is None else initial_state.select_rows(torch.tensor([row]))
+    output = call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
+    finals = {}
+    for row, document, query, sequence in _documents(call):
+        output[row : row + 1, ..., document, :] = sequence.attend(query)
+        if call.output_final_state:
+            finals[row] = sequence.final_state()  # that of the row's last document
+    return output, RFAState.cat(list(finals.values())) if call.output_final_state else None
+
+
+@torch.no_grad()
+def reference_exact_keys(call: OperatorCall) -> torch.Tensor:
+    """exact(i) of a float64 call without an earlier state: (B, Hk, N, N) bool, queries first."""
+    batch, heads, _, length, _ = call.query.shape
+    exact = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for row, document, query, sequence in _documents(call):
+        _, _, exact[row, :, document[:, None], document] = sequence.weights(query)
+    return exact
+
+
+def _documents(call: OperatorCall) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, "_Sequence"]]:
+    """Each document's row, slots (n,), queries (1, Hk, G, n, D) and keys; the row's first one continues its state."""
+    query, key, value, layout = call.query, call.key, call.value, call.layout
+    length = query.shape[3]
+    for row in range(len(query)):
+        state = None if call.state is None else call.state.select_rows(torch.tensor([row]))
         token_mask = (
             torch.ones(length, dtype=torch.bool) if layout.token_mask is None else layout.token_mask[row].cpu()
         )
         number = torch.zeros(length) if layout.segment_ids is None else layout.segment_ids[row].cpu()
         slots = token_mask.nonzero().squeeze(-1)
         borders = (number[slots].diff() != 0).nonzero().squeeze(-1) + 1
+        one = slice(row, row + 1)
         for document in torch.tensor_split(slots, borders.tolist()):
-            one = slice(row, row + 1)
-            q, k, v = query[one, ..., document, :], key[one, :, document], value[one, :, document]
-            sequence = _Sequence(k, v, state, call)
-            output[one, ..., document, :] = sequence.attend(q)
+            sequence = _Sequence(key[one, :, document], value[one, :, document], state, call)
+            yield row, document, query[one, ..., document, :], sequence
             state = None
-        if call.output_final_state:
-            finals.append(sequence.final_state())
-    return output, RFAState.cat(finals) if call.output_final_state else None
 
 
 class _Sequence:
@@ -101,11 +117,8 @@ class _Sequence:
         """Output (1, Hk, G, n, M) for the document's queries."""
         far, scaling, sink_logits = self.far, self.scaling, self.sink_logits
         keys, values = self.key.unsqueeze(2), self.value.unsqueeze(2)  # (1, Hk, 1, K, D): one per group of queries
-        weights = (query @ keys.mT * scaling).exp()
-        visible, near = self._visible(), self._near()
-        if self.kept_keys:
-            near = near | (self._choose(weights, visible, near) if self.causal else self._choose_once(weights, near))
-        visible, near = visible[:, None], (visible & near)[:, None]  # (Hk, 1, n, K)
+        weights, visible, near = self.weights(query)
+        visible, near = visible[:, None], near[:, None]  # (Hk, 1, n, K)
         exact = torch.where(near, weights, 0.0)
         query_features, query_scale = far.query_features(query, scaling)
         key_features, key_scale = far.key_features(keys, scaling)
@@ -130,6 +143,15 @@ class _Sequence:
         answered = denominator > 0
         quotient = numerator / torch.where(answered, denominator, 1.0).unsqueeze(-1)
         return torch.where(answered.unsqueeze(-1), quotient, 0.0)
+
+    def weights(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """exp(s q.k) (1, Hk, G, n, K), and which keys each query sees, and sees exactly, (Hk, n, K) bool."""
+        weights = (query @ self.key.unsqueeze(2).mT * self.scaling).exp()
+        visible, exact = self._visible(), self._near()
+        if self.kept_keys:
+            kept = self._choose(weights, visible, exact) if self.causal else self._choose_once(weights, exact)
+            exact = exact | kept
+        return weights, visible, visible & exact
 
     def _visible(self) -> torch.Tensor:
         """(Hk, n, K) bool: which keys each new token may see."""
@@ -180,7 +202,7 @@ class _Sequence:
         if self.sink_logits is not None:
             total = total + self.sink_logits.to(total).exp()[..., None, None]
         counts = ~near[:, ranks]
-        mass = (share / total * counts[:, None]).sum((1, 2))
+        mass = (share / total * counts[:, None]).sum(2)
         score = kept_encoder_keys.scores(mass, self.value[0].norm(dim=-1), counts.sum(1))
         kept = kept_encoder_keys.best(score, self.kept_keys)
         return (kept.unsqueeze(-1) == torch.arange(score.shape[1])).any(1).unsqueeze(1)

@@ -1,13 +1,20 @@
-"""Kept keys on one model, nothing trained: divergence, greedy tokens, copies and pass keys at a number of bytes.
+"""Kept keys on one model: divergence, greedy tokens, copies and pass keys at a number of bytes.
 
     python scripts/experiments/kept_keys.py --model MODEL --data DATA --output row.json
         [--kept_keys 128] [--exact 0.25] [--per_head] [--window 64] [--feature_map hyperbolic] [--gamma 0]
+        [--transfer_steps 100] [--converted FOLDER] [--context 8192] [--recall false]
 
 The far kernels are calibrated on one passage of the training split, behind the kept keys. `--exact` keeps that share
 of the key heads as softmax, those that cost most (`hf_rfa.head_costs`). `--per_head` spends as many kept keys as
 `--kept_keys` gives all linear heads together where they lower the cost most. `--gamma 0` leaves the far part out: a
-window with sinks, if no keys are kept either. Measured are passages of the validation split's documents: KL divergence
-from the original and agreement of the greedy tokens (teacher-forced), copy perplexity, and pass keys at 1,024 tokens.
+window with sinks, if no keys are kept either. `--transfer_steps` trains the far kernels behind the kept keys
+(attention transfer, see `recipe.py`, on texts as long as the passages, half of them in a loop) and measures the model
+before (`calibrated` in the row) and after; without it nothing is trained. Measured are passages of the validation
+split's documents: KL divergence from the original and agreement of the greedy tokens (teacher-forced), copy
+perplexity, and pass keys at 1,024 tokens.
+
+`--converted` keeps the model, before any transfer, in a folder from which the next row of the same conversion reads
+it. `--context` is the length of the passages that are measured, `--calibration` that of the calibrating text.
 """
 
 import copy
@@ -20,15 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rfa
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.config import HeadIndex
 from hf_rfa.data import load_documents, tokenize_documents
-from hf_rfa.data.documents import SOURCE_HELP
+from hf_rfa.data.documents import SOURCE_HELP, stream_documents
+from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import copy_perplexity
 from hf_rfa.evaluation.retrieval_tasks import passkey_retrieval
 from hf_rfa.options import Settings, option, part
@@ -50,9 +59,13 @@ class Options(Settings):
     data: str = option(SOURCE_HELP)
     output: Path = option("File of the resulting row, JSON.")
     context: int = option("Length of the passages, tokens.", 2048, least=256)
+    calibration: int = option("Length of the text that calibrates and ranks, tokens.", 2048, least=256)
     passages: int = option("Passages of each document of the validation split.", 4, least=1)
     exact: float = option("Share of the key heads that stay softmax.", 0.0, least=0, most=1)
     per_head: bool = option("Let heads keep different numbers of keys, `kept_keys` on average.", False)
+    transfer_steps: int = option("Steps of attention transfer; 0 trains nothing.", 0, least=0)
+    converted: Path | None = option("Folder that keeps the converted model for other rows.", None)
+    recall: bool = option("Measure copies, pass keys and the cache, too.", True)
     conversion: hf_rfa.RFAConfig = part(
         hf_rfa.RFAConfig(),
         only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "gamma", "seed"),
@@ -64,29 +77,71 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(Options, arguments, __doc__)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    train = tokenize_documents(tokenizer, load_documents(options.data, "train"))[0]
-    text = next(ids for ids in train if len(ids) >= SKIPPED + options.context)[SKIPPED : SKIPPED + options.context]
+    text = calibration_text(tokenizer, options.data, options.calibration)
     documents = tokenize_documents(tokenizer, load_documents(options.data, "validation"))[0]
 
     started = time.process_time()
     model = convert(copy.deepcopy(original), text[None], options)
     row: dict[str, Any] = {"conversion_seconds": time.process_time() - started}
-    row |= fidelity(original, model, passages(documents, options), options.context)
+    texts = passages(documents, options.context, options.passages)
     filler = torch.cat([ids[SKIPPED:] for ids in documents])
-    first = tokenizer.bos_token_id
-    for name, each in (("original", original), ("converted", model)):
-        row[f"copy_300_{name}"] = copy_perplexity(each, filler, gap=300, first_token=first)
+
+    def measured(name: str, each: PreTrainedModel) -> dict[str, Any]:
+        first = tokenizer.bos_token_id
+        found: dict[str, Any] = {} if each is original else fidelity(original, each, texts, options.context)
+        if not options.recall:
+            return found
+        found[f"copy_300_{name}"] = copy_perplexity(each, filler, gap=300, first_token=first)
         cells = passkey_retrieval(each, filler, [1024], (0.1, 0.3, 0.5), first_token=first)
-        row[f"passkey_{name}"] = sum(cell.accuracy for cell in cells) / len(cells)
-        row[f"cache_bytes_{name}"] = cache_bytes(each, text)
+        found[f"passkey_{name}"] = sum(cell.accuracy for cell in cells) / len(cells)
+        return found | {f"cache_bytes_{name}": cache_bytes(each, text)}
+
+    row |= measured("original", original)
+    if options.transfer_steps:
+        row["calibrated"] = measured("converted", model)
+        train = tokenize_documents(tokenizer, load_documents(options.data, "train"))[0]
+        started = time.process_time()
+        recipe.transfer(
+            model, train, options.transfer_steps, seed=options.conversion.seed, tokens=options.context, rows=1,
+            loop_probability=0.5,
+        )  # fmt: skip
+        row["transfer_seconds"] = time.process_time() - started
+    row |= measured("converted", model)
     row["heads"] = exact(model)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"options": options.to_dict(), **row}, indent=1), encoding="utf-8")
     print(json.dumps({name: value for name, value in row.items() if name != "heads"}, indent=1))
 
 
+def calibration_text(tokenizer: PreTrainedTokenizerBase, data: str, length: int) -> torch.Tensor:
+    """(length,) tokens of the first document of the training split that is long enough."""
+    least = SKIPPED + length
+    tokens = (tokenize_documents(tokenizer, [each])[0][0] for each in stream_documents(data, "train"))
+    return next(ids for ids in tokens if len(ids) >= least)[SKIPPED:least]
+
+
 def convert(model: PreTrainedModel, text: torch.Tensor, options: Options) -> PreTrainedModel:
-    """The model as the options say, calibrated on `text` (1, N)."""
+    """The model as the options say, calibrated on `text` (1, N), or as an earlier row left it in a folder."""
+    folder = options.converted
+    if folder is None or not folder.exists():
+        model = _converted(model, text, options)
+        if folder is not None:
+            model.save_pretrained(folder)
+            (folder / "row.json").write_text(json.dumps(_own(options)), encoding="utf-8")
+        return model
+    found = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    if found != _own(options):
+        raise ConfigError(f"{folder} holds another conversion. Got {found}. Name a new folder for {_own(options)}.")
+    return hf_rfa.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _own(options: Options) -> dict[str, Any]:
+    """The options that decide what the converted model is."""
+    others = {"output", "context", "passages", "transfer_steps", "converted", "recall"}
+    return {name: value for name, value in options.to_dict().items() if name not in others}
+
+
+def _converted(model: PreTrainedModel, text: torch.Tensor, options: Options) -> PreTrainedModel:
     config = options.conversion
     far = config.gamma > 0
     model = hf_rfa.convert(model, config, calibrate=text if far else False).eval()
@@ -132,12 +187,12 @@ def spend(costs: Mapping[int, Mapping[HeadIndex, float]], mean: int) -> dict[Hea
     return chosen
 
 
-def passages(documents: list[torch.Tensor], options: Options) -> torch.Tensor:
-    """(n, context) passages, evenly spread over each document."""
+def passages(documents: list[torch.Tensor], context: int, number: int) -> torch.Tensor:
+    """(n, context) passages, `number` evenly spread over each document."""
     found = []
     for ids in documents:
-        places = torch.linspace(SKIPPED, len(ids) - options.context, options.passages + 1).long()[:-1]
-        found += [ids[place : place + options.context] for place in places.tolist()]
+        places = torch.linspace(SKIPPED, len(ids) - context, number + 1).long()[:-1]
+        found += [ids[place : place + context] for place in places.tolist()]
     return torch.stack(found)
 
 

@@ -27,9 +27,10 @@ LEARNING_RATE, FEATURE_LEARNING_RATE = 4e-4, 3e-3
 
 def transfer(
     model: PreTrainedModel, token_lists: Sequence[torch.Tensor], steps: int, *, cluster_scale: float | None = None,
-    seed: int = 0, progress: bool = True,
+    seed: int = 0, tokens: int = SHORT, rows: int = SHORT_ROWS, loop_probability: float = 1.0, progress: bool = True,
 ) -> None:  # fmt: skip
-    """`hf_rfa.distill`, with the loss on attention weights unless the map's weights may be negative."""
+    """`hf_rfa.distill` on `rows` texts of `tokens` at a time, with the loss on attention weights unless the map's
+    weights may be negative."""
     feature_map = conversion_config(model).feature_map
     if cluster_scale is None:
         cluster_scale = CLUSTER_SCALE if feature_map == "clustered" else 1.0
@@ -37,7 +38,8 @@ def transfer(
         steps=steps, weight_loss=float(feature_map != "trigonometric"), sampled_queries=128,
         cluster_scale=cluster_scale, seed=seed, progress=progress,
     )  # fmt: skip
-    hf_rfa.distill(model, training_batches(token_lists, SHORT, SHORT_ROWS, seed + 1, loop_probability=1.0), config)
+    batches = training_batches(token_lists, tokens, rows, seed + 1, loop_probability=loop_probability)
+    hf_rfa.distill(model, batches, config)
 
 
 def fine_tune(

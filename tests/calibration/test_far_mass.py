@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from operator_inputs import random_inputs
+from operator_inputs import operator_call, random_inputs
 from torch.testing import assert_close
 
 from hf_rfa.calibration.far_mass import far_masses
-from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.reference import reference_exact_keys
 
 
 def dense(query, key, token_mask, segment_ids, *, window, sinks, scaling, causal, sink_logits):
@@ -55,10 +55,8 @@ def test_the_masses_are_those_of_a_dense_computation(layout, window, causal):
         token_mask[0, :3], token_mask[1, 10:12], token_mask[1, -2:] = False, False, False
     if layout in ("packed", "both"):
         segment_ids[0, 12:], segment_ids[1, 5:], segment_ids[1, 21:] = 1, 1, 2
-    given, taken = far_masses(
-        query, key, layout=TokenLayout(token_mask, segment_ids), window=window, sink_tokens=2, scaling=0.4,
-        causal=causal, sink_logits=None,
-    )  # fmt: skip
+    settings = {"window": window, "sink_tokens": 2, "scaling": 0.4, "causal": causal}
+    given, taken = far_masses(operator_call(inputs, token_mask=token_mask, segment_ids=segment_ids, **settings))
     options = {"window": window, "sinks": 2, "scaling": 0.4, "causal": causal, "sink_logits": None}
     want_given, want_taken = dense(query, key, token_mask, segment_ids, **options)
     assert_close(given, want_given, atol=1e-5, rtol=1e-5)
@@ -69,9 +67,7 @@ def test_the_masses_are_those_of_a_dense_computation(layout, window, causal):
 def test_sink_logits_take_weight():
     inputs = random_inputs(20, dtype=torch.float32, batch=1)
     query, key, logits = inputs["query"].unflatten(1, (2, 2)), inputs["key"], torch.tensor([-1.0, 0.0, 1.0, 3.0])
-    got = far_masses(
-        query, key, layout=TokenLayout(), window=4, sink_tokens=0, scaling=0.4, causal=True, sink_logits=logits
-    )
+    got = far_masses(operator_call(inputs, window=4, sink_tokens=0, scaling=0.4, sink_logits=logits))
     plain = torch.ones(1, 20, dtype=torch.bool), torch.zeros(1, 20, dtype=torch.int64)
     want = dense(query, key, *plain, window=4, sinks=0, scaling=0.4, causal=True, sink_logits=logits)
     assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -80,10 +76,39 @@ def test_sink_logits_take_weight():
 def test_without_a_window_a_query_gives_all_it_has():
     """More rows than are scored at once."""
     inputs = random_inputs(600, dtype=torch.float32, batch=1)
-    query = inputs["query"].unflatten(1, (2, 2))
-    given, taken = far_masses(
-        query, inputs["key"], layout=TokenLayout(), window=0, sink_tokens=0, scaling=0.4, causal=True,
-        sink_logits=None,
-    )  # fmt: skip
+    given, taken = far_masses(operator_call(inputs, window=0, sink_tokens=0, scaling=0.4))
     assert_close(given, torch.ones_like(given), atol=1e-5, rtol=0)
     assert_close(taken.sum(-1), given.sum((2, 3)), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kept_keys", [5, [3, 0]])
+@pytest.mark.parametrize("layout", ["plain", "both"])
+def test_kept_keys_are_not_far(layout, kept_keys, causal):
+    """Against the weights in float64 under the mask of the definition."""
+    length = 90
+    inputs = random_inputs(length)
+    token_mask, segment_ids = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.int64)
+    if layout == "both":
+        token_mask[0, :3] = token_mask[1, 10:12] = token_mask[1, -2:] = False
+        segment_ids[0, 42:], segment_ids[1, 5:], segment_ids[1, 71:] = 1, 1, 2
+    logits = torch.tensor([-1.0, 0.0, 1.0, 3.0])
+    options = {
+        "window": 4, "sink_tokens": 2, "scaling": 0.4, "causal": causal, "sink_logits": logits,
+        "token_mask": token_mask, "segment_ids": segment_ids,
+    }  # fmt: skip
+    call = operator_call(inputs, **options, kept_keys=kept_keys)
+    exact = torch.zeros(2, 2, length, length, dtype=torch.bool)
+    for heads, group in call.groups():
+        exact[:, heads] = reference_exact_keys(group)
+    visible = (segment_ids[:, :, None] == segment_ids[:, None]) & token_mask[:, None] & token_mask[:, :, None]
+    visible = (visible.tril() if causal else visible)[:, None, None]
+    scores = (call.query @ call.key.unsqueeze(2).mT * 0.4).masked_fill(~visible, -torch.inf)
+    total = torch.logaddexp(scores.logsumexp(-1), logits.view(2, 2, 1).double())
+    weights = (scores - total.unsqueeze(-1)).exp() * (visible & ~exact[:, :, None])
+    given, taken = far_masses(call)
+    assert_close(given, weights.sum(-1).float(), atol=1e-6, rtol=1e-5)
+    assert_close(taken, weights.sum((2, 3)).float(), atol=1e-6, rtol=1e-5)
+    none = far_masses(operator_call(inputs, **options))[0]
+    assert (given <= none + 1e-6).all()
+    assert given[:, 0].sum() < 0.95 * none[:, 0].sum()

@@ -13,6 +13,7 @@ from hf_rfa.calibration.geometry import Moments, balance
 from hf_rfa.ops.attention import rfa_attention
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.runtime.adapter import RFAAdapter
 
 
 def covariances(heads=3, dim=6, seed=0):
@@ -50,16 +51,14 @@ def test_no_other_change_of_variable_has_a_smaller_sum_of_squares():
             assert (total(other) > best).all()
 
 
-class Layer:
-    """What an adapter says to the observers."""
-
-    config = dataclasses.replace(SHORT, window=4, sink_tokens=1)
+LAYER = dataclasses.replace(SHORT, window=4, sink_tokens=1)
 
 
-def observed(query, key, **options):
+def observed(query, key, config=LAYER, **options):
     moments = Moments()
     settings = AttentionSettings(**{"scaling": 0.5, **options})
-    moments(Layer(), torch.nn.Identity(), query, key, key, TokenLayout(), settings, query)
+    adapter = RFAAdapter(config, 0, key.shape[1], key.shape[3], converted=True)
+    moments(adapter, torch.nn.Identity(), query, key, key, TokenLayout(), settings, query)
     return moments
 
 
@@ -75,6 +74,21 @@ def test_the_attended_centres_are_the_means_over_far_pairs_by_their_weight():
     assert_close(attended.query_center[0], torch.einsum("bgij,bgid->d", weights, query) / total, atol=1e-5, rtol=0)
     keys = key.expand(2, 2, 40, 8)
     assert_close(attended.key_center[0], torch.einsum("bgij,bgjd->d", weights, keys) / total, atol=1e-5, rtol=0)
+
+
+def test_kept_keys_have_no_part_in_the_attended_geometry():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 40, 8, generator=generator), torch.randn(2, 1, 40, 8, generator=generator)
+    key[:, :, 6] *= 4  # behind the window from token 12 on; of all keys the one that is attended to most
+    loud = key[:, 0, 6].mean(0)
+    far = [
+        observed(query, key, dataclasses.replace(LAYER, kept_keys=number)).geometries()[1].key_center[0]
+        for number in (0, 1)
+    ]
+    assert (far[0] - loud).norm() < (far[1] - loud).norm()
+    # As many as there are: nothing is far, and the geometry is the plain one.
+    plain, attended = observed(query, key, dataclasses.replace(LAYER, kept_keys=40)).geometries()
+    assert torch.equal(attended.key_center, plain.key_center)
 
 
 def test_the_plain_geometry_has_plain_means_and_no_change_of_variable():

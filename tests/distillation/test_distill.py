@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conversions import converted
+from operator_inputs import operator_call, random_inputs, tokens
 
 import hf_rfa
 from hf_rfa.distillation.config import DistillConfig
@@ -14,8 +15,7 @@ from hf_rfa.distillation.distill import distill
 from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hf_rfa.features.far_kernel import FarKernel
-from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.reference import reference_exact_keys
 from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.calls import Interception, intercept
 
@@ -105,57 +105,62 @@ def test_geometry_learned_for_all_draws_helps_a_draw_it_never_saw(tiny_llama):
     assert all(losses[1][layer] < losses[0][layer] for layer in (0, 1))
 
 
-def dense_weight_loss(query, key, kernel, rows, window, sinks, scaling):
+def dense_weight_loss(call, rows):
     """The definition of `sampled_weight_loss` for one row without padding, in loops."""
     total = count = 0
-    psi_q, scale_q = kernel.query_features(query, scaling)
-    psi_k, scale_k = kernel.key_features(key, scaling)
+    query, key, kernel = call.query, call.key, call.far
+    psi_q, scale_q = kernel.query_features(query, call.scaling)
+    psi_k, scale_k = kernel.key_features(key, call.scaling)
+    exact_keys = reference_exact_keys(call)
     for head, group, i in itertools.product(range(query.shape[1]), range(query.shape[2]), rows.tolist()):
-        exact = (query[0, head, group, i] @ key[0, head, : i + 1].T * scaling).exp()
-        near = torch.tensor([i // window - j // window <= 1 or j < sinks for j in range(i + 1)])
-        log_far = scale_q[0, head, group, i] + scale_k[0, head, : i + 1]
-        far = kernel.gamma[head] * (psi_q[0, head, group, i] @ psi_k[0, head, : i + 1].T) * log_far.exp()
-        mass = torch.cat([exact[near].sum()[None], far[~near]])
-        p = torch.cat([exact[near].sum()[None], exact[~near]]) / exact.sum()
+        seen = slice(i + 1 if call.causal else None)
+        weights = (query[0, head, group, i] @ key[0, head, seen].T * call.scaling).exp()
+        exact = exact_keys[0, head, i, seen]
+        log_far = scale_q[0, head, group, i] + scale_k[0, head, seen]
+        far = kernel.gamma[head] * (psi_q[0, head, group, i] @ psi_k[0, head, seen].T) * log_far.exp()
+        mass = torch.cat([weights[exact].sum()[None], far[~exact]])
+        p = torch.cat([weights[exact].sum()[None], weights[~exact]]) / weights.sum()
         total -= (p * (mass / mass.sum()).log()).sum()
         count += 1
     return total / count
 
 
-def test_the_weight_loss_is_its_definition():
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 3, 40, 8).double(), torch.randn(1, 2, 40, 8).double()
-    zeros = torch.zeros(2, 8).double()
-    kernel = FarKernel(
-        ("positive", "positive"), torch.randn(2, 5, 8).double(), torch.tensor([0.5, 0.9]).double(),
-        torch.tensor([0.7, 2.0]).double(), torch.zeros(2).double(), zeros + 0.1, zeros - 0.2,
-    )  # fmt: skip
-    rows = torch.tensor([0, 7, 17, 25, 39])
-    got = sampled_weight_loss(
-        query, key, kernel, rows, layout=TokenLayout(), window=8, sink_tokens=2, scaling=0.3, causal=True
-    )
-    torch.testing.assert_close(got, dense_weight_loss(query, key, kernel, rows, 8, 2, 0.3))
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kept_keys", [0, 6])
+def test_the_weight_loss_is_its_definition(kept_keys, causal):
+    inputs = random_inputs(60, batch=1)
+    kernel = {
+        "alpha": torch.tensor([0.5, 0.9]).double(), "gamma": torch.tensor([0.7, 2.0]).double(),
+        "query_center": torch.full((2, 8), 0.1).double(), "key_center": torch.full((2, 8), -0.2).double(),
+    }  # fmt: skip
+    settings = {"window": 8, "sink_tokens": 2, "scaling": 0.3, "causal": causal}
+    rows = torch.tensor([0, 7, 17, 25, 39, 59])
+    call = operator_call(inputs, **kernel, **settings, kept_keys=kept_keys)
+    got = sampled_weight_loss(call, rows)
+    torch.testing.assert_close(got, dense_weight_loss(call, rows))
+    without = sampled_weight_loss(operator_call(inputs, **kernel, **settings), rows)
+    assert torch.equal(got, without) == (kept_keys == 0)
 
 
 def test_padding_and_other_documents_do_not_count_in_the_weight_loss():
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 1, 1, 60, 4), torch.randn(1, 1, 60, 4)
-    kernel = FarKernel(
-        ("positive",), torch.randn(1, 4, 4), torch.ones(1), torch.ones(1), torch.zeros(1), torch.zeros(1, 4),
-        torch.zeros(1, 4),
-    )  # fmt: skip
-    settings = {"window": 8, "sink_tokens": 2, "scaling": 0.5, "causal": True}
-    plain = sampled_weight_loss(
-        query[..., 20:, :], key[..., 20:, :], kernel, torch.arange(40), layout=TokenLayout(), **settings
-    )
-    token_mask = (torch.arange(60) >= 20)[None]
-    padded = sampled_weight_loss(query, key, kernel, torch.arange(60), layout=TokenLayout(token_mask), **settings)
+    inputs = random_inputs(60, batch=1, heads=1, key_heads=1, dtype=torch.float32)
+    settings = {"window": 8, "sink_tokens": 2, "scaling": 0.5, "kept_keys": 3}
+    late = torch.arange(60) >= 20
+    plain = sampled_weight_loss(operator_call(tokens(inputs, late), **settings), torch.arange(40))
+    padded = sampled_weight_loss(operator_call(inputs, token_mask=late[None], **settings), torch.arange(60))
     torch.testing.assert_close(padded, plain)
-    segment_ids = (torch.arange(60) >= 20).long()[None]
-    packed = sampled_weight_loss(
-        query, key, kernel, torch.arange(20, 60), layout=TokenLayout(None, segment_ids), **settings
-    )
-    torch.testing.assert_close(packed, plain)
+    packed = operator_call(inputs, segment_ids=late.long()[None], **settings)
+    torch.testing.assert_close(sampled_weight_loss(packed, torch.arange(20, 60)), plain)
+
+
+@pytest.mark.parametrize("heads", [None, {(0, 0): 128, (1, 1): 0}])
+def test_keys_that_are_kept_are_not_trained_for(tiny_llama, heads):
+    """Where all keys are kept nothing is estimated, and nothing can be wrong."""
+    model = sharp(tiny_llama, feature_map="hyperbolic", kept_keys=128, head_kept_keys=heads)
+    settings = DistillConfig(steps=1, weight_loss=1.0, sampled_queries=128, progress=False)
+    losses = distill(model, batches(1), settings).losses[0]
+    assert losses[0] < 1e-6
+    assert (losses[1] > 0.1) == (heads is not None)
 
 
 def test_the_weight_loss_moves_weights_to_the_key_that_is_looked_up(tiny_llama):

@@ -75,7 +75,7 @@ def test_a_new_map_converts_a_model(monkeypatch):
 
     monkeypatch.setitem(FEATURE_MAPS, "sum", FeatureMap(plain_sum, 1, "every key alike"))
     config = RFAConfig(feature_map="sum", num_features=8)
-    assert RFAConfig.from_dict(config.to_dict()) == config
+    assert RFAConfig.from_dict(config.to_dict()) == config.settled()
     far = kernel("sum", draw_omega(2, 8, DIM, kind="gaussian", seed=0, layer=0, draw=0))
     assert_close(psi(far, torch.randn(1, 2, 3, DIM, dtype=torch.float64)), torch.ones(1, 2, 3, 8, dtype=torch.float64))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

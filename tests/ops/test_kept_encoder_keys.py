@@ -91,9 +91,9 @@ def test_the_definition_is_a_loop_over_tokens(kept_keys, length, queries, monkey
     asked = [int((part + 0.5) * length / parts) for part in range(parts)]
     share, score = logits.softmax(-1), {}
     for j in range(length):
-        given = [share[:, i, j].sum() for i in asked if not is_near(i, j)]
+        given = [share[:, i, j] for i in asked if not is_near(i, j)]
         if given:
-            score[j] = value[j].norm() * sum(given) / len(given)
+            score[j] = value[j].norm() * max(sum(given)) / len(given)
     kept = sorted(score, key=score.get)[-kept_keys:]
 
     weights = estimate.clone()
@@ -265,7 +265,7 @@ def test_ties_and_what_is_not_a_number():
     mass = torch.tensor([9.0, 2.0, 1.0, torch.nan, 0.0, 4.0, torch.nan])
     length = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0, 1.0, torch.nan])
     count = torch.tensor([0, 2, 2, 2, 3, 4, 0])
-    score = scores(mass, length, count)
+    score = scores(torch.stack([mass / 2, mass]), length, count)
     assert score.tolist() == [NOTHING, 0.5, 0.5, -1.0, 0.0, 1.0, NOTHING]
     assert best(score, 2).tolist() == [2, 5]  # of the equal ones, 1 and 2, the later one stays
     assert best(score, 4).tolist() == [1, 2, 4, 5]
@@ -288,6 +288,16 @@ def test_keys_that_matter_are_kept():
     inputs["key"][:, :, [*loud, 1], 0] = 4.0  # one of them is a sink
     kept = kept_tokens(inputs, **OPTIONS, kept_keys=3)
     assert [head.nonzero().flatten().tolist() for head in kept[0]] == [loud, loud]
+
+
+def test_of_several_query_heads_the_one_that_gives_most_decides():
+    inputs = random_inputs(N, batch=1, heads=2, key_heads=1)
+    inputs["query"][..., :2], inputs["key"][..., :2] = 0.0, 0.0
+    inputs["query"][:, 0, :, 0] = inputs["query"][:, 1, :, 1] = 3.0
+    inputs["key"][:, :, 5, 0], inputs["key"][:, :, 46, :2] = 3.6, 3.0  # in sum, 46 gets a third more
+    inputs["key"][..., 2:] = 0.0
+    inputs["value"] = torch.ones_like(inputs["value"])
+    assert kept_tokens(inputs, **OPTIONS, kept_keys=1)[0, 0].nonzero().flatten().tolist() == [5]
 
 
 def test_a_kept_key_counts_once():

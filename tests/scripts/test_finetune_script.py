@@ -50,6 +50,7 @@ def run(tiny_llama, tmp_path):
     options = {
         "model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl"), "output": str(tmp_path / "run"),
         "context": 128, "window": 16, "sink_tokens": 2, "num_features": 8, "feature_map": "positive", "steps": 6,
+        "kept_keys": 8,
         "batches_per_step": 2, "save_every": 2, "evaluate_every": 3, "evaluation_windows": 2, "progress": False,
         "softmax_heads": "0.25", "resample": "2", "learning_rate": 1e-2, "documents": "packed",
     }  # fmt: skip
@@ -269,6 +270,7 @@ def test_deepspeed_gives_what_one_process_gives_and_resumes(run):
 @pytest.mark.multi_process
 def test_one_document_on_two_processes_trains_like_on_one(run):
     options = {"documents": "random", "resample": "never", "batches_per_step": 1, "steps": 3, "evaluate_every": 3}
+    options["kept_keys"] = 0
     in_this_process(arguments(run, "one", **options))
     launch(arguments(run, "two", sequence_parallel=2, **options), 2)
     assert progress(run, "two")["losses"] == pytest.approx(progress(run, "one")["losses"], rel=1e-5)
@@ -315,6 +317,7 @@ def main(monkeypatch):
         ({"resample": "sometimes"}, ConfigError, r"`resample` must be one of .* or a whole number\. Got 'sometimes'"),
         ({"num_features": 0}, ConfigError, "`num_features` must be a positive integer"),
         ({"distill_steps": 0}, ConfigError, r"`distill_steps` must be a whole number >= 1\. Got '0'"),
+        ({"sequence_parallel": 2}, ConfigError, r"Got sequence_parallel=2 and kept_keys=8\. Set kept_keys=0"),
         ({"kl_weight": 1, "sequence_parallel": 2}, ConfigError, "cannot run on a share of the tokens"),
         ({"step": 3}, ConfigError, r"unknown words: \['--step=3'\]\. 'step' may be meant as `steps`"),
         ({"context": 5000}, ConfigError, "No document reaches the context of 5000 tokens: the longest has 700"),
