@@ -75,8 +75,9 @@ def compare_command(given: dict[str, Any]) -> None:
 
     Prints perplexity, KL divergence, copying, greedy agreement, speed and cache size of four models, right after
     calibration and again after the same brief fine-tuning of all four: [b]original[/b] · [b]window only[/b] (near keys
-    and nothing else) · [b]every head linear[/b] · [b]retrieval heads exact[/b]. Without options it needs no network
-    and takes some minutes on two cores.
+    and nothing else) · [b]every head linear[/b] · [b]retrieval heads exact[/b]. `--columns` adds what else the bytes
+    of the last one could hold, `--tasks` RULER-style tasks. Without options it needs no network and takes some minutes
+    on two cores.
     """
     if "model" not in given:
         given["model"] = default_model()

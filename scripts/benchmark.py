@@ -45,7 +45,7 @@ from benchmarks.generate import generate
 from benchmarks.memory import memory
 from benchmarks.options import Options, parse
 from benchmarks.packed import packed
-from benchmarks.peers import chosen_peers, peers
+from benchmarks.peers.operators import chosen_peers, peers
 from benchmarks.prefill import prefill
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import Result, write

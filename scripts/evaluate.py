@@ -3,10 +3,13 @@
     python scripts/evaluate.py --original MODEL --data FOLDER --output report
     python scripts/evaluate.py --original MODEL --checkpoints run/final tuned=other/final --data FOLDER --output report
     python scripts/evaluate.py --original MODEL --data FOLDER --contexts 512 2048 --stride 1024 --passkey 512 1024
+    python scripts/evaluate.py --original MODEL --data FOLDER --columns exact same_window same_split same_kept \\
+        --tasks needle_single needle_multikey --task_lengths 1024 4096 --output report
 
-Columns: original, window only, every head linear, retrieval heads exact (nothing trained), then the checkpoints,
-converted or not, named by the text before the equals sign. Writes report.json, report.md and plots (perplexity by
-position; prefill, decoding and cache against length).
+Columns: original, window only, every head linear, retrieval heads exact (nothing trained; `--columns` chooses, and has
+what else the bytes of the conversion could hold), then the checkpoints, converted or not, named by the text before the
+equals sign. `--tasks` adds RULER-style tasks, judged by what is generated. Writes report.json, report.md and plots
+(perplexity by position; prefill, decoding and cache against length).
 """
 
 import copy
@@ -33,8 +36,10 @@ from hf_rfa.data import check_tokenizer, evaluation_windows, load_documents, tok
 from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.columns import ColumnSettings, markdown_table, measure_columns, untrained_columns
-from hf_rfa.evaluation.results import VARIANTS, source_name
+from hf_rfa.evaluation.measuring import Asked
+from hf_rfa.evaluation.results import COLUMNS, COLUMNS_HELP, DEFAULT_COLUMNS, ORIGINAL, source_name
 from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.evaluation.tasks import TaskSettings
 from hf_rfa.options import Settings, option, part
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -55,6 +60,8 @@ class Options(Settings):
     measurement: ColumnSettings = part(
         ColumnSettings(contexts=(512, 1024, 2048)), names={"passkey_lengths": "passkey"}, group="Measurement"
     )
+    columns: tuple[str, ...] = option(COLUMNS_HELP, DEFAULT_COLUMNS)
+    task_settings: TaskSettings = part(TaskSettings(), group="Tasks")
     speed: tuple[int, ...] = option("Prompt lengths that are timed, tokens; none leaves it out.", (1024, 4096))
     clock: Literal["wall", "cpu"] = option("'cpu' on a machine that others use too.", "wall")
 
@@ -73,13 +80,14 @@ def main(arguments: list[str]) -> None:
     check_tokenizer(tokenizer, original)
     checkpoints = named_folders(given.checkpoints)
     config, longest = given.conversion, max(given.measurement.contexts)
-    (train, _), (documents, num_bytes) = (
-        tokenize_documents(
-            tokenizer, load_documents(given.data, split, text_column=given.text_column, max_documents=count)
-        )
+    train_texts, held_out = (
+        load_documents(given.data, split, text_column=given.text_column, max_documents=count)
         for split, count in (("train", given.calibration_documents), ("validation", given.max_documents))
     )
-    evaluation_windows(documents, longest)  # raises before any work where no document reaches the context
+    (train, _), (documents, num_bytes) = (tokenize_documents(tokenizer, texts) for texts in (train_texts, held_out))
+    # Both raise before any work: where no document reaches the context, or a task has too little text.
+    evaluated = evaluation_windows(documents, longest)
+    asked = Asked(given.task_settings, tokenizer, (document.text for document in held_out))
     try:
         given.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,11 +95,11 @@ def main(arguments: list[str]) -> None:
 
     calibration = itertools.islice(training_batches(train, max(longest, 8 * config.window), 2, config.seed), 2)
     calibrated = hf_rfa.convert(copy.deepcopy(original), config, calibrate=list(calibration))
-    models = untrained_columns(original, calibrated)
+    models = untrained_columns(original, calibrated, given.columns, evaluated.flatten()[:longest])
     for name, folder in checkpoints.items():
         models[name] = load_any(folder, dtype=torch.float32).to(device)
         check_tokenizer(tokenizer, models[name])
-    columns = measure_columns(models, documents, num_bytes, given.measurement, tokenizer.bos_token_id)
+    columns = measure_columns(models, documents, num_bytes, given.measurement, tokenizer.bos_token_id, asked)
     text = torch.cat(documents)
     clock = CLOCKS[given.clock]
     speeds = {n: measure_speed(models, text.repeat(-(-n // len(text))), n, clock=clock) for n in given.speed}
@@ -118,7 +126,7 @@ def named_folders(given: list[str]) -> dict[str, str]:
     for text in given:
         name, _, folder = text.rpartition("=")
         name = name or "/".join(Path(folder).parts[-2:])
-        if name in (*VARIANTS, *named):
+        if name in (ORIGINAL, *COLUMNS.values(), *named):
             raise ConfigError(f"Two columns are called {name!r}. Name the folder: `--checkpoints NAME={folder}`.")
         named[name] = folder
     return named

@@ -110,7 +110,7 @@ def test_the_converted_model_is_written_as_it_was_measured(run, figures, data_fo
 def test_help_names_every_option():
     text = CliRunner().invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     found = options_of(CompareSettings)
-    assert len(found) == 24
+    assert len(found) == 30
     for name, each in found.items():
         assert f"--{name.replace('_', '-')} " in text
         assert each.help.split()[0] in text

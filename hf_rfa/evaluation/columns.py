@@ -1,6 +1,7 @@
-"""The four columns of every comparison and any number of trained checkpoints, measured on the same tokens.
+"""The columns of every comparison and any number of trained checkpoints, measured on the same tokens.
 
-The four are: original, window only, every head linear, retrieval heads exact.
+By default: original, window only, every head linear, retrieval heads exact; besides, what else the bytes of the
+conversion could hold (`hf_rfa.evaluation.equal_bytes`).
 """
 
 import copy
@@ -14,12 +15,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_rfa
+from hf_rfa.config import RFAConfig
 from hf_rfa.data.sequences import evaluation_windows
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.document_perplexity import document_perplexity, sliding_window_nll, streaming_nll
-from hf_rfa.evaluation.measuring import Measurer, with_far_recovery
-from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, WINDOW_ONLY, Quality
+from hf_rfa.evaluation.equal_bytes import equal_bytes_columns
+from hf_rfa.evaluation.measuring import Asked, Measurer, with_far_recovery
+from hf_rfa.evaluation.results import (
+    DEFAULT_COLUMNS,
+    EXACT,
+    LINEAR,
+    ORIGINAL,
+    SAME_BYTES,
+    SAME_SPLIT,
+    WINDOW_ONLY,
+    Quality,
+    column_titles,
+)
 from hf_rfa.evaluation.retrieval_tasks import PasskeyScore, passkey_retrieval
+from hf_rfa.evaluation.tasks.measuring import task_rows
 from hf_rfa.options import Settings, option
 from hf_rfa.runtime.record import conversion_config, is_converted
 
@@ -64,22 +78,44 @@ class Column(Quality):
         return dataclasses.asdict(self)
 
 
-def untrained_columns(original: PreTrainedModel, calibrated: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The original and its three conversions, nothing trained; they share their weights, which saves memory.
+def untrained_columns(
+    original: PreTrainedModel,
+    calibrated: PreTrainedModel,
+    names: Sequence[str] = DEFAULT_COLUMNS,
+    ids: Tensor | None = None,
+) -> dict[str, PreTrainedModel]:
+    """The original and its conversions, nothing trained; they share their weights, which saves memory.
 
     Args:
         calibrated: the same model, converted and calibrated, with the exact heads that calibration chose. If it chose
-            none, there is no fourth column.
+            none, there are no columns `exact` and `same_split`: they would be `linear` and `same_window`.
+        names: the columns, see `hf_rfa.evaluation.results.COLUMNS`.
+        ids: token ids (n,) of the context at which columns have the same bytes; needed for these only.
+
+    Raises:
+        ConfigError: an unknown name, or no `ids` where they are needed.
     """
+    titles = column_titles(names)
     config = conversion_config(calibrated)
     near = dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None, softmax_heads=None)
-    models = {
-        ORIGINAL: original,
-        WINDOW_ONLY: hf_rfa.convert(_with_same_weights(original), near, calibrate=False),
-        LINEAR: _with_same_weights(calibrated),
-    }
-    hf_rfa.set_softmax_heads(models[LINEAR], [])
-    return models | ({EXACT: calibrated} if config.softmax_heads else {})
+    if not config.softmax_heads:
+        titles = [title for title in titles if title not in (EXACT, SAME_SPLIT)]
+    same_bytes = [title for title in titles if title in SAME_BYTES]
+    if same_bytes and ids is None:
+        raise ConfigError(f"Columns of the same bytes need the tokens to count them at. Got {same_bytes}. Pass `ids`.")
+
+    def convert(config: RFAConfig) -> PreTrainedModel:
+        return hf_rfa.convert(_with_same_weights(original), config, calibrate=False)
+
+    models = {ORIGINAL: original, EXACT: calibrated}
+    if WINDOW_ONLY in titles:
+        models[WINDOW_ONLY] = convert(near)
+    if LINEAR in titles:
+        models[LINEAR] = _with_same_weights(calibrated)
+        hf_rfa.set_softmax_heads(models[LINEAR], [])
+    if ids is not None:
+        models |= equal_bytes_columns(convert, calibrated, ids, same_bytes)
+    return {title: models[title] for title in titles}
 
 
 def _with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -93,6 +129,7 @@ def measure_columns(
     num_bytes: Sequence[int],
     settings: ColumnSettings,
     first_token: int | None = None,
+    asked: Asked | None = None,
 ) -> list[Column]:
     """Every model on the same held-out documents; the KL divergence and the agreement are with the first model.
 
@@ -100,6 +137,7 @@ def measure_columns(
         models: name -> model, the original first.
         documents, num_bytes: token ids and UTF-8 bytes of each document.
         first_token: `tokenizer.bos_token_id`.
+        asked: the tasks.
 
     Raises:
         ConfigError: no document reaches the longest context.
@@ -109,7 +147,7 @@ def measure_columns(
     measure = Measurer(
         next(iter(models.values())), evaluated=evaluation_windows(documents, longest, settings.windows).flatten(),
         held_out=together, bytes_per_token=sum(num_bytes) / len(together), contexts=settings.contexts,
-        copy_gaps=settings.copy_gaps, first_token=first_token,
+        copy_gaps=settings.copy_gaps, first_token=first_token, asked=asked,
     )  # fmt: skip
     columns = {}
     for name, model in models.items():
@@ -155,5 +193,11 @@ def markdown_table(columns: Sequence[Column]) -> str:
         title = f"passkey, {cell.length} tokens, depth {cell.depth:.2f}"
         add(title, (c.passkey[i].accuracy for c in columns), ".2f")
     add("greedy agreement", (c.greedy_agreement for c in columns), ".3f")
+    rows += [(title, cells) for title, *cells in task_rows({c.name: c.tasks for c in columns})]
+    add(
+        f"cache after {max(first.perplexity)} tokens, MiB",
+        (None if c.cache_bytes is None else c.cache_bytes / 2**20 for c in columns),
+        ".2f",
+    )
     head = "| | " + " | ".join(c.name for c in columns) + " |\n|---|" + "---:|" * len(columns)
     return "\n".join([head, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows)])

@@ -10,28 +10,32 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rfa
+from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError
+from hf_rfa.evaluation.equal_bytes import equal_bytes_columns
 from hf_rfa.evaluation.measuring import Tokens, with_far_recovery
 from hf_rfa.evaluation.results import (
     EXACT,
     LINEAR,
     ORIGINAL,
-    VARIANTS,
+    SAME_BYTES,
     WINDOW_ONLY,
     CompareSettings,
     Comparison,
     Training,
+    column_titles,
 )
 from hf_rfa.evaluation.speed import measure_speed
 from hf_rfa.training.config import FinetuneConfig
@@ -67,14 +71,15 @@ def compare(
 ) -> tuple[Comparison, PreTrainedModel, PreTrainedTokenizerBase]:
     """Converts, calibrates, measures, fine-tunes and measures again.
 
-    Four models are compared: the original; `window only`, which sees the exact window and the sinks and nothing else;
-    `every head linear`; and `retrieval heads exact`, which keeps the costliest key heads as softmax. All four are
-    fine-tuned alike: same batches, same steps. The KL divergence and the greedy agreement of every model, before and
-    after fine-tuning, are with the untrained original.
+    By default four models are compared: the original; `window only`, which sees the exact window and the sinks and
+    nothing else; `every head linear`; and `retrieval heads exact`, which keeps the costliest key heads as softmax. Up
+    to three more hold as many bytes as the last one, see `hf_rfa.evaluation.equal_bytes`. All are fine-tuned alike:
+    same batches, same steps. The KL divergence and the greedy agreement of every model, before and after fine-tuning,
+    are with the untrained original.
 
     Returns:
-        The figures, the model of the last column in its final state, and the tokenizer. All four models are in memory
-        at the same time.
+        The figures, the model `retrieval heads exact` (fine-tuned if it is among the columns), and the tokenizer. All
+        models are in memory at the same time.
 
     Raises:
         ConfigError, ValueError, OSError: settings, data or a model that cannot be used.
@@ -87,14 +92,14 @@ def compare(
     bar = tqdm(total=0, disable=not progress, desc="loading", bar_format=_BAR)
     with bar:
         original, tokenizer = _load(settings)
-        speed_contexts = _speed_contexts(settings, original)
-        bar.total = _CALIBRATION_UNITS + len(VARIANTS) * (
+        speed_contexts, names = _speed_contexts(settings, original), column_titles(settings.columns)
+        bar.total = _CALIBRATION_UNITS + len(names) * (
             _QUALITY_UNITS * (2 if settings.steps else 1)
             + _SPEED_UNITS * len(speed_contexts) * settings.speed_repeats
             + settings.steps
         )
         tokens = Tokens(settings, tokenizer)
-        models = {ORIGINAL: original, **_conversions(settings, original)}
+        models = {ORIGINAL: original, **_conversions(settings, original, names)}
         comparison = Comparison(
             settings=settings,
             environment=_environment(original.device),
@@ -106,22 +111,25 @@ def compare(
 
         bar.set_description("calibrating")
         report = hf_rfa.calibrate(models[EXACT], tokens.calibration_batches())
-        # The two differ only in the exact heads.
-        models[LINEAR].load_state_dict(models[EXACT].state_dict())
-        hf_rfa.set_softmax_heads(models[LINEAR], [])
+        if LINEAR in models:  # the two differ only in the exact heads
+            models[LINEAR].load_state_dict(models[EXACT].state_dict())
+            hf_rfa.set_softmax_heads(models[LINEAR], [])
+        converted = models[EXACT]
+        models |= _of_equal_bytes(original, converted, tokens.prompt(tokens.longest), names)
+        models = {name: models[name] for name in names}
         comparison.calibration = report.to_dict()
         comparison.key_heads = len(report.ranking)
         comparison.softmax_heads = report.softmax_heads
         bar.update(_CALIBRATION_UNITS)
 
         measure = tokens.measurer(original)
-        for name in VARIANTS:
+        for name in names:
             bar.set_description(f"measuring {name}")
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
         if settings.conversion.most_kept_keys:
-            comparison.kept = hf_rfa.kept_tokens(models[LINEAR], tokens.prompt(tokens.longest))
+            comparison.kept = hf_rfa.kept_tokens(models.get(LINEAR, converted), tokens.prompt(tokens.longest))
 
         for context in speed_contexts:
             bar.set_description(f"speed at {context} tokens")
@@ -132,7 +140,7 @@ def compare(
 
         if settings.steps:
             models[ORIGINAL] = copy.deepcopy(original)  # the KL divergence needs the untouched one
-            for name in VARIANTS:
+            for name in names:
                 bar.set_description(f"fine-tuning {name}")
                 comparison.training[name] = _finetune(models[name], settings, tokens, bar)
                 bar.set_description(f"measuring {name}")
@@ -141,7 +149,7 @@ def compare(
             comparison.finetuned = with_far_recovery(comparison.finetuned, tokens.longest)
         bar.set_description("done")
     comparison.seconds = time.perf_counter() - started
-    return comparison, models[EXACT], tokenizer
+    return comparison, converted, tokenizer
 
 
 def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -167,15 +175,32 @@ def _speed_contexts(settings: CompareSettings, model: PreTrainedModel) -> list[i
     return [n for n in settings.speed_contexts if n + settings.new_tokens <= limit]
 
 
-def _conversions(settings: CompareSettings, original: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """Three converted copies of the original, not calibrated yet."""
+def _conversions(
+    settings: CompareSettings, original: PreTrainedModel, names: Sequence[str]
+) -> dict[str, PreTrainedModel]:
+    """Converted copies of the original, not calibrated yet: the one with exact heads, and those of `names`."""
     config = dataclasses.replace(settings.conversion, softmax_heads=None)
     configs = {
         WINDOW_ONLY: dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None),
         LINEAR: config,
         EXACT: settings.conversion,
     }
-    return {name: hf_rfa.convert(copy.deepcopy(original), config, calibrate=False) for name, config in configs.items()}
+    return {
+        name: hf_rfa.convert(copy.deepcopy(original), config, calibrate=False)
+        for name, config in configs.items()
+        if name in (EXACT, *names)
+    }
+
+
+def _of_equal_bytes(
+    original: PreTrainedModel, converted: PreTrainedModel, ids: Tensor, names: Sequence[str]
+) -> dict[str, PreTrainedModel]:
+    """Those of `names` whose caches after `ids` have the bytes of the converted model's."""
+
+    def convert(config: RFAConfig) -> PreTrainedModel:
+        return hf_rfa.convert(copy.deepcopy(original), config, calibrate=False)
+
+    return equal_bytes_columns(convert, converted, ids, [name for name in names if name in SAME_BYTES])
 
 
 class _BarHook:

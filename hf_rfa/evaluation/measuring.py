@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_rfa.data.documents import load_documents, tokenize_documents
 from hf_rfa.data.sequences import evaluation_windows, training_batches
 from hf_rfa.evaluation import measures
+from hf_rfa.evaluation.equal_bytes import bytes_after
 from hf_rfa.evaluation.results import WINDOW_ONLY, CompareSettings, Quality
+from hf_rfa.evaluation.tasks.measuring import TaskScore, TaskSettings, make_documents, measure_tasks
 
 AnyQuality = TypeVar("AnyQuality", bound=Quality)
 
@@ -28,11 +30,13 @@ class Tokens:
         self.longest = max(settings.contexts)
         self.first_token = tokenizer.bos_token_id
         self.train, _ = tokenize_documents(tokenizer, load_documents(settings.data, "train"))
-        held_out, num_bytes = tokenize_documents(tokenizer, load_documents(settings.data, "validation"))
+        documents = load_documents(settings.data, "validation")
+        held_out, num_bytes = tokenize_documents(tokenizer, documents)
         self.held_out = torch.cat(held_out)
         self.bytes_per_token = sum(num_bytes) / len(self.held_out)
         # The same tokens for every context: shorter windows are parts of the longest ones.
         self.evaluated = evaluation_windows(held_out, self.longest, settings.eval_windows).flatten()
+        self.asked = Asked(settings.task_settings, tokenizer, (document.text for document in documents))
 
     def prompt(self, length: int) -> Tensor:
         """`length` held-out tokens, repeated if there are too few: the speed does not depend on the text."""
@@ -46,12 +50,28 @@ class Tokens:
         return Measurer(
             original, evaluated=self.evaluated, held_out=self.held_out, bytes_per_token=self.bytes_per_token,
             contexts=self._settings.contexts, copy_gaps=self._settings.copy_gaps, first_token=self.first_token,
-            first_bin=self._settings.conversion.window,
+            first_bin=self._settings.conversion.window, asked=self.asked,
         )  # fmt: skip
 
     def training_batches(self) -> Iterator[Tensor]:
         s = self._settings
         return training_batches(self.train, self.longest, s.batch_size, s.seed, s.repeat_probability)
+
+
+class Asked:
+    """The documents of the tasks, the same for every model.
+
+    Args:
+        texts: Held-out texts, in which the tasks hide what they ask for.
+    """
+
+    def __init__(self, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self._documents = make_documents(settings, tokenizer, "\n\n".join(texts)) if settings.tasks else {}
+
+    def __call__(self, model: PreTrainedModel) -> list[TaskScore]:
+        """The model's scores; none without tasks."""
+        return measure_tasks(model, self._tokenizer, self._documents)
 
 
 class Measurer:
@@ -60,8 +80,10 @@ class Measurer:
     def __init__(
         self, original: PreTrainedModel, *, evaluated: Tensor, held_out: Tensor, bytes_per_token: float,
         contexts: Sequence[int], copy_gaps: Sequence[int], first_token: int | None, first_bin: int = 64,
+        asked: Asked | None = None,
     ) -> None:  # fmt: skip
         """`evaluated`: windows of the longest context, one after the other; `held_out`: all tokens, to copy from."""
+        self._asked = asked
         self._original, self._evaluated, self._held_out = original, evaluated, held_out
         self._bytes_per_token, self._contexts, self._copy_gaps = bytes_per_token, contexts, copy_gaps
         self._first_token, self._first_bin, self._longest = first_token, first_bin, max(contexts)
@@ -88,6 +110,8 @@ class Measurer:
                 for gap in self._copy_gaps
             },
             greedy_agreement=agreement,
+            cache_bytes=bytes_after(model, self._evaluated[: self._longest]),
+            tasks=[] if self._asked is None else self._asked(model),
         )
 
 

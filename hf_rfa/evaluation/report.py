@@ -13,12 +13,23 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from hf_rfa.config import seen_exactly
-from hf_rfa.evaluation.results import EXACT, ORIGINAL, VARIANTS, Comparison, Quality, source_name
+from hf_rfa.evaluation.results import (
+    ORIGINAL,
+    SAME_BYTES,
+    SAME_KEPT,
+    SAME_SPLIT,
+    SAME_WINDOW,
+    VARIANTS,
+    Comparison,
+    Quality,
+    source_name,
+)
+from hf_rfa.evaluation.tasks.measuring import task_rows
 
 MIB = 2**20
 
 # Told apart in print without colour: by line and marker.
-_STYLES = dict(zip(VARIANTS, ("k-o", "C3:s", "C0--^", "C2-.D"), strict=True))
+_STYLES = dict(zip((*VARIANTS, *SAME_BYTES), ("k-o", "C3:s", "C0--^", "C2-.D", "C1:v", "C4-.x", "C5--*"), strict=True))
 
 _DEFINITIONS = """\
 All columns are measured on the same {tokens} held-out tokens. **window only** sees {seen} exactly (window {window}), \
@@ -32,6 +43,20 @@ stay softmax: {head_list} as (layer, key head).
 - copy perplexity, gap g: of a span of 128 tokens at its second appearance, g other tokens after the first.
 - greedy agreement: share of the original's greedy tokens that the model ranks first, given the original's own prefix.
 """
+
+# What is explained only where it is shown.
+_COLUMN_DEFINITIONS = {
+    SAME_WINDOW: "{sinks} sinks and a window alone, as wide as fills the conversion's bytes at context {context}.",
+    SAME_SPLIT: "the exact heads of the conversion; the others have such a window and nothing else (the split of "
+    "DuoAttention).",
+    SAME_KEPT: "the conversion with more kept keys in place of the features' sums, and no far part.",
+}
+_TASKS_DEFINITION = """\
+RULER-style tasks (`hf_rfa.evaluation.tasks`): mean score of greedy answers with its 95 % interval (Wilson; questions \
+about the same document count as independent). Numbers hidden in held-out text: needle_single (one of its form), \
+needle_multikey (three others distract), needle_multivalue (share of both values found); choice: the letter of one of \
+four numbers, every rotation asked, 25 % is chance; variables: share of the three variables of a chain; common_words: \
+share of the three most common words of a list."""
 
 
 def quality_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
@@ -47,6 +72,10 @@ def quality_table(qualities: Mapping[str, Quality]) -> list[list[str]]:
     for gap in columns[0].copy_perplexity:
         rows.append([f"copy perplexity, gap {gap}", *(f"{q.copy_perplexity[gap]:.2f}" for q in columns)])
     rows.append(["greedy agreement", *(f"{q.greedy_agreement:.1%}" for q in columns)])
+    rows += task_rows({name: quality.tasks for name, quality in qualities.items()})
+    if all(q.cache_bytes is not None for q in columns):
+        cells = (f"{(q.cache_bytes or 0) / MIB:.3f}" for q in columns)
+        rows.append([f"cache @ {max(columns[0].perplexity)} (MiB)", *cells])
     return rows
 
 
@@ -84,7 +113,7 @@ def calibration_table(comparison: Comparison) -> list[list[str]]:
 
 def finetuned_title(comparison: Comparison) -> str:
     """The title of the second table, which says how all its columns were trained."""
-    training = comparison.training[EXACT]
+    training = next(iter(comparison.training.values()))
     return f"After {training.steps} steps of fine-tuning ({training.tokens:,} tokens, the same for every column)"
 
 
@@ -145,6 +174,7 @@ def markdown(comparison: Comparison) -> str:
             head_list=", ".join(map(str, heads)) or "none",
             context=max(settings.contexts),
         ),
+        *_definitions(comparison),
         f"## {CALIBRATED_TITLE}",
         _markdown_table(quality_table(comparison.calibrated)),
     ]
@@ -178,6 +208,16 @@ def markdown(comparison: Comparison) -> str:
         '(`hf_rfa.from_pretrained("model")`).',
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _definitions(comparison: Comparison) -> list[str]:
+    """Of the columns and tasks that are not in every report."""
+    settings, parts = comparison.settings, []
+    for name, text in _COLUMN_DEFINITIONS.items():
+        if name in comparison.calibrated:
+            text = text.format(sinks=settings.conversion.sink_tokens, context=max(settings.contexts))
+            parts.append(f"**{name}**: {text}")
+    return [*parts, _TASKS_DEFINITION] if settings.task_settings.tasks else parts
 
 
 def plot_perplexity(comparison: Comparison, path: Path) -> None:

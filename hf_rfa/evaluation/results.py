@@ -1,5 +1,6 @@
 """Settings and results of `compare`: plain data, which report.json holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
+from hf_rfa.evaluation.tasks.measuring import TaskScore, TaskSettings
 from hf_rfa.options import Settings, option, part
 from hf_rfa.runtime.kept_tokens import KeptTokens
 
@@ -20,6 +22,41 @@ WINDOW_ONLY = "window only"
 LINEAR = "every head linear"
 EXACT = "retrieval heads exact"
 VARIANTS = (ORIGINAL, WINDOW_ONLY, LINEAR, EXACT)
+SAME_WINDOW = "window of the same bytes"
+SAME_SPLIT = "exact heads, window of the same bytes"
+SAME_KEPT = "kept keys, no features"
+#: At the bytes of `EXACT`, see `hf_rfa.evaluation.equal_bytes`.
+SAME_BYTES = (SAME_WINDOW, SAME_SPLIT, SAME_KEPT)
+
+#: Columns by the names that the option `columns` takes. The original is always the first.
+COLUMNS = {
+    "window": WINDOW_ONLY,
+    "linear": LINEAR,
+    "exact": EXACT,
+    "same_window": SAME_WINDOW,
+    "same_split": SAME_SPLIT,
+    "same_kept": SAME_KEPT,
+}
+#: Each column costs a measurement, and in `compare` a fine-tuning.
+DEFAULT_COLUMNS = ("window", "linear", "exact")
+COLUMNS_HELP = (
+    "Columns beside the original, some of: window (the window alone), linear (every head linear), exact (retrieval "
+    "heads exact); and at the bytes that the cache of the conversion has at the longest context: same_window (window "
+    "and sinks alone), same_split (the same exact heads, a bare window for the others), same_kept (more kept keys in "
+    "place of the features)."
+)
+
+
+def column_titles(names: Sequence[str]) -> list[str]:
+    """The titles of the columns, the original first, in the order of `COLUMNS`.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown:
+        raise ConfigError(f"`columns` must be some of {', '.join(COLUMNS)}. Got {unknown}. Correct the names.")
+    return [ORIGINAL, *(title for name, title in COLUMNS.items() if name in names)]
 
 
 _MEASUREMENT, _TUNING, _RUN = "Measurement", "Calibration and fine-tuning", "Run"
@@ -38,6 +75,7 @@ class CompareSettings(Settings):
         only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "softmax_heads", "seed"),
         group="Conversion",
     )
+    columns: tuple[str, ...] = option(COLUMNS_HELP, DEFAULT_COLUMNS, group=_MEASUREMENT)
     contexts: tuple[int, ...] = option(
         "Context lengths, tokens; each must divide the longest.", (512, 1024, 2048), group=_MEASUREMENT
     )
@@ -53,6 +91,7 @@ class CompareSettings(Settings):
     )  # fmt: skip
     speed_repeats: int = option("Timed runs per model and prompt; the median counts.", 3, group=_MEASUREMENT, least=1)
     new_tokens: int = option("Tokens decoded to measure the speed.", 32, group=_MEASUREMENT, least=1)
+    task_settings: TaskSettings = part(TaskSettings(), group=_MEASUREMENT)
     calibration_batches: int = option("Batches to calibrate on.", 2, group=_TUNING, least=1)
     steps: int = option(
         "Fine-tuning steps, the same for all columns; 0 for no fine-tuning.", 40, group=_TUNING, least=0
@@ -79,6 +118,7 @@ class CompareSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        column_titles(self.columns)  # raises where a name is unknown
         for name in ("contexts", "copy_gaps", "speed_contexts"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         if not self.contexts or any(n < 2 or max(self.contexts) % n for n in self.contexts):
@@ -109,6 +149,8 @@ class Quality:
     far_recovery: float | None  # at the longest context; None if the window loses nothing
     copy_perplexity: dict[int, float]  # gap -> perplexity of a span's second appearance
     greedy_agreement: float  # share of tokens
+    cache_bytes: int | None = None  # after the longest context, batch size 1
+    tasks: list[TaskScore] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,7 +165,7 @@ class Training:
 
 @dataclass
 class Comparison:
-    """Everything that `compare` measured. Keys are the names in `VARIANTS`."""
+    """Everything that `compare` measured. Keys are the titles of the columns."""
 
     settings: CompareSettings
     environment: dict[str, Any]  # versions, device, threads

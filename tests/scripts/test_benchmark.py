@@ -206,7 +206,7 @@ def test_a_method_beyond_the_memory_limit_is_told_apart_from_one_that_fails(benc
 
 
 def test_peers_have_times_memory_and_errors(benchmark, tmp_path, monkeypatch):
-    from benchmarks import peers
+    from benchmarks.peers import operators as peers
 
     def peak_bytes(name, setting, which, length, limit):
         return None if name == "eager" and which != "forward" else 2**20
@@ -242,7 +242,7 @@ def test_what_cannot_run_here_says_why(benchmark, monkeypatch, options, message)
 
 
 def test_without_names_peers_that_cannot_run_are_named(benchmark, monkeypatch, capsys):
-    from benchmarks.peers import chosen_peers
+    from benchmarks.peers.operators import chosen_peers
     from benchmarks.setting import Setting
 
     monkeypatch.setitem(sys.modules, "performer_pytorch", None)

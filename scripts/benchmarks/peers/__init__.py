@@ -1,0 +1,1 @@
+"""Peers: other attentions beside the operator (operators.py), other caches beside converted models (README.md)."""
