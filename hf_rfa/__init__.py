@@ -21,6 +21,7 @@ from hf_rfa.runtime.record import calibration_report
 from hf_rfa.runtime.resampling import ResampleCallback, resample
 from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
+from hf_rfa.saving.patterns import save_pattern
 
 register()
 teach_transformers()
@@ -51,6 +52,7 @@ __all__ = [
     "revert",
     "rfa_attention",
     "rfa_attention_reference",
+    "save_pattern",
     "save_pretrained",
     "set_backend",
     "set_kept_keys",

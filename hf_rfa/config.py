@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from hf_rfa.config_checks import (
     LAYER_RULE,
+    check_budget,
     check_choice,
     check_int,
     is_int,
@@ -124,6 +125,13 @@ class RFAConfig:
         "others add at most this divergence from the original (KL of the next token, nats/token).",
         0.005,
     )
+    budget: float | str | None = _help(
+        "Cache bytes to spend, by `calibrate`, where they lower the divergence most, on kept keys and exact heads: a "
+        "share of the original's KV bytes at `budget_context` tokens in the converted layers, or 'N tokens' per key "
+        "head whatever the length (then no head is exact). Decides `softmax_heads` and `head_kept_keys`.",
+        None,
+    )
+    budget_context: int = _help("The length of text at which a share as `budget` is counted, tokens.", 8192)
     layers: Layers = _help(
         "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
     )
@@ -189,6 +197,8 @@ class RFAConfig:
             )
         if not isinstance(self.gate, bool):
             raise ConfigError(f"`gate` must be True or False. Got {self.gate!r}. Set RFAConfig(gate=False).")
+        check_budget(self.budget, self.window)
+        check_int("budget_context", self.budget_context, 1, "a positive integer", "Set 8192, for example.")
         object.__setattr__(self, "softmax_heads", normalise_heads(self.softmax_heads))
         object.__setattr__(self, "layers", normalise_layers(self.layers))
         object.__setattr__(self, "head_kept_keys", normalise_kept(self.head_kept_keys))

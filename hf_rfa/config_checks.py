@@ -9,6 +9,9 @@ from hf_rfa.errors import ConfigError
 #: Rules that `layers` may be.
 LAYER_RULE = re.compile(r"every (\d+)(?:st|nd|rd|th) stays softmax")
 
+#: What `budget` may be as a string.
+TOKENS = re.compile(r"[1-9]\d* tokens")
+
 
 def is_int(value: Any) -> bool:
     """An integer and no bool, which Python takes for one."""
@@ -27,6 +30,19 @@ def check_int(name: str, value: Any, least: int, what: str, advice: str) -> None
     """Raise `ConfigError` unless `value` is an integer of at least `least`."""
     if not is_int(value) or value < least:
         raise ConfigError(f"`{name}` must be {what}. Got {value!r}. {advice}")
+
+
+def check_budget(budget: Any, window: int) -> None:
+    """Raise `ConfigError` unless `budget` is None, a share in (0, 1] or 'N tokens', with a window."""
+    share = isinstance(budget, float) and 0 < budget <= 1
+    tokens = isinstance(budget, str) and TOKENS.fullmatch(budget) is not None
+    if budget is not None and not share and not tokens:
+        raise ConfigError(
+            "`budget` must be None, a share of the original's KV bytes (float in (0, 1]) or a number of tokens per "
+            f"key head ('256 tokens'). Got {budget!r}. Set, for example, 0.25."
+        )
+    if budget is not None and not window:
+        raise ConfigError("`budget` is spent on kept keys, which need a window. Got window=0. Set, for example, 64.")
 
 
 def normalise_heads(heads: Any) -> Literal["auto"] | float | tuple[tuple[int, int], ...] | None:

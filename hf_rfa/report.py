@@ -1,6 +1,6 @@
 """`CalibrationReport`: the far kernel and the cost of every key head, as a table, a dictionary and a heat map."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ class HeadCalibration:
     Attributes:
         layer, key_head: Its place.
         feature_map, alpha, gamma: Its far kernel, used or not; gamma = 0 is the window alone.
-        loss: Its error after the output projection, as a share of the squared norm of its layer's output.
-        window_loss: The same with the window (and its kept keys) alone; NaN for `window = 0`.
-        cost: The divergence from the original that it adds if linear: its share, by `loss`, of the divergence of its
-            layer (see `unit` of the report).
+        cost: The divergence from the original that it adds if linear (see `unit` of the report), estimated for each
+            head by itself: costs add up to about the divergence.
+        window_cost: The same with the window (and its kept keys) alone; NaN for `window = 0`, and in reports of
+            versions that did not record it.
         softmax: Whether it stays exact.
     """
 
@@ -29,10 +29,33 @@ class HeadCalibration:
     feature_map: str
     alpha: float
     gamma: float
-    loss: float
-    window_loss: float
     cost: float
+    window_cost: float
     softmax: bool
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HeadCalibration":
+        """The entry that `asdict` made, also of versions that fitted heads to the error of their layer's output."""
+        names = [one.name for one in fields(cls)]
+        return cls(**{"window_cost": float("nan")} | {name: values[name] for name in names if name in values})
+
+
+@dataclass(frozen=True)
+class CurveStep:
+    """A step of a budget (`RFAConfig.budget`): what was bought, and where that led.
+
+    Attributes:
+        bytes: Of the cache of one text, all heads of the converted layers together.
+        nats: What all heads cost together, nats/token.
+        layer, key_head: The head for which more was bought; None at the beginning.
+        kept_keys: How many far keys it keeps from then on; None: it is exact.
+    """
+
+    bytes: float
+    nats: float
+    layer: int | None
+    key_head: int | None
+    kept_keys: int | None
 
 
 @dataclass(frozen=True)
@@ -44,11 +67,12 @@ class CalibrationReport:
         tokens: Number of tokens of the calibration text.
         unit: Of `cost`, `divergence` and `window_divergence`: the KL divergence from the original's next-token
             distribution in nats/token; for models without such, the squared error of the output relative to its norm.
-        divergence: Of the calibrated model from the original, on the calibration text.
+        divergence: Of the calibrated model from the original, measured on the first tokens of the calibration text.
         window_divergence: Of the same model with its far parts left out: window and kept keys alone.
         silenced: Layers whose far parts were switched off because with them the model was worse than without.
         window, sink_tokens: Those of the config; None in reports of versions that did not record them.
         kept_keys: The most that a head of the config keeps.
+        curve: How a budget was spent, step by step; empty without one.
     """
 
     heads: list[HeadCalibration]
@@ -60,6 +84,7 @@ class CalibrationReport:
     window: int | None = None
     sink_tokens: int | None = None
     kept_keys: int = 0
+    curve: list[CurveStep] = field(default_factory=list)
 
     @property
     def ranking(self) -> list[tuple[int, int, float]]:
@@ -78,7 +103,31 @@ class CalibrationReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CalibrationReport":
         """The report that `to_dict` described."""
-        return cls(**{**values, "heads": [HeadCalibration(**head) for head in values["heads"]]})
+        heads = [HeadCalibration.from_dict(head) for head in values["heads"]]
+        curve = [CurveStep(**step) for step in values.get("curve", ())]
+        return cls(**{**values, "heads": heads, "curve": curve})
+
+    def curve_table(self) -> str:
+        """What a budget bought: bytes and nats/token after each step; `plot_curve` draws it."""
+        lines = ["      bytes  nats/token  bought"]
+        for step in self.curve:
+            kept = "exact" if step.kept_keys is None else f"{step.kept_keys} kept keys"
+            bought = "" if step.layer is None else f"head {step.layer}.{step.key_head}: {kept}"
+            lines.append(f"{step.bytes:11,.0f}  {step.nats:10.5f}  {bought}")
+        return "\n".join(lines)
+
+    def plot_curve(self, path: str | Path) -> None:
+        """Write a plot of nats against bytes, with the steps of a budget that made heads exact marked."""
+        import matplotlib.pyplot as plt  # slow to import, and only needed here
+
+        figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        axes.step([s.bytes / 2**20 for s in self.curve], [s.nats for s in self.curve], where="post")
+        exact = [s for s in self.curve if s.layer is not None and s.kept_keys is None]
+        axes.plot([s.bytes / 2**20 for s in exact], [s.nats for s in exact], "r.", label="a head became exact")
+        axes.set(xlabel="cache of one text, MiB", ylabel="estimated cost, nats/token")
+        axes.legend()
+        figure.savefig(path)
+        plt.close(figure)
 
     def plot(self, path: str | Path) -> None:
         """Write a heat map of the heads' costs, layers by key heads; exact heads are framed."""
@@ -108,7 +157,7 @@ class CalibrationReport:
         lines = [
             f"calibrated on {self.tokens} tokens; divergence from the original in {self.unit}: {self.divergence:.5f}, "
             f"with the window{' and the kept keys' if self.kept_keys else ''} alone {self.window_divergence:.5f}",
-            "loss: share of the layer's squared output; cost: share of the divergence if the head is linear",
+            "cost: the divergence that the head adds by itself if it is linear; window only: without its far part",
         ]
         if self.window is not None and self.sink_tokens is not None:
             seen = seen_exactly(self.window, self.sink_tokens)
@@ -116,11 +165,11 @@ class CalibrationReport:
             lines.insert(1, f"window {self.window}: a query of a causal layer sees {seen} exactly{kept}")
         if self.silenced:
             lines += [f"far parts switched off in layers {self.silenced}: they did more harm than good"]
-        lines += ["", "layer  key head  map            alpha   gamma      loss  window only      cost  kept as"]
+        lines += ["", "layer  key head  map            alpha   gamma      cost  window only  kept as"]
         for h in sorted(self.heads, key=lambda h: -h.cost):
             kind = "softmax" if h.softmax else "linear" if h.gamma else "window only"
             lines.append(
-                f"{h.layer:5d}  {h.key_head:8d}  {h.feature_map:13s}  {h.alpha:5.2f}  {h.gamma:6.2f}  {h.loss:8.5f}  "
-                f"{h.window_loss:11.5f}  {h.cost:8.5f}  {kind}"
+                f"{h.layer:5d}  {h.key_head:8d}  {h.feature_map:13s}  {h.alpha:5.2f}  {h.gamma:6.2f}  {h.cost:8.5f}  "
+                f"{h.window_cost:11.5f}  {kind}"
             )
         return "\n".join(lines)

@@ -22,6 +22,8 @@ def test_defaults():
         "head_kept_keys": None,
         "softmax_heads": None,
         "loss_budget": 0.005,
+        "budget": None,
+        "budget_context": 8192,
         "layers": "all",
         "seed": 0,
         "resample": "never",

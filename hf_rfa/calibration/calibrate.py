@@ -1,46 +1,58 @@
-"""`calibrate`: fit the far kernel of every key head to the original's own q, k, v, and rank the heads.
+"""`calibrate`: fit the far kernel of every key head to the original's own q, k, v, and rank the heads by their costs.
 
-Closed forms and a grid, no gradients. There are two passes over a few texts. In both, every layer answers with exact
-softmax, so that its inputs are those of the original model: the first pass takes the moments of the far queries and
-keys (`geometry`), the second tries the candidates (`fitting`). The error of a key head is measured after the output
-projection, relative to the output of the whole layer:
+Closed forms and a grid; no parameter is trained. A few texts go through the model once forwards and once backwards
+(`layer_gradients`), every head exact, so that all layers see what those of the original see. On the way forwards each
+layer's moments of far queries and keys are taken (`geometry`); on the way back, with the gradient of its output at
+hand, all candidates for its far kernels are tried (`fitting`). Both are the layer's own business: the model does not
+run again for a candidate. The cost of one is the divergence from the original that the head adds with it, nats/token.
 
-    loss(layer, head) = sum_tokens |W_head (out_rfa - out_softmax)|^2 / sum_tokens |W out_softmax|^2
-
-Then one forward per layer measures how far these errors move the model's output (`divergence`), the costliest heads
-may stay exact, and far parts that do more harm than good are switched off, layer by layer.
+Then the costliest heads may stay exact, and two more forwards measure the model that results and its window alone. If
+it is the worse of the two, far parts are switched off, those first that gained least.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from hf_rfa.calibration.batches import ModelInput, batches_of, call_arguments
+from hf_rfa.calibration.batches import ModelInput, batches_of
+from hf_rfa.calibration.budget import NUMBERS, spend, total_bytes, ways_of
 from hf_rfa.calibration.candidates import CandidateSource
-from hf_rfa.calibration.divergence import Divergence, ignore, measure
-from hf_rfa.calibration.fitting import LayerFit
+from hf_rfa.calibration.divergence import Divergence
+from hf_rfa.calibration.fitting import HeadFit, LayerFit
+from hf_rfa.calibration.head_costs import HeadOption, costs_on
+from hf_rfa.calibration.layer_gradients import LayerGradients
+from hf_rfa.calibration.outputs import OutputReader, Outputs
+from hf_rfa.calibration.processes import sum_over_processes
+from hf_rfa.calibration.progress import Progress, progress_bar
+from hf_rfa.calibration.texts import Text, count, texts_of
 from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.report import CalibrationReport, HeadCalibration
+from hf_rfa.report import NATS, CalibrationReport, CurveStep, HeadCalibration
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import named_adapters
-from hf_rfa.runtime.calls import Interception, intercept
 from hf_rfa.runtime.quiet import plain_torch, quiet_eval
 from hf_rfa.runtime.record import base_model, conversion_config, store_report
+from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.
 AUTO_SHARE = 0.25
-#: Tokens on which the costs are measured, in the fewest rows that hold them.
-COST_TOKENS = 4096
-#: Measure a layer again when the head just kept carried more than this share of its loss.
-LARGE_SHARE = 0.2
+#: Moments are those of the first so many tokens of each process: between the passes these are held, as the inputs of
+#: each block of the model.
+MOMENT_TOKENS = 4096
+#: Candidates are tried on at least so many queries, and on one in `EVERY` at least.
+TRIED_QUERIES, EVERY = 2048, 8
+#: The divergence of the result is measured on the first so many tokens.
+MEASURED_TOKENS = 2048
 
 
-def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> CalibrationReport:
+def calibrate(
+    model: nn.Module, batches: Any, *, plant_repeats: bool = True, progress: bool | None = None
+) -> CalibrationReport:
     """Fit the far kernel of every key head of a converted model, rank the heads, pick the exact ones.
 
     In several processes each passes batches of its own; the sums are added, and all choose the same.
@@ -53,6 +65,7 @@ def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> 
             must be longer than two windows: shorter ones have no far keys.
         plant_repeats: Repeat an early span of each row of plain token ids at its end, which shows the heads that look
             up single tokens.
+        progress: Whether to show a progress bar; None: if stderr is a terminal.
 
     Returns:
         The far kernel and the cost of each head; `softmax_heads="auto"` or a fraction of the config is resolved. The
@@ -61,7 +74,7 @@ def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> 
     Raises:
         ConfigError: No batch, something else than batches (texts, a single row, ids that the model does not have), or
             no token that is far from another.
-        UnsupportedModelError: The model is not converted.
+        UnsupportedModelError: The model is not converted, or no gradient flows through it.
 
     Example:
         >>> import torch, hf_rfa
@@ -76,182 +89,196 @@ def calibrate(model: nn.Module, batches: Any, *, plant_repeats: bool = True) -> 
         (4, 1)
     """
     conversion_config(model)  # refuses a model that is not converted
-    with plain_torch():
-        return _calibrate(model, list(batches_of(batches, base_model(model), name="batches")), plant_repeats)
+    with plain_torch(), progress_bar(progress) as bar:
+        return calibrate_on(model, list(batches_of(batches, base_model(model), name="batches")), plant_repeats, bar)
 
 
-def _calibrate(model: nn.Module, batches: list[ModelInput], plant_repeats: bool) -> CalibrationReport:
+def calibrate_on(
+    model: nn.Module, batches: list[ModelInput], plant_repeats: bool, progress: Progress
+) -> CalibrationReport:
+    """`calibrate` on batches that were checked, under `plain_torch`."""
     config, base = conversion_config(model), base_model(model)
     adapters = [adapter for _, _, adapter in named_adapters(base)]
     converted = [adapter for adapter in adapters if adapter.converted]
-    sources = {adapter.layer: CandidateSource(adapter) for adapter in converted}
-    _observe(base, adapters, batches, plant_repeats, sources)
-    _merge(sources)
-    fits = {adapter.layer: LayerFit(adapter, sources[adapter.layer]) for adapter in converted}
-    _observe(base, adapters, batches, plant_repeats, fits)
-    _merge(fits)
-    if not all(fit.totals[2] for fit in fits.values()):
-        raise ConfigError(
-            f"`batches` must hold sequences longer than two windows ({2 * config.window} tokens), or nothing is far. "
-            "Got none. Pass a few texts of 512 tokens or more."
-        )
+    total = sum(count(batch) for batch in batches)
+    # Tokens of forwards: one; another one and a backward, of two; and those that are measured.
+    progress.stage("calibrating: statistics", 4 * total + 2 * min(total, MEASURED_TOKENS))
+    fitted = _fit(base, adapters, list(texts_of(base, batches, plant_repeats)), progress)
     set_softmax_heads(model, [])
-    results = {layer: fit.choose() for layer, fit in fits.items()}
-    texts = [_inputs(base, batch, plant_repeats)[0] for batch in _first_rows(batches, COST_TOKENS)]
+    fits = {layer: fit.choose(fitted.scale) for layer, fit in fitted.layers.items()}
+    costs = {(layer, head): fit.cost for layer, rows in fits.items() for head, fit in enumerate(rows)}
+    curve: list[CurveStep] = []
+    if config.budget is None:
+        kept = _exact_heads(config, costs)
+    else:
+        progress.stage("calibrating: the budget", 4 * sum(text.tokens for text, _ in fitted.measured))
+        kept, curve = _spend(base, config, [text for text, _ in fitted.measured], progress)
+        config = conversion_config(model)
+    set_softmax_heads(model, sorted(kept))
+    progress.stage("calibrating: measuring")
     with quiet_eval(model):
-        kept, costs = _rank(base, texts, adapters, config, results)
-        set_softmax_heads(model, sorted(kept))
-        silenced, after, window = _hold_to_window(base, texts, adapters, converted)
+        silenced, after, window = _hold_to_window(base, fitted.measured, converted, fits, progress)
     heads = [
-        HeadCalibration(layer, head, softmax=(layer, head) in kept, cost=costs[layer, head], **row)
-        for layer, rows in results.items()
-        for head, row in enumerate(_silent(rows) if layer in silenced else rows)
+        HeadCalibration(layer, head, softmax=(layer, head) in kept, **_fields(fit, layer in silenced))
+        for layer, rows in fits.items()
+        for head, fit in enumerate(rows)
     ]
-    tokens = int(next(iter(fits.values())).totals[1])
     seen = {"window": config.window, "sink_tokens": config.sink_tokens, "kept_keys": config.most_kept_keys}
-    report = CalibrationReport(heads, tokens, after.unit, after.mean, window.mean, silenced, **seen)
+    report = CalibrationReport(
+        heads, fitted.tokens, after.unit, after.mean, window.mean, silenced, **seen, curve=curve
+    )
     store_report(base, report)
     return report
 
 
-def _observe(
-    base: nn.Module,
-    adapters: list[RFAAdapter],
-    batches: list[ModelInput],
-    plant_repeats: bool,
-    observers: Mapping[int, Any],
-) -> None:
-    """Run the batches through the model, every head exact, with an observer at each converted layer."""
-    each = {adapter: observers[adapter.layer] if adapter.converted else ignore for adapter in adapters}
-    with intercept(Interception(observers=each)), quiet_eval(base):
-        for batch in batches:
-            inputs, planted = _inputs(base, batch, plant_repeats)
-            for observer in observers.values():
-                observer.planted = planted
-            base(**inputs)
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """The fit of each layer; what its sums over all tokens are divided by, to be costs; the tokens of all texts; the
+    first texts with the original's outputs."""
+
+    layers: dict[int, LayerFit]
+    scale: float
+    tokens: int
+    measured: list[tuple[Text, Outputs]]
 
 
-def _inputs(base: Any, batch: ModelInput, plant_repeats: bool) -> tuple[dict[str, Any], int]:
-    """Keyword arguments of the model, and how many tokens at the end of each row repeat earlier ones."""
-    span = batch.shape[1] // 8 if plant_repeats and isinstance(batch, torch.Tensor) else 0
-    return call_arguments(base, _plant(batch, span) if span and isinstance(batch, torch.Tensor) else batch), span
+def _fit(base: PreTrainedModel, adapters: list[RFAAdapter], texts: list[Text], progress: Progress) -> _Fitted:
+    """Both passes over the texts. The first `MOMENT_TOKENS` go forwards together, so that their moments are known
+    before the first of them goes back; each of the others goes there and back."""
+    sources = {adapter: CandidateSource(adapter) for adapter in adapters if adapter.converted}
+    total = int(sum_over_processes(torch.tensor(sum(text.tokens for text in texts))))
+    every = min(EVERY, max(1, total // TRIED_QUERIES), *(max(1, a.config.window) for a in sources))
+    passes = LayerGradients(base, adapters)
+    weight, unit, measured = 0.0, NATS, list[tuple[Text, Outputs]]()
+    fits: dict[RFAAdapter, LayerFit] = {}
+
+    def back(text: Text, outputs: Outputs) -> None:
+        nonlocal weight, unit
+        weight, unit = weight + outputs.weight(), outputs.unit
+        if sum(other.tokens for other, _ in measured) < MEASURED_TOKENS:
+            measured.append((text, outputs.detach()))
+        for fit in fits.values():
+            fit.planted = text.planted
+        (gradient,) = outputs.gradients(text.seeds(len(outputs.tensor)), draws=1)
+        passes.backward(outputs, gradient, fits)
+        progress.done(3 * text.tokens)
+
+    with passes.watching():
+        waiting, held = list[tuple[Text, Outputs]](), 0
+        while texts and (not waiting or held + texts[0].tokens <= MOMENT_TOKENS):
+            text = texts.pop(0)
+            held += text.tokens
+            for source in sources.values():
+                source.planted = text.planted
+            waiting.append((text, passes.forward(text.inputs, sources)))
+            progress.done(text.tokens)
+        _merge(sources)
+        fits.update({adapter: LayerFit(source, every) for adapter, source in sources.items()})
+        progress.stage("calibrating: fitting")
+        while waiting:
+            back(*waiting.pop(0))
+        for text in texts:
+            back(text, passes.forward(text.inputs))
+            progress.done(text.tokens)
+    for fit in fits.values():
+        fit.merge(sum_over_processes)
+    weight = float(sum_over_processes(torch.tensor(weight, dtype=torch.float64)))
+    return _Fitted({a.layer: fit for a, fit in fits.items()}, weight * (2 if unit == NATS else 1), total, measured)
 
 
-def _plant(ids: torch.Tensor, span: int) -> torch.Tensor:
-    """The rows with `span` tokens of their first half once more at their end."""
-    start = ids.shape[1] // 4
-    return torch.cat([ids[:, :-span], ids[:, start : start + span]], dim=1)
+def _merge(sources: Mapping[RFAAdapter, CandidateSource]) -> None:
+    """Add the statistics of all processes."""
+    for adapter, source in sources.items():
+        if not sum_over_processes(source.tokens)[1]:
+            raise ConfigError(
+                f"`batches` must hold sequences longer than two windows ({2 * adapter.config.window} tokens), or "
+                "nothing is far. Got none. Pass a few texts of 512 tokens or more."
+            )
+        source.merge(sum_over_processes)
 
 
-def _first_rows(batches: list[ModelInput], tokens: int) -> Iterator[ModelInput]:
-    """The first batches that hold so many tokens; the last one has only the rows that are needed."""
-    for batch in batches:
-        given = {"": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-        tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
-        rows, length = next((t.shape[:2] for t in tensors.values() if t.dim() > 1), (1, 1))
-        wanted = min(rows, max(1, -(-tokens // length)))
-        cut = given | {name: t[:wanted] for name, t in tensors.items() if t.dim() and len(t) == rows}
-        yield cut[""] if isinstance(batch, torch.Tensor) else cut
-        tokens -= wanted * length
-        if tokens <= 0:
-            return
-
-
-def _rank(
-    base: nn.Module, texts: list[dict[str, Any]], adapters: list[RFAAdapter], config: RFAConfig,
-    results: dict[int, list[dict[str, Any]]],
-) -> tuple[set[HeadIndex], dict[HeadIndex, float]]:  # fmt: skip
-    """The heads to keep, and the cost of every head: of a kept one when it was chosen, of the others at the end.
-
-    A layer's divergence is split among its linear heads by their losses. If the head just kept had a large share, the
-    layer is measured again without it: large divergences do not add up.
-    """
-    costs: dict[HeadIndex, float] = {}
-    linear = {(layer, head): row["loss"] for layer, rows in results.items() for head, row in enumerate(rows)}
-
-    def update(layers: Iterable[int]) -> None:
-        found = measure(base, texts, adapters, {layer: (layer,) for layer in layers}, _reduce)
-        for layer, divergence in found.items():
-            mine = {pair: loss for pair, loss in linear.items() if pair[0] == layer}
-            total = sum(mine.values())
-            costs.update({pair: divergence.mean * (loss / total if total else 0.0) for pair, loss in mine.items()})
-
-    update(results)
-    setting, kept = config.softmax_heads, set[HeadIndex]()
+def _exact_heads(config: RFAConfig, costs: Mapping[HeadIndex, float]) -> set[HeadIndex]:
+    """The heads to keep: those that the config lists, or the costliest."""
+    setting = config.softmax_heads
     if setting is None:
-        return kept, costs
+        return set()
     if not isinstance(setting, (str, int, float)):
         unknown = [pair for pair in setting if pair not in costs]
         if unknown:
             raise UnsupportedModelError(
                 f"`softmax_heads` names key heads that do not exist: {unknown}. Correct the config."
             )
-        return set(setting), costs
-    most = round((AUTO_SHARE if setting == "auto" else setting) * len(costs))
-    while len(kept) < (max(1, most) if setting == "auto" else most):
-        if setting == "auto" and sum(costs[pair] for pair in linear) <= config.loss_budget:
-            break
-        worst = max(linear, key=lambda pair: costs[pair])
-        layer_loss = sum(loss for pair, loss in linear.items() if pair[0] == worst[0])
-        loss = linear.pop(worst)
-        kept.add(worst)
-        if loss > LARGE_SHARE * layer_loss and any(layer == worst[0] for layer, _ in linear):
-            set_softmax_heads(base, sorted(kept))
-            update([worst[0]])
-    return kept, costs
+        return set(setting)
+    ranked = sorted(costs, key=lambda pair: -costs[pair])
+    if setting != "auto":
+        return set(ranked[: round(setting * len(costs))])
+    most, left = max(1, round(AUTO_SHARE * len(costs))), sum(costs.values())
+    kept = set[HeadIndex]()
+    while len(kept) < most and left > config.loss_budget:
+        left -= costs[ranked[len(kept)]]
+        kept.add(ranked[len(kept)])
+    return kept
+
+
+def _spend(
+    base: PreTrainedModel, config: RFAConfig, texts: list[Text], progress: Progress
+) -> tuple[set[HeadIndex], list[CurveStep]]:
+    """Spend the config's budget: set the kept keys of each head; returns the exact heads and the curve."""
+    adapters = {adapter.layer: adapter for _, _, adapter in named_adapters(base) if adapter.converted}
+    costs = costs_on(base, texts, {number: HeadOption(kept_keys=number) for number in NUMBERS}, draws=1)
+    progress.done(4 * sum(text.tokens for text in texts))
+    element, heads = base.dtype.itemsize, getattr(base.config.get_text_config(), "num_attention_heads", 1)
+    ways = {}
+    for head in costs[NUMBERS[0]]:
+        adapter, of_head = adapters[head[0]], {number: costs[number][head] for number in NUMBERS}
+        ways[head] = ways_of(config, adapter, of_head, element, max(1, heads // adapter.key_heads))
+    chosen, curve = spend(ways, total_bytes(config, list(adapters.values()), element))
+    numbers = {head: way.kept_keys for head, way in chosen.items() if way.kept_keys is not None}
+    set_kept_keys(base, config.usual_kept_keys, numbers)
+    return set(chosen) - set(numbers), curve
 
 
 def _hold_to_window(
-    base: nn.Module, texts: list[dict[str, Any]], adapters: list[RFAAdapter], converted: list[RFAAdapter]
-) -> tuple[list[int], Divergence, Divergence]:
-    """Switch off far parts until the model is no worse than with its window alone, the most harmful layer first.
+    base: PreTrainedModel, measured: list[tuple[Text, Outputs]], converted: list[RFAAdapter],
+    fits: Mapping[int, list[HeadFit]], progress: Progress,
+) -> tuple[list[int], Divergence, Divergence]:  # fmt: skip
+    """Switch off far parts until the model is no worse than with its window alone, those first that gained least.
 
     Returns the layers, and the divergences of the resulting model and of the window alone.
     """
-    layers = tuple(adapter.layer for adapter in converted)
+    reader = OutputReader(base)
     gammas = {adapter.layer: adapter.gamma.clone() for adapter in converted}
 
-    def silence(silent: Iterable[int]) -> None:
+    def run(silent: list[int]) -> Divergence:
         for adapter in converted:
-            gamma = gammas[adapter.layer] * (adapter.layer not in set(silent))
+            gamma = gammas[adapter.layer] * (adapter.layer not in silent)
             adapter.set_kernel(adapter.feature_maps, gamma=gamma)
+        found = Divergence()
+        for text, original in measured:
+            found.add(original, reader(text.inputs))
+            progress.done(text.tokens)
+        found.merge(sum_over_processes)
+        return found
 
-    def run(silent: Iterable[int], settings: Mapping[Any, Any]) -> dict[Any, Divergence]:
-        silence(silent)
-        return measure(base, texts, adapters, settings, _reduce)
-
-    fitted = run((), {"all": layers})["all"]
+    layers = [adapter.layer for adapter in converted]
     if converted[0].config.window == 0:
+        fitted = run([])
         return [], fitted, dataclasses.replace(fitted, total=float("nan"))
-    window = run(layers, {"all": layers})["all"]
+    window, fitted = run(layers), run([])
     if fitted.mean <= window.mean:
-        silence(())
         return [], fitted, window
-    single = {layer: (layer,) for layer in layers}
-    far, near = run((), single), run(layers, single)
-    order = sorted(layers, key=lambda layer: near[layer].mean - far[layer].mean)
-    for count in range(1, len(order)):
-        now = run(order[:count], {"all": layers})["all"]
+    gains = {layer: sum(fit.window_cost - fit.cost for fit in fits[layer]) for layer in layers}
+    order = sorted(layers, key=lambda layer: gains[layer])
+    number = 1
+    while number < len(order):
+        now = run(order[:number])
         if now.mean <= window.mean:
-            return sorted(order[:count]), now, window
-    silence(layers)
-    return sorted(layers), window, window
+            return sorted(order[:number]), now, window
+        number *= 2
+    return sorted(layers), run(layers), window
 
 
-def _silent(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "gamma": 0.0, "loss": row["window_loss"]} for row in rows]
-
-
-def _merge(observers: Mapping[int, Any]) -> None:
-    for observer in observers.values():
-        observer.merge(_reduce)
-
-
-def _reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes; the tensor itself in a single one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    on_gpu = torch.distributed.get_backend() == "nccl"
-    summed = tensor.cuda() if on_gpu else tensor.clone()
-    torch.distributed.all_reduce(summed)
-    return summed.to(tensor.device)
+def _fields(fit: HeadFit, silent: bool) -> dict[str, Any]:
+    """The fields of `HeadCalibration` that the fit decides."""
+    fields = vars(fit)
+    return {**fields, "gamma": 0.0, "cost": fit.window_cost} if silent else fields

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hf_rfa.calibration.clusters import KeyClusters
 from hf_rfa.calibration.geometry import Geometry, Moments
+from hf_rfa.calibration.layer_gradients import LayerInputs
 from hf_rfa.config import AUTO_MAPS
 from hf_rfa.runtime.adapter import RFAAdapter
 
@@ -26,18 +26,30 @@ class Candidate:
 
 
 class CandidateSource:
-    """Observer of the first pass over a layer: takes the statistics of queries and keys that its maps need."""
+    """Looks at the inputs of a layer, and takes the statistics of queries and keys that its maps need.
+
+    Attributes:
+        planted: Set by the caller: tokens at the end of each row that repeat earlier ones.
+        tokens: Of all calls, and those of them that have far keys.
+        scaling: The layer's, set by its first call.
+    """
 
     def __init__(self, adapter: RFAAdapter) -> None:
         self.adapter = adapter
         name = adapter.config.feature_map
         self.maps = AUTO_MAPS if name == "auto" else (name,)
         self.statistics = KeyClusters(adapter) if name == "clustered" else Moments()
-        self.planted = 0  # set by the caller: tokens at the end of each row that repeat earlier ones
+        self.planted, self.scaling, self.tokens = 0, 1.0, torch.zeros(2, dtype=torch.float64)
 
-    def __call__(self, *args: Any) -> None:
-        self.statistics.planted = self.planted
-        self.statistics(*args)
+    def __call__(self, inputs: LayerInputs) -> None:
+        self.scaling, self.statistics.planted = inputs.settings.scaling, self.planted
+        rows, _, length, _ = inputs.query.shape
+        far = max(0, length - 2 * self.adapter.config.window)
+        self.tokens += torch.tensor([rows * length, rows * far], dtype=torch.float64)
+        self.statistics(
+            inputs.adapter, inputs.module, inputs.query, inputs.key, inputs.value, inputs.layout, inputs.settings,
+            inputs.exact,
+        )  # fmt: skip
 
     def merge(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add the sums of other processes: `reduce(tensor)` gives the sum over all of them."""

@@ -23,6 +23,9 @@ from hf_rfa.ops.settings import AttentionSettings
 
 #: This share of the mean variance is added to every variance: a few thousand tokens do not determine all directions.
 RIDGE = 0.01
+#: Of a row at least this many queries are asked which keys they attend to, and at least one in `EVERY`: that takes
+#: time N^2.
+FEW_QUERIES, EVERY = 128, 8
 #: A head has an attended geometry only if its far pairs weigh at least as much as this many tokens.
 LEAST_WEIGHT = 1.0
 
@@ -58,7 +61,8 @@ class Moments:
         # The repeats at the end would count as retrieval, which the text itself does not have.
         query, key, value = (x[:, :, : x.shape[2] - self.planted] for x in (query, key, value))
         settings = linear_settings(adapter, settings)
-        given, taken = far_masses(OperatorCall.of(query, key, value, adapter.kernel, settings, layout))
+        every = min(EVERY, max(1, query.shape[2] // FEW_QUERIES))
+        given, taken = far_masses(OperatorCall.of(query, key, value, adapter.kernel, settings, layout), every)
         query, key = query.unflatten(1, (key.shape[1], -1)), key.unsqueeze(2)
         plain = torch.ones_like(given[:, :, :1])
         if layout.token_mask is not None:

@@ -8,27 +8,26 @@ an evaluation of the layer, not of the model. Source: the quadratic approximatio
 information, per head.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from hf_rfa.calibration.layer_gradients import LayerGradients, LayerInputs
 from hf_rfa.calibration.parts import linear_settings
+from hf_rfa.calibration.processes import sum_over_processes
+from hf_rfa.calibration.texts import Text, texts_of
 from hf_rfa.config import HeadIndex
 from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.attention import attend
-from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.report import NATS
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import require_adapters
-from hf_rfa.runtime.calls import Interception, intercept
-from hf_rfa.runtime.quiet import quiet_eval
 from hf_rfa.runtime.record import base_model
 
 _Name = TypeVar("_Name")
@@ -103,61 +102,47 @@ def head_costs(
             f"{tuple(input_ids.shape)}, {len(options)} options and draws={draws}."
         )
     base = base_model(model)
-    adapters = [adapter for adapter in require_adapters(base) if adapter.converted]
-    noted = {adapter: _Noted(dict(options)) for adapter in adapters}
-    generator = torch.Generator().manual_seed(seed)
-    with _frozen(base), quiet_eval(base), torch.enable_grad():
-        for _ in range(draws):
-            embedded = base.get_input_embeddings()(input_ids.to(base.device)).detach().requires_grad_()
-            with intercept(Interception(observers={adapter: noted[adapter] for adapter in adapters})):
-                logits = base(inputs_embeds=embedded, use_cache=False).logits
-            log_p = logits.float().log_softmax(-1)
-            drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
-            log_p.flatten(0, 1).gather(1, drawn.to(log_p.device)).sum().backward()
-    count = draws * input_ids.numel()
+    require_adapters(base)
+    return costs_on(base, list(texts_of(base, [input_ids], plant_repeats=False)), options, draws=draws, seed=seed)
+
+
+def costs_on(
+    base: PreTrainedModel, texts: Sequence[Text], options: Mapping[_Name, HeadOption], *, draws: int, seed: int = 0
+) -> dict[_Name, dict[HeadIndex, float]]:
+    """`head_costs` on texts as the model gets them; the sums of all processes are added."""
+    adapters = require_adapters(base)
+    takes = {adapter: _Costs(dict(options)) for adapter in adapters if adapter.converted}
+    passes, count = LayerGradients(base, adapters), 0.0
+    with passes.watching():
+        for text in texts:
+            outputs = passes.forward(text.inputs)
+            count += draws * outputs.weight() * (1 if outputs.unit == NATS else 0.5)
+            seeds = [number + seed for number in text.seeds(len(outputs.tensor))]
+            for draw, gradient in enumerate(outputs.gradients(seeds, draws)):
+                passes.backward(outputs, gradient, takes, again=draw + 1 < draws)
+    count = float(sum_over_processes(torch.tensor(count, dtype=torch.float64)))
     return {
         name: {
             (adapter.layer, head): cost / count
-            for adapter in adapters
-            for head, cost in enumerate(noted[adapter].costs[name].tolist())
+            for adapter, found in takes.items()
+            for head, cost in enumerate(sum_over_processes(found.costs[name]).tolist())
         }
         for name in options
     }
 
 
 @dataclass
-class _Noted:
-    """Observes the calls of one layer, and adds up what its heads cost when their gradients come."""
+class _Costs:
+    """Adds up what the heads of one layer cost, each time its gradient comes."""
 
     options: dict[Any, HeadOption]
     costs: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def __call__(
-        self, adapter: RFAAdapter, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        layout: TokenLayout, settings: AttentionSettings, exact: torch.Tensor,
-    ) -> None:  # fmt: skip
-        query, key, value, output = (x.detach() for x in (query, key, value, exact))
-
-        def note(gradient: torch.Tensor) -> None:
-            for name, option in self.options.items():
-                with torch.no_grad():
-                    kernel, own = option.kernel(adapter), option.settings(adapter, settings)
-                    changed, _ = attend(query, key, value, kernel, own, layout)
-                    product = (gradient * (changed - output)).float().sum(-1).unflatten(1, (key.shape[1], -1))
-                    cost = product.sum(2).square().sum((0, 2)) / 2
-                self.costs[name] = self.costs.get(name, torch.zeros_like(cost)) + cost
-
-        exact.register_hook(note)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter gets a gradient, which nobody reads."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    def __call__(self, inputs: LayerInputs, gradient: torch.Tensor) -> None:
+        adapter, output = inputs.adapter, inputs.exact_output()
+        for name, option in self.options.items():
+            own = option.settings(adapter, inputs.settings)
+            changed, _ = attend(*inputs.wide(), option.kernel(adapter), own, inputs.layout)
+            product = (gradient.float() * (changed - output)).sum(-1).unflatten(1, (adapter.key_heads, -1))
+            cost = product.sum(2).square().sum((0, 2)) / 2
+            self.costs[name] = self.costs.get(name, torch.zeros_like(cost)) + cost

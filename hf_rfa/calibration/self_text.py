@@ -5,18 +5,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from hf_rfa.calibration.progress import Progress
 from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.devices import execution_device
 from hf_rfa.runtime.quiet import quiet_eval
 
-ROWS = 4
-LENGTH = 1024
+#: Many rows cost little more than one, since each step reads all weights. Half of the queries have far keys that are
+#: not kept.
+ROWS, LENGTH, LONGEST = 16, 512, 1024
+#: A step takes about as long as the forward of so many tokens, and of one more for each row.
+STEP_TOKENS = 24
 
 
-def check_can_write(model: PreTrainedModel, window: int) -> int:
-    """The length of the texts that the model can write.
+def check_can_write(model: PreTrainedModel, window: int, kept_keys: int = 0) -> int:
+    """The length of the texts that the model can write: twice what a query sees exactly, if its context allows.
 
     Raises:
         ConfigError: The model does not write text, or none longer than two windows.
@@ -27,8 +31,8 @@ def check_can_write(model: PreTrainedModel, window: int) -> int:
             f"{name} cannot write a text to calibrate itself on. Pass texts of your own, "
             "`convert(model, config, calibrate=batches)`, or `calibrate=False` and call `hf_rfa.calibrate` later."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, longest)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    length = min(max(LENGTH, 2 * (2 * window + kept_keys)), LONGEST, longest)
     if length <= 2 * window:
         raise ConfigError(
             f"{name} would calibrate itself on texts of {length} tokens, in which nothing lies beyond two windows of "
@@ -37,18 +41,20 @@ def check_can_write(model: PreTrainedModel, window: int) -> int:
     return length
 
 
-def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.Tensor:
-    """Token ids (ROWS, at most LENGTH) sampled from the model's own distribution, from its first token on.
+def write_text(
+    model: PreTrainedModel, *, window: int, kept_keys: int = 0, seed: int = 0, progress: Progress | None = None
+) -> torch.Tensor:
+    """Token ids (ROWS, at most LONGEST) sampled from the model's own distribution, from its first token on.
 
     Args:
         model: Must behave as the original: not converted, or with every head exact.
-        window: Of the conversion; the text must be longer than two windows, or nothing in it is far.
+        window, kept_keys: Of the conversion; the text must be longer than two windows, or nothing in it is far.
         seed: The same text for the same seed; the global random state is left as it was.
 
     Raises:
         ConfigError: The model does not write text, or its longest context is too short.
     """
-    length = check_can_write(model, window)
+    length = check_can_write(model, window, kept_keys)
     first, ends = _first_token(model), getattr(model.generation_config, "eos_token_id", None)
     # Every setting that changes the text. A checkpoint's own generation settings (stop strings, penalties, watermarks,
     # beams, assistants, ...) would stop the text or sample it from another distribution than the model's.
@@ -61,7 +67,10 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
     with quiet_eval(model), _seeded(device, seed), _own_defaults(model):
         # Of the class: a checkpoint's own code may have put another `generate` on the instance.
         model_class: Any = type(model)
-        text = model_class.generate(model, prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        text = model_class.generate(
+            model, prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
+            **_noting(progress, length),
+        )  # fmt: skip
     if not isinstance(text, torch.Tensor) or text.shape != (ROWS, length):
         raise ConfigError(
             f"{type(model).__name__} did not write a text of {ROWS} rows of {length} tokens. Got "
@@ -69,6 +78,19 @@ def write_text(model: PreTrainedModel, *, window: int, seed: int = 0) -> torch.T
             "`convert(model, config, calibrate=batches)`."
         )
     return text
+
+
+def _noting(progress: Progress | None, length: int) -> dict[str, Any]:
+    """Arguments of `generate` that note each step as progress."""
+    if progress is None:
+        return {}
+    progress.stage("writing a text", (STEP_TOKENS + ROWS) * (length - 1))
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        progress.done(STEP_TOKENS + ROWS)
+        return scores
+
+    return {"logits_processor": LogitsProcessorList([note])}
 
 
 @contextmanager

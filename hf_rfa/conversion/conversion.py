@@ -3,13 +3,15 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hf_rfa.calibration.batches import batches_of
-from hf_rfa.calibration.calibrate import calibrate as calibrate_heads
+from hf_rfa.calibration.calibrate import calibrate_on
+from hf_rfa.calibration.progress import Progress, progress_bar
 from hf_rfa.calibration.self_text import check_can_write, write_text
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert, swap_attention
@@ -18,6 +20,7 @@ from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import base_model, conversion_config, store_config
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
+from hf_rfa.saving.patterns import check_pattern, with_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ def convert(
     example_inputs: Mapping[str, Any] | None = None,
     submodels: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
+    progress: bool | None = None,
+    pattern: str | Path | None = None,
 ) -> ModelT:
     """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
 
@@ -48,14 +53,18 @@ def convert(
     Args:
         model: A loaded Transformers model (or a PEFT model around one).
         config: None = `RFAConfig()`.
-        calibrate: True: on four texts of at most 1,024 tokens that the model writes itself, whatever its
-            `generation_config` says. Batches of your own (see `hf_rfa.calibrate`) are better, and encoders need them.
+        calibrate: True: on sixteen texts of 512 tokens (more where a query sees more than 256 exactly, fewer where the
+            model's context ends before) that the model writes itself, whatever its `generation_config` says. Batches
+            of your own (see `hf_rfa.calibrate`) are better, and encoders need them.
             False leaves it out: the far part then has the config's alpha and gamma on every head.
         example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
             to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
         submodels: Sub-configs whose part of a composite model is converted, for example ["text_config"]; None: every
             part that the dry run reaches.
         parts: The old name of `submodels`.
+        progress: Whether to show a progress bar, with its stages and the time left; None: if stderr is a terminal.
+        pattern: A file of `hf_rfa.save_pattern`: its exact heads and numbers of kept keys are taken, and no head is
+            ranked. It must be of the same model.
 
     Returns:
         The same model.
@@ -63,6 +72,7 @@ def convert(
     Raises:
         UnsupportedModelError: The model computes attention outside of the interface, or hands its attention function
             something that random features cannot express; the message names it.
+        CheckpointError: `pattern` cannot be read.
         ConfigError: The model cannot write a text to calibrate itself on, or an argument does not fit: `calibrate` is
             neither a bool nor batches, for example.
 
@@ -75,7 +85,7 @@ def convert(
         >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
         ('LlamaForCausalLM', torch.Size([1, 100, 64]))
         >>> hf_rfa.calibration_report(model).tokens
-        384
+        1536
     """
     if parts is not None:
         if submodels is not None:
@@ -83,29 +93,36 @@ def convert(
         warnings.warn("`parts` of hf_rfa.convert is called `submodels` now.", FutureWarning, stacklevel=2)
         submodels = parts
     config = RFAConfig() if config is None else config
+    if pattern is not None:
+        config = with_pattern(config, pattern)
     batches: Any = None
     with plain_torch():
         # Arguments are checked before anything is changed.
         if calibrate is True and isinstance(config, RFAConfig):
-            check_can_write(base_model(model), config.window)
+            check_can_write(base_model(model), config.window, config.most_kept_keys)
         elif not isinstance(calibrate, bool):
             batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
         swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
-        if calibrate is False:
-            return model
         try:
-            logger.info("%s", calibrate_heads(model, _own_text(model) if batches is None else batches))
+            if pattern is not None:
+                check_pattern(model, pattern)
+            if calibrate is False:
+                return model
+            with progress_bar(progress) as bar:
+                texts = [_own_text(model, bar)] if batches is None else batches
+                logger.info("%s", calibrate_on(model, texts, True, bar))
         except BaseException:
             revert(model)
             raise
     return model
 
 
-def _own_text(model: nn.Module) -> torch.Tensor:
+def _own_text(model: nn.Module, progress: Progress) -> torch.Tensor:
     """A text that the model writes while every head is exact, as the original would."""
     config = conversion_config(model)
     converted = [adapter for _, _, adapter in named_adapters(model) if adapter.converted]
     set_softmax_heads(model, [(adapter.layer, head) for adapter in converted for head in range(adapter.key_heads)])
-    text = write_text(base_model(model), window=config.window)
+    seen = {"window": config.window, "kept_keys": config.most_kept_keys}
+    text = write_text(base_model(model), **seen, progress=progress)
     store_config(model, config)
     return text

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_rfa.calibration.batches import ModelInput, batches_of, call_arguments
-from hf_rfa.calibration.divergence import ignore
+from hf_rfa.calibration.layer_gradients import ignore
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.layer_transfer import LayerTransfer
 from hf_rfa.errors import CheckpointError, ConfigError

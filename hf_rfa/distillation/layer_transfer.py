@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_rfa.calibration.head_errors import output_projection
+from hf_rfa.calibration.output_projection import output_projection
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.distillation.weight_loss import sampled_weight_loss
 from hf_rfa.features.far_kernel import FarKernel

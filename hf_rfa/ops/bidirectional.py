@@ -47,7 +47,10 @@ def chunked_bidirectional(call: OperatorCall, short: ShortRule | None = None) ->
 class BidirectionalPass:
     """One pass over the chunks of a call: `blocks` yields both parts of each block, `final_state` gives the state."""
 
-    def __init__(self, call: OperatorCall, short: ShortRule | None = None) -> None:
+    def __init__(
+        self, call: OperatorCall, short: ShortRule | None = None, same: "BidirectionalPass | None" = None
+    ) -> None:
+        """same: A pass over the same tokens with another far kernel, which keeps the same keys."""
         batch, sinks = len(call.query), call.sink_tokens if call.window else 0
         state = call.state or call.empty_state()
         spec = PlanSpec(call.window or PURE_CHUNK, sinks, history=False, final=False, short=short)
@@ -58,13 +61,21 @@ class BidirectionalPass:
         self.sink_keys = sink_table(self.keys, self.keys.new_zeros(batch, heads, sinks, dim), sinks)
         self.sink_values = sink_table(self.values, self.values.new_zeros(batch, heads, sinks, value_dim), sinks)
         self.features, self.log_scale = call.far.key_features(self.keys, call.scaling)
-        choice = choose_encoder_keys(call)
-        self.kept = None if choice is None else KeptPart(call, plan, choice)
+        self.kept: KeptPart | None
+        if same is not None:
+            self.kept = same.kept
+        else:
+            choice = choose_encoder_keys(call)
+            self.kept = None if choice is None else KeptPart(call, plan, choice)
         self.start = (state.kv_state.to(self.keys.dtype), state.log_max.to(self.keys.dtype))
 
-    def blocks(self) -> Iterator[tuple[slice, Part | None, Part]]:
-        """Yield (chunks, near part, far part without gamma) block by block, (B, Hk, n, G * C [, M])."""
+    def blocks(self, near: bool = True) -> Iterator[tuple[slice, Part | None, Part]]:
+        """Yield (chunks, near part, far part without gamma) block by block, (B, Hk, n, G * C [, M]).
+
+        near: False to leave the near part out.
+        """
         call, plan = self.call, self.plan
+        exact = bool(call.window) and near
         queries = queries_to_chunks(call.query, plan)
         nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
         near_chunks = 1 if call.window else -1  # exact chunks on each side; -1: not even its own
@@ -73,7 +84,7 @@ class BidirectionalPass:
         before = _running(sums, plan.segment_ids, near_chunks + 1, self.start)
         after = _running(_flip(sums), plan.segment_ids.flip(1), max(near_chunks + 1, 1), nothing)
         states, log_max = merge_states(before, _flip(after))
-        if call.window:
+        if exact:
             near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
             near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
         # Split, not sliced: the gradient of a slice is as long as the whole sequence, and there is one per block.
@@ -81,16 +92,16 @@ class BidirectionalPass:
         begin = 0
         for number, (block_queries, block_states, block_maxima) in enumerate(parts):
             span = slice(begin, begin + block_queries.shape[2])
-            near = None
-            if call.window:
+            part = None
+            if exact:
                 scores = (block_queries * call.scaling) @ near_keys[number].mT
                 visible = _visible(plan, span, self.sinks, call.query.shape[2])
-                near = near_part(scores, near_values[number], visible)
+                part = near_part(scores, near_values[number], visible)
                 if self.kept is not None:
-                    near = self.kept.joined(near, block_queries, span)
+                    part = self.kept.joined(part, block_queries, span)
             features, log_scale = call.far.query_features(block_queries, call.scaling)
             products = features @ block_states
-            yield span, near, Part(products[..., :-1], products[..., -1], log_scale + block_maxima.unsqueeze(-1))
+            yield span, part, Part(products[..., :-1], products[..., -1], log_scale + block_maxima.unsqueeze(-1))
             begin = span.stop
 
     def final_state(self) -> RFAState:

@@ -18,7 +18,6 @@ it. `--context` is the length of the passages that are measured, `--calibration`
 """
 
 import copy
-import heapq
 import json
 import sys
 import time
@@ -33,6 +32,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rfa
+from hf_rfa.calibration import budget
+from hf_rfa.calibration.budget import Way
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.config import HeadIndex
 from hf_rfa.data import load_documents, tokenize_documents
@@ -159,32 +160,11 @@ def _converted(model: PreTrainedModel, text: torch.Tensor, options: Options) -> 
 
 
 def spend(costs: Mapping[int, Mapping[HeadIndex, float]], mean: int) -> dict[HeadIndex, int]:
-    """How many keys each head keeps, `mean` on average, so that the sum of `costs[number][head]` is small.
-
-    Steps are bought one after the other, the one that saves most per key first, each to the number to which it saves
-    most per key (the lower convex hull of the head's curve).
-    """
-    numbers, heads = sorted(costs), list(costs[min(costs)])
-    left, chosen = mean * len(heads), dict.fromkeys(heads, numbers[0])
-
-    def best(head: HeadIndex) -> tuple[float, HeadIndex, int] | None:
-        now = chosen[head]
-        further = [n for n in numbers if n > now]
-        steps = [(-(costs[now][head] - costs[n][head]) / (n - now), head, n) for n in further]
-        step = min(steps, default=None)
-        return step if step is not None and step[0] < 0 else None
-
-    queue = [step for head in heads if (step := best(head)) is not None]
-    heapq.heapify(queue)
-    while queue:
-        _, head, number = heapq.heappop(queue)
-        if number - chosen[head] > left:
-            continue
-        left -= number - chosen[head]
-        chosen[head] = number
-        if (step := best(head)) is not None:
-            heapq.heappush(queue, step)
-    return chosen
+    """How many keys each head keeps, `mean` on average, so that the sum of `costs[number][head]` is small."""
+    heads = list(costs[min(costs)])
+    ways = {head: [Way(number, number, of[head]) for number, of in sorted(costs.items())] for head in heads}
+    chosen, _ = budget.spend(ways, mean * len(heads))
+    return {head: way.kept_keys or 0 for head, way in chosen.items()}
 
 
 def passages(documents: list[torch.Tensor], context: int, number: int) -> torch.Tensor:

@@ -31,9 +31,10 @@ from selection_rules import PRODUCT, RECALLED, RULES, FarFeatures, Layer, attend
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
-from hf_rfa.calibration.candidates import CandidateSource
-from hf_rfa.calibration.fitting import GAMMAS, LayerFit
-from hf_rfa.calibration.head_errors import grams_of_heads, output_projection, squared_errors
+from hf_rfa.calibration.fitting import GAMMAS
+from hf_rfa.calibration.layer_gradients import LayerGradients, LayerInputs
+from hf_rfa.calibration.output_projection import output_projection
+from hf_rfa.calibration.texts import texts_of
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.data import load_documents, tokenize_documents
 from hf_rfa.data.documents import SOURCE_HELP
@@ -46,16 +47,12 @@ from hf_rfa.ops.state import RFAState
 from hf_rfa.options import Settings, option
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import require_adapters
-from hf_rfa.runtime.calls import Interception, intercept
-from hf_rfa.runtime.quiet import quiet_eval
 
 WINDOW, KEPT, SINKS = 64, 128, 4
 WINDOWS, NUMBERS, SHARES = (32, 64, 128), (0, 32, 64, 128, 256, 512), (0.0, 0.1, 0.25)
 #: What the rules are compared at.
 RULE_NUMBERS = (128, 256)
 ORACLE = "oracle: the best keys of each query"
-#: Tokens of which the logits are in memory at a time.
-PIECE = 512
 
 
 @dataclass(frozen=True)
@@ -133,16 +130,8 @@ def fitted(
         model = hf_rfa.convert(copy.deepcopy(original), config, calibrate=False).eval()
         if name in found:
             continue
-        adapters = converted_adapters(model)
-        sources = [CandidateSource(adapter) for adapter in adapters]
-        _observe(model, text, dict(zip(adapters, sources, strict=True)))
-        for source in sources:
-            source.merge(lambda tensor: tensor)
-        fits = [LayerFit(*pair) for pair in zip(adapters, sources, strict=True)]
-        _observe(model, text, dict(zip(adapters, fits, strict=True)))
-        for fit in fits:
-            fit.choose()
-        found[name] = [adapter.kernel for adapter in adapters]
+        hf_rfa.calibrate(model, text[None], plant_repeats=False)
+        found[name] = [adapter.kernel for adapter in converted_adapters(model)]
         print(f"{name} fitted after {time.process_time():.0f} CPU-s", flush=True)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -154,38 +143,33 @@ def converted_adapters(model: PreTrainedModel) -> list[RFAAdapter]:
     return [adapter for adapter in require_adapters(model) if adapter.converted]
 
 
-def _observe(model: PreTrainedModel, text: torch.Tensor, observers: Mapping[RFAAdapter, Any]) -> None:
-    with intercept(Interception(observers=observers)), quiet_eval(model):
-        model.base_model(input_ids=text[None], use_cache=False)
-
-
 def captured(model: PreTrainedModel, text: torch.Tensor, draws: int) -> list[Layer]:
     """What each converted layer computes on text (N,), every head exact, and the gradients of `head_costs`."""
     kept: dict[RFAAdapter, dict[str, Any]] = {adapter: {"gradients": []} for adapter in converted_adapters(model)}
 
-    def observe(adapter: RFAAdapter, module: Any, *args: Any) -> None:
-        query, key, value, _, settings, exact = args
-        heads, mine = key.shape[1], kept[adapter]
-        query, output = (x.detach()[0].unflatten(0, (heads, -1)) for x in (query, exact))
-        projection = output_projection(module, exact.shape[1] * exact.shape[3], exact)
-        grams = grams_of_heads(projection, heads, exact.shape[1] // heads * exact.shape[3], exact)
-        mine |= {"query": query, "key": key.detach()[0], "value": value.detach()[0], "exact": output}
-        mine |= {"grams": grams, "scaling": settings.scaling}
-        exact.register_hook(lambda gradient: mine["gradients"].append(gradient[0].unflatten(0, (heads, -1))))
+    def take(inputs: LayerInputs, gradient: torch.Tensor) -> None:
+        heads, mine = inputs.key.shape[1], kept[inputs.adapter]
+        query, output, own = (x[0].unflatten(0, (heads, -1)) for x in (inputs.query, inputs.exact, gradient))
+        mine |= {"query": query, "key": inputs.key[0], "value": inputs.value[0], "exact": output}
+        mine |= {"grams": grams_of_heads(inputs), "scaling": inputs.settings.scaling}
+        mine["gradients"].append(own)
 
-    generator, head = torch.Generator().manual_seed(0), model.get_output_embeddings()
-    model.requires_grad_(False)
-    with intercept(Interception(observers=dict.fromkeys(kept, observe))), quiet_eval(model), torch.enable_grad():
-        embedded = model.get_input_embeddings()(text[None]).detach().requires_grad_()
-        hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
-        for draw in range(draws):
-            pulls = []
-            for piece in hidden.detach().split(PIECE):
-                log_p = head(piece.requires_grad_()).float().log_softmax(-1)
-                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                pulls.append(torch.autograd.grad(log_p.gather(1, drawn).sum(), piece)[0])
-            hidden.backward(torch.cat(pulls), retain_graph=draw + 1 < draws)
+    passes = LayerGradients(model, require_adapters(model))
+    (whole,) = texts_of(model, [text[None]], plant_repeats=False)
+    with passes.watching():
+        outputs = passes.forward(whole.inputs)
+        for draw, gradient in enumerate(outputs.gradients(whole.seeds(1), draws)):
+            passes.backward(outputs, gradient, dict.fromkeys(kept, take), again=draw + 1 < draws)
     return [Layer(**{**mine, "gradients": torch.stack(mine["gradients"])}) for mine in kept.values()]
+
+
+def grams_of_heads(inputs: LayerInputs) -> torch.Tensor:
+    """W_h^T W_h (Hk, G M, G M) of the layer's output projection."""
+    exact, heads = inputs.exact, inputs.key.shape[1]
+    projection = output_projection(inputs.module, exact.shape[1] * exact.shape[3], exact)
+    assert projection is not None
+    columns = projection.unflatten(1, (heads, -1)).transpose(0, 1)
+    return columns.mT @ columns
 
 
 def lines(layer: Layer, maps: Sequence[str]) -> list[Line]:
@@ -263,13 +247,21 @@ def ways(
 
 
 def best_gamma(layer: Layer, near: Part, far: Part) -> torch.Tensor:
-    """(Hk,) the gamma of each head with the least squared error behind the output projection, as `calibrate` picks.
+    """(Hk,) the gamma of each head with the least cost, as `calibrate` picks (see `hf_rfa.calibration.fitting`).
 
-    Every fourth query is asked: this takes the most time of all, and one number per head is fitted.
+    Every fourth query is asked: one number per head is fitted.
     """
-    batch = [Part(*(tensor[None, :, :, ::4] for tensor in vars(part).values())) for part in (near, far)]
-    squares = squared_errors(*batch, layer.exact[None, :, :, ::4], layer.grams, GAMMAS, None)
-    return torch.tensor((0.0, *GAMMAS))[squares.sum((1, 3)).argmin(0)]
+    near, far = (Part(*(tensor[:, :, ::4] for tensor in vars(part).values())) for part in (near, far))
+    gradients, alone = layer.gradients[:, :, :, ::4], near.numerator / near.denominator.unsqueeze(-1)
+    constant = torch.einsum("shgnm,hgnm->shgn", gradients, alone - layer.exact[:, :, ::4])
+    push = far.numerator - far.denominator.unsqueeze(-1) * alone
+    push = torch.einsum("shgnm,hgnm->shgn", gradients, push)
+    ratio = (near.log_scale + near.denominator.log() - far.log_scale).exp()
+    found = [constant.sum(2).square().sum((0, 2))]
+    for gamma in GAMMAS:
+        share = torch.where(far.denominator > 0, gamma / (ratio + gamma * far.denominator), 0.0)
+        found.append((constant + share * push).sum(2).square().sum((0, 2)))
+    return torch.tensor((0.0, *GAMMAS))[torch.stack(found).argmin(0)]
 
 
 def with_gamma(far: Part, gamma: torch.Tensor) -> Part:

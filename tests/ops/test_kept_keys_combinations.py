@@ -4,7 +4,6 @@ What makes a choice fail is rarely one option alone: a row that begins a documen
 of padding that is decoded, a window shorter than the distance from which queries count.
 """
 
-import dataclasses
 import random
 
 import pytest
@@ -13,10 +12,10 @@ from operator_inputs import FEATURE_MAPS, assert_near, random_inputs, tokens, wi
 from operator_states import assert_equal_states, run_in_pieces
 
 from hf_rfa import rfa_attention, rfa_attention_reference
-from hf_rfa.calibration.parts import attention_parts
+from hf_rfa.calibration.parts import parts_of
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.combine import combine
+from hf_rfa.ops.combine import Part, combine
 from hf_rfa.ops.decode import Decoder
 from hf_rfa.ops.layout import TokenLayout
 
@@ -179,17 +178,23 @@ def test_kept_keys_belong_to_the_near_part_that_calibration_sees():
     inputs, options = random_inputs(90), {"window": 8, "sink_tokens": 3, "kept_keys": 20, "alpha": 0.5, "gamma": 0.7}
     kernel, settings, layout = operator_arguments(**inputs, **options)
     call = OperatorCall.of(inputs["query"], inputs["key"], inputs["value"], kernel, settings, layout)
-    near, far = attention_parts(call)
-    joined = combine(near, dataclasses.replace(far, log_scale=far.log_scale + kernel.gamma.log()[:, None, None]))
-    want = rfa_attention(**inputs, **options)
-    assert_near(joined.flatten(1, 2), want, 1e-12)
+    key_heads = inputs["key"].shape[1]
+    want = rfa_attention(**inputs, **options).unflatten(1, (key_heads, -1))
+    for every in (1, 4):
+        parts = parts_of(call, every)
+        blocks = [(far.clone(), log) for _, far, log in parts.far(kernel)]
+        far, log = (torch.cat(x, dim=1) for x in zip(*blocks, strict=True))
+        far = Part(far[..., :-1], far[..., -1], log + kernel.gamma.log().repeat(len(want))[:, None, None])
+        joined = combine(Part(parts.near, torch.ones_like(parts.near_log), parts.near_log), far)
+        asked = parts.asked.repeat(1, 1, want.shape[2]).expand(joined.shape[:3])
+        assert asked.sum() == want[..., 0].numel() if every == 1 else asked.any()
+        assert_near(joined[asked], parts.rows(want)[asked], 1e-12)
     everything = settings.replace(kept_keys=90)  # then all keys are near
-    near, _ = attention_parts(
-        OperatorCall.of(*(inputs[n] for n in ("query", "key", "value")), kernel, everything, layout)
-    )
+    parts = parts_of(OperatorCall.of(*(inputs[n] for n in ("query", "key", "value")), kernel, everything, layout), 1)
     keys = (inputs[name].repeat_interleave(2, 1) for name in ("key", "value"))
     softmax = torch.nn.functional.scaled_dot_product_attention(inputs["query"], *keys, is_causal=True)
-    assert_near((near.numerator / near.denominator.unsqueeze(-1)).flatten(1, 2), softmax, 1e-12)
+    asked = parts.asked.repeat(1, 1, want.shape[2]).expand(parts.near_log.shape)
+    assert_near(parts.near[asked], parts.rows(softmax.unflatten(1, (key_heads, -1)))[asked], 1e-12)
 
 
 def test_a_state_is_copied_moved_selected_and_saved_with_what_it_keeps(tmp_path):

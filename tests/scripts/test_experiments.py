@@ -130,11 +130,12 @@ def test_every_head_linear_trained_within_a_budget(tmp_path, monkeypatch):
 
 def test_kept_keys_are_spent_where_they_save_most(imported):
     spend = imported("kept_keys", SCRIPTS).spend
+    a, b, c = (0, 0), (0, 1), (1, 0)
     costs = {
-        0: {"a": 10.0, "b": 4.0, "c": 1.0},
-        32: {"a": 9.9, "b": 2.0, "c": 1.0},  # head a needs 64 before anything is saved
-        64: {"a": 1.0, "b": 1.5, "c": 1.0},
+        0: {a: 10.0, b: 4.0, c: 1.0},
+        32: {a: 9.9, b: 2.0, c: 1.0},  # head a needs 64 before anything is saved
+        64: {a: 1.0, b: 1.5, c: 1.0},
     }
-    assert spend(costs, 32) == {"a": 64, "b": 32, "c": 0}  # 96 in all
-    assert spend(costs, 0) == {"a": 0, "b": 0, "c": 0}
-    assert spend(costs, 64) == {"a": 64, "b": 64, "c": 0}  # head c has no use for any
+    assert spend(costs, 32) == {a: 64, b: 32, c: 0}  # 96 in all
+    assert spend(costs, 0) == {a: 0, b: 0, c: 0}
+    assert spend(costs, 64) == {a: 64, b: 64, c: 0}  # head c has no use for any

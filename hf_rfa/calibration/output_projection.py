@@ -1,60 +1,16 @@
-"""The error of a far kernel: the squared error of each key head after the output projection, for all gammas at once.
-
-Let a = n / d be the output of the near part alone, (f, z) the far sums and s = gamma / (d + gamma z). The output is
-a + s (f - z a), so the squared error is a quadratic form in s: one run of the operator gives it for every gamma.
-"""
+"""The linear layer that follows the attention in a module, as a matrix: what `distill` measures errors behind."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-
-from hf_rfa.ops.combine import Part, smallest_denominator
 
 #: A layer counts as linear if f(x + y) differs from f(x) + f(y) by at most this share; rounding the inputs to 4 bits
 #: makes a difference of a tenth.
 NONLINEAR = 0.25
 #: Small weights are scaled up by at most the inverse of this share of the bias, the largest power of two in float16.
 LEAST_WEIGHT = 2.0**-15
-
-
-def squared_errors(
-    near: Part | None, far: Part, target: torch.Tensor, grams: torch.Tensor, gammas: Sequence[float],
-    sink_logits: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """|W_head (output - target)|^2 (1 + gammas, B, Hk, N) in float64: first without the far part, then for each gamma.
-
-    Without a near part there is one row only: the far part alone.
-    """
-    alive = far.denominator > smallest_denominator(far.denominator.dtype)
-    if near is None:
-        output = torch.where(
-            alive.unsqueeze(-1), far.numerator / torch.where(alive, far.denominator, 1.0).unsqueeze(-1), 0
-        )
-        error = (output - target).transpose(2, 3).flatten(3)
-        return ((error @ grams) * error).sum(-1).double().unsqueeze(0)
-    log_mass = near.denominator.log() + near.log_scale
-    if sink_logits is not None:
-        log_mass = torch.logaddexp(log_mass, sink_logits.unsqueeze(-1).to(log_mass))
-    alone = near.numerator * (near.log_scale - log_mass).exp().unsqueeze(-1)
-    # In units of exp(far.log_scale): the near mass, and the difference between the far sums and the near output.
-    ratio = (log_mass - far.log_scale).exp().double()
-    push = far.numerator - far.denominator.unsqueeze(-1) * alone
-    error = alone - target
-    blocks = grams.unflatten(2, (error.shape[2], -1)).unflatten(1, (error.shape[2], -1))  # (Hk, G, M, G, M)
-    weighed = torch.einsum("hgmfe,bhfne->bhgnm", blocks, error).double()
-    constant = (weighed * error).sum((2, 4))
-    linear = (weighed * push).sum(-1)  # (B, Hk, G, N)
-    pushed = torch.einsum("hgmfe,bhfne->bhgfnm", blocks, push).double()
-    square = (pushed * push.unsqueeze(3)).sum(-1)  # (B, Hk, G, G, N)
-    rows = [constant]
-    for gamma in gammas:
-        share = torch.where(alive, gamma / (ratio + gamma * far.denominator), 0.0)
-        both = (share.unsqueeze(2) * share.unsqueeze(3) * square).sum((2, 3))
-        rows.append(constant + 2 * (share * linear).sum(2) + both)
-    return torch.stack(rows)
 
 
 def output_projection(module: nn.Module, size: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -108,11 +64,3 @@ def linear_map(linear: nn.Module, size: int, *, dtype: torch.dtype, device: torc
     weight, answer = columns[:-1].T, columns[-1]
     expected = weight @ probe.float()
     return weight if (answer - expected).norm() <= NONLINEAR * expected.norm() else None
-
-
-def grams_of_heads(projection: torch.Tensor | None, heads: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """W_head^T W_head (heads, width, width); the identity if there is no projection."""
-    if projection is None:
-        return torch.eye(width, device=like.device).expand(heads, width, width)
-    columns = projection.to(like.device).unflatten(1, (heads, width)).transpose(0, 1)
-    return columns.mT @ columns

@@ -1,0 +1,106 @@
+"""A budget in bytes is spent along the hull of nats against bytes; patterns carry the choice to another model."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conversions import adapters, converted
+from families import build, llama, token_ids
+from trained_on_topics import topical, trained
+
+import hf_rfa
+from hf_rfa import CheckpointError, ConfigError
+from hf_rfa.calibration.budget import Way, spend
+from hf_rfa.runtime.arguments import cache_of
+from hf_rfa.runtime.record import conversion_config
+
+BUDGET = {"window": 8, "sink_tokens": 2, "num_features": 2, "budget": 0.6, "budget_context": 400}
+
+
+def test_steps_go_along_the_hull():
+    """A step that saves little may lie before one that saves much: both are bought as one."""
+    ways = {(0, 0): [Way(0, 10, 1.0), Way(32, 20, 0.95), Way(64, 30, 0.1), Way(None, 100, 0.0)]}
+    chosen, curve = spend(ways, 30)
+    assert chosen[0, 0].kept_keys == 64
+    assert [(step.bytes, step.nats) for step in curve] == [(10, 1.0), (30, 0.1)]
+    assert spend(ways, 29)[0][0, 0].kept_keys == 0  # the hull has no way that costs 20
+
+
+def test_no_other_choice_of_the_same_bytes_costs_less_on_convex_curves():
+    generator = torch.Generator().manual_seed(0)
+    ways = {}
+    for head in range(4):
+        gains = torch.rand(3, generator=generator).sort(descending=True).values.tolist()
+        costs = [sum(gains[n:]) for n in range(4)]
+        ways[0, head] = [Way(number, 10.0 * (number + 1), cost) for number, cost in enumerate(costs)]
+    for budget in (60, 90, 120):
+        chosen, curve = spend(ways, budget)
+        best = min(
+            sum(way.cost for way in choice)
+            for choice in itertools.product(*ways.values()) if sum(way.price for way in choice) <= budget
+        )  # fmt: skip
+        assert sum(way.cost for way in chosen.values()) == pytest.approx(best)
+        assert curve[-1].nats == pytest.approx(best)
+        assert [step.bytes for step in curve] == sorted(step.bytes for step in curve)
+
+
+def test_a_budget_decides_the_heads_of_a_model(tmp_path):
+    model = hf_rfa.convert(trained("llama"), hf_rfa.RFAConfig(**BUDGET), calibrate=topical(4, 200, seed=1))
+    report, config = hf_rfa.calibration_report(model), conversion_config(model)
+    budget = 0.6 * 400 * 2 * 16 * 4 * sum(adapter.key_heads for adapter in adapters(model))
+    assert report.curve[0].bytes < report.curve[-1].bytes <= budget
+    assert report.curve[-1].nats < report.curve[0].nats
+    numbers = dict(config.head_kept_keys or ())
+    exact = [step for step in report.curve if step.layer is not None and step.kept_keys is None]
+    assert sorted((step.layer, step.key_head) for step in exact) == list(config.softmax_heads)
+    assert len(numbers) + len(config.softmax_heads) == 4
+    assert len(report.curve_table().splitlines()) == 1 + len(report.curve)
+    report.plot_curve(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 3_000
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))).curve == report.curve
+    with torch.no_grad():  # the bytes that are counted are those of the cache, but for a few numbers per key
+        cache = cache_of(model(input_ids=topical(1, 400, seed=2), use_cache=True))
+    assert hf_rfa.cache_bytes(cache) == pytest.approx(report.curve[-1].bytes, rel=0.25)
+
+
+def test_more_bytes_cost_fewer_nats():
+    nats = []
+    for budget in ("40 tokens", "80 tokens", "200 tokens"):
+        model = hf_rfa.convert(build("llama"), hf_rfa.RFAConfig(**BUDGET | {"budget": budget}), calibrate=False)
+        nats.append(hf_rfa.calibrate(model, token_ids(2, 200)).curve[-1].nats)
+        assert conversion_config(model).softmax_heads == ()  # it is for any length
+    assert nats == sorted(nats, reverse=True)
+    assert nats[0] > nats[-1]
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.5, "many", 3, "0 tokens"])
+def test_what_is_no_budget(budget):
+    with pytest.raises(ConfigError, match="`budget` must be"):
+        hf_rfa.RFAConfig(budget=budget)
+    with pytest.raises(ConfigError, match="need a window"):
+        hf_rfa.RFAConfig(budget=0.5, window=0)
+
+
+def test_a_pattern_is_applied_without_ranking(tmp_path):
+    config = hf_rfa.RFAConfig(window=8, sink_tokens=2, softmax_heads=[(1, 1)], head_kept_keys={(0, 1): 9}, kept_keys=4)
+    hf_rfa.save_pattern(converted(config=config), tmp_path / "p.json")
+    other = hf_rfa.RFAConfig(window=8, sink_tokens=2, softmax_heads="auto")
+    model = hf_rfa.convert(build("llama"), other, pattern=tmp_path / "p.json", calibrate=token_ids(2, 90))
+    got = conversion_config(model)
+    assert (got.softmax_heads, got.head_kept_keys, got.kept_keys) == (((1, 1),), (((0, 1), 9),), 4)
+    assert hf_rfa.calibration_report(model).softmax_heads == [(1, 1)]
+
+
+def test_patterns_that_do_not_fit(tmp_path):
+    model = converted()
+    hf_rfa.save_pattern(model, tmp_path / "p.json")
+    with pytest.raises(ConfigError, match="is of another model: LlamaForCausalLM"):
+        hf_rfa.convert(llama(num_hidden_layers=3), pattern=tmp_path / "p.json", calibrate=False)
+    with pytest.raises(CheckpointError, match="Cannot read the pattern"):
+        hf_rfa.convert(build("llama"), pattern=tmp_path / "none.json", calibrate=False)
+    (tmp_path / "p.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no pattern of version 1"):
+        hf_rfa.convert(build("llama"), pattern=tmp_path / "p.json", calibrate=False)
+    with pytest.raises(ConfigError, match="not decided yet"):
+        hf_rfa.save_pattern(converted(softmax_heads=0.25), tmp_path / "p.json")
