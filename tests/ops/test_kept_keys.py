@@ -371,7 +371,6 @@ def test_no_gradient_flows_through_a_choice():
         ({"window": 0, "sink_tokens": 0, "kept_keys": 4}, "where nothing is exact no key has a score"),
         ({"kept_keys": -1}, "kept_keys=-1"),
         ({"kept_keys": (1, 2, 3)}, "one per key head"),
-        ({"kept_keys": 4, "backend": "triton"}, "far keys are kept"),
     ],
 )
 def test_what_cannot_be(options, match):
