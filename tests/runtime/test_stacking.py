@@ -101,7 +101,7 @@ def test_models_that_are_not_converted(family):
 def test_a_row_that_leaves_takes_its_memory_with_it():
     model = converted("llama", CONFIGS["exact head"])
     batch = go_through(model)
-    (text, seen), = batch.rows
+    ((text, seen),) = batch.rows
     alone = prefilled(model, TEXTS[text], seen)
     assert hf_rfa.cache_bytes(batch.cache) == hf_rfa.cache_bytes(alone)
 
