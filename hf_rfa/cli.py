@@ -1,8 +1,8 @@
-"""The command line: `hf-rfa compare` and `hf-rfa supported`, also `python -m hf_rfa ...`."""
+"""The command line: `hf-rfa compare`, `hf-rfa serve` and `hf-rfa supported`, also `python -m hf_rfa ...`."""
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from hf_rfa.evaluation import report
 from hf_rfa.evaluation.compare import compare, default_model
 from hf_rfa.evaluation.results import CompareSettings, Comparison
 from hf_rfa.options import Settings, help_text, option_flag, options_of
+from hf_rfa.serving.settings import ServeSettings
 from hf_rfa.supported import OUTCOMES, find, read_matrix
 from hf_rfa.value_types import describe
 
@@ -37,27 +38,34 @@ def _commands() -> None:
 
 
 def _takes(
-    settings: type[Settings], *, filled: str
+    settings: type[Settings], *, filled: str = "", arguments: Sequence[str] = ()
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
     """Make a command of a function that takes {option: text}: the options given, of all those of `settings`.
 
     Args:
         filled: The option that the command itself fills in if it is not given, as its help says.
+        arguments: Required ones that are given without their names.
     """
 
     def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         def with_options(**texts: str | None) -> None:
             command({name: text for name, text in texts.items() if text is not None})
 
-        kinds = {}
+        kinds: dict[str, Any] = {}
         for name, each in options_of(settings).items():
+            if name in arguments:
+                kinds[name] = Annotated[str, typer.Argument(help=escape(each.help), metavar=name.upper())]
+                continue
             kinds[name] = Annotated[str | None, typer.Option(
                 option_flag(name), help=escape(each.help if name == filled else help_text(each)),
                 rich_help_panel=each.group or "Input and output", metavar=describe(each.kind, short=True),
                 show_default=False,
             )]  # fmt: skip
         signature = inspect.Signature([
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=kind,
+                default=inspect.Parameter.empty if name in arguments else None,
+            )
             for name, kind in kinds.items()
         ])  # fmt: skip
         # Which of the two Typer reads depends on its version.
@@ -119,6 +127,21 @@ def supported_command(
     console.print(f"{len(rows)} rows: {counts}.")
 
 
+@app.command("serve")
+@_takes(ServeSettings, arguments=("folder",))
+def serve_command(given: dict[str, Any]) -> None:
+    """Serve a model, converted or not, as OpenAI's API: chats, completions, streams, health and metrics.
+
+    Requests are batched as they come, and join and leave the batch at every token. Needs the extra [b]serve[/b].
+    """
+    settings = ServeSettings.from_dict(given, source="The command line", dashes=True)
+    try:
+        from hf_rfa.serving.server import serve
+    except ImportError as error:
+        raise ImportError(f"{error}. The server needs `pip install 'hf_rfa[serve]'`") from error
+    serve(settings)
+
+
 def print_comparison(comparison: Comparison) -> None:
     """Prints the tables of figures and of costs."""
     console = Console()
@@ -149,7 +172,7 @@ def main() -> None:
         app()
     except (RFAError, FloatingPointError, ImportError, OSError, ValueError) as error:
         message = str(error)
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) and "pip install" not in message:
             message += ". Install what is missing, for example with `pip install 'hf_rfa[train]'`."
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
         sys.exit(1)

@@ -146,7 +146,8 @@ class RFAState:
         last = slice(self.exact_key.shape[2] - width, None)
         mask = None if self.exact_mask is None else self.exact_mask[:, last]
         return dataclasses.replace(
-            self, exact_key=self.exact_key[:, :, last].contiguous(), exact_value=self.exact_value[:, :, last].contiguous(),
+            self, exact_key=self.exact_key[:, :, last].contiguous(),
+            exact_value=self.exact_value[:, :, last].contiguous(),
             exact_mask=None if mask is None or bool(mask.all()) else mask,
         )  # fmt: skip
 

@@ -1,12 +1,13 @@
 """Caches of several texts as the rows of one: a server's batch, which texts join and leave between two steps.
 
 A converted layer's state has the same size for every text, so that a batch is a stack of states. What grows with the
-text (exact heads, layers that are not converted) is padded in front to the length of the longest row; the forward is
-told by an attention mask that is padded in the same way, and by `position_ids`. Stacking needs no padding within a row.
+text (exact heads, layers that are not converted) is padded in front to the length of the longest row, and the forward
+is told so by an attention mask padded in the same way, and by `position_ids`. Rows have no padding anywhere else.
 """
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def _stacked_states(layers: Sequence[RFACacheLayer]) -> RFACacheLayer:
     return new
 
 
-def _keep(layer: CacheLayerMixin, rows: torch.Tensor, width: int) -> None:
+def _keep(layer: Any, rows: torch.Tensor, width: int) -> None:
     if isinstance(layer, RFACacheLayer):
         state = layer.state
         layer.state = None if state is None else state.select_rows(rows).narrowed(width)
