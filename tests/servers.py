@@ -108,7 +108,7 @@ class Running:
 def serving(model, own_tokenizer=None, **settings) -> Iterator[Running]:
     """A server of a loaded model in a thread of this process."""
     app = app_for(model, own_tokenizer or tokenizer(), ServeSettings(folder=NAME, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=100))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

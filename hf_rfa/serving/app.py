@@ -152,10 +152,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _malformed(_: Request, error: Exception) -> Response:
-    """The first fault of a body that is no request; a field with several kinds has one for each."""
+    """The first field of a body that is no request; of a field with several kinds, the one that fits best."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    faults = error.errors()
+    first = max((fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]), key=lambda x: len(x["loc"]))
+    place = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
     field = ".".join(place) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
