@@ -83,10 +83,10 @@ class Running:
 
     def openai(self):
         """A client that does not try again by itself."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
 
     def http(self):
-        return httpx.Client(base_url=self.url, timeout=120)
+        return httpx.Client(base_url=self.url, timeout=600)
 
     def metrics(self):
         """{name and labels: value}"""
@@ -95,7 +95,7 @@ class Running:
         pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=600):
         """Waits until the server's metrics meet a condition."""
         end = time.monotonic() + seconds
         while not condition(found := self.metrics()):
@@ -131,7 +131,7 @@ def start_process(folder: Path, port: int, *options: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
 
 
-def wait_until_healthy(running: Running, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until_healthy(running: Running, process: subprocess.Popen, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while True:
         assert process.poll() is None, "the server has ended"

@@ -40,7 +40,7 @@ class Process:
     def start(self):
         if self.process is None or self.process.poll() is not None:
             self.process = start_process(self.folder, self.running.port, "--name", NAME, "--max-batch", "8")
-            wait_until_healthy(self.running, self.process)
+        wait_until_healthy(self.running, self.process)
         return self.running
 
 
@@ -156,18 +156,19 @@ def until(load, seconds):
         load.done[kind] < before[kind] + 3 for kind in ("ask", "stream", "go", "confuse")
     ):
         assert load.wrong == []
-        assert time.monotonic() < end + 120, load.done
+        assert time.monotonic() < end + 600, load.done
         time.sleep(0.1)
 
 
 def test_a_server_that_was_killed_is_started_again(process, expected):
     running = process.start()
-    with running.openai() as client:
-        stream = complete(client, prompt_of(60), 400, stream=True)
-        next(iter(stream))
+    body = {"model": NAME, "prompt": prompt_of(60), "max_tokens": 400, "stream": True}
+    with running.http() as client, client.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
         process.process.kill()
-        with pytest.raises((openai.APIConnectionError, httpx.TransportError)):
-            list(stream)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
         process.process.wait()
     text, count = QUESTIONS[3]
     with process.start().openai() as client:
@@ -181,6 +182,6 @@ def test_a_server_that_is_told_to_stop_lets_requests_end(process):
         next(iter(stream))
         process.process.send_signal(signal.SIGTERM)
         assert len(list(stream)) >= 399
-    assert process.process.wait(timeout=60) in (0, -signal.SIGTERM)
+    assert process.process.wait(timeout=600) in (0, -signal.SIGTERM)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{running.url}/health")
