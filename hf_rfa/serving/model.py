@@ -102,7 +102,7 @@ class ServedModel:
     def _check(self) -> None:
         """Two texts of unlike lengths in a batch, against each alone: some models have their own way of counting."""
         generator = torch.Generator().manual_seed(0)
-        short, long = 3, min(150, self.max_length - 2)
+        short, long = 3, max(1, min(150, self.max_length - 2))
         texts = torch.randint(self.vocabulary, (2, long), generator=generator).tolist()
         texts[0] = texts[0][:short]
         alone, stacked = [], []
