@@ -1,4 +1,4 @@
-"""The command line: `hf-rfa convert`, `compare`, `chat` and `supported`, also `python -m hf_rfa ...`."""
+"""The command line: `hf-rfa convert`, `compare`, `chat`, `serve` and `supported`, also `python -m hf_rfa ...`."""
 
 import inspect
 import sys
@@ -22,6 +22,7 @@ from hf_rfa.evaluation import report
 from hf_rfa.evaluation.compare import compare, default_model
 from hf_rfa.evaluation.results import CompareSettings, Comparison
 from hf_rfa.options import Settings, help_text, option_flag, options_of
+from hf_rfa.serving.settings import ServeSettings
 from hf_rfa.supported import OUTCOMES, find, read_matrix
 from hf_rfa.value_types import describe
 
@@ -157,6 +158,21 @@ def supported_command(
     console.print(f"{len(rows)} rows: {counts}.")
 
 
+@app.command("serve")
+@_takes(ServeSettings, arguments=("folder",))
+def serve_command(given: dict[str, Any]) -> None:
+    """Serve a model, converted or not, as OpenAI's API: chats, completions, streams, health and metrics.
+
+    Requests are batched as they come, and join and leave the batch at every token. Needs the extra [b]serve[/b].
+    """
+    settings = ServeSettings.from_dict(given, source="The command line", dashes=True)
+    try:
+        from hf_rfa.serving.server import serve
+    except ImportError as error:
+        raise ImportError(f"{error}. The server needs `pip install 'hf_rfa[serve]'`") from error
+    serve(settings)
+
+
 def print_comparison(comparison: Comparison) -> None:
     """Prints the tables of figures and of costs."""
     console = Console()
@@ -187,7 +203,7 @@ def main() -> None:
         app()
     except (RFAError, FloatingPointError, ImportError, OSError, ValueError) as error:
         message = str(error)
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) and "pip install" not in message:
             message += ". Install what is missing, for example with `pip install 'hf_rfa[train]'`."
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -165,6 +166,16 @@ def test_a_missing_package_says_what_to_install(model_folder, monkeypatch, capsy
     with pytest.raises(SystemExit):
         cli.main()
     assert "pip install 'hf_rfa[train]'" in capsys.readouterr().err
+
+
+def test_serving_without_its_packages_says_what_to_install(model_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hf_rfa.serving.server", None)  # importing it fails
+    monkeypatch.setattr("sys.argv", ["hf-rfa", "serve", str(model_folder)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "pip install 'hf_rfa[serve]'" in error
+    assert "hf_rfa[train]" not in error
 
 
 def test_the_default_model_is_found_in_a_clone_and_in_an_installed_package(tmp_path, monkeypatch):

@@ -59,6 +59,12 @@ class KeepingHeads:
         self.position, self.decay = self.position.index_select(0, index), self.decay.index_select(0, index)
         self._mass = self._mass.index_select(0, index)
 
+    def put_rows(self, index: torch.Tensor, part: "KeepingHeads") -> None:
+        """Take over the rows of `part` as the rows `index` (n,) of the batch; without gradients."""
+        self.position = self.position.index_copy(0, index, part.position)
+        self.decay = self.decay.index_copy(0, index, part.decay)
+        self._mass[index] = part._mass
+
     def forget(self, log_gate: torch.Tensor) -> None:
         """Add a new token's log g (B, Hk) to the decay of all kept keys."""
         self.decay = torch.where(self.position < 0, self.decay, self.decay + log_gate.unsqueeze(-1))

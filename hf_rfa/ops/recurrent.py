@@ -1,5 +1,6 @@
 """The decoding step: one token at a time, in time and memory independent of the number of earlier tokens."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -156,10 +157,33 @@ class RecurrentHeads:
 
     def _roll(self, rows: Sequence[int]) -> None:
         """In rows whose chunk has just been filled, the previous chunk becomes far."""
-        window, sinks, kept = self._window, self._sinks, self._kept
-        full = [row in rows and self._counts[row] % window == 0 for row in range(len(self._counts))]
-        if not any(full):
+        full = [row for row in rows if self._counts[row] % self._window == 0]
+        if not full:
             return
+        if len(full) == len(self._counts) or torch.is_grad_enabled():
+            self._roll_rows(full)
+            return
+        # Rows of different lengths fill their chunks at different times; the others are not touched.
+        part, index = copy.copy(self), torch.tensor(full)
+        part._keeping = copy.copy(self._keeping)
+        part.select_rows(index)
+        part._roll_rows(range(len(full)))
+        self._put_rows(index, part)
+
+    def _put_rows(self, rows: torch.Tensor, part: "RecurrentHeads") -> None:
+        """Take over the rows of `part` as the rows (n,) int64 of this one."""
+        index = rows.to(self._kv_state.device)
+        for table, new in zip(self._tables, part._tables, strict=True):
+            table[index] = new
+        # A state that was returned holds these.
+        self._kv_state = self._kv_state.index_copy(0, index, part._kv_state)
+        self._log_max = self._log_max.index_copy(0, index, part._log_max)
+        if self._keeping is not None and part._keeping is not None:
+            self._keeping.put_rows(index, part._keeping)
+
+    def _roll_rows(self, rows: Sequence[int]) -> None:
+        window, sinks, kept = self._window, self._sinks, self._kept
+        full = [row in rows for row in range(len(self._counts))]
         device, wide = self._kv_state.device, self._kv_state.dtype
         # The chunk that becomes far, -1 if there is none yet; its sinks stay exact.
         chunk = torch.tensor([count // window - 2 for count in self._counts], device=device).unsqueeze(-1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,24 @@ class RFAState:
 
     @classmethod
     def cat(cls, states: Sequence["RFAState"]) -> "RFAState":
-        """Concatenate several states along the batch."""
+        """Concatenate several states along the batch; shorter caches of exact heads are padded in front."""
+        states = _of_one_width(states)
         names = states[0]._tensors()
         rows: dict[str, Any] = {name: torch.cat([getattr(state, name) for state in states]) for name in names}
-        return cls(**rows)
+        groups = zip(*(state.beside for state in states), strict=True)
+        return cls(**rows, beside=tuple(cls.cat(group) for group in groups))
+
+    def narrowed(self, width: int) -> "RFAState":
+        """The state with only the last `width` slots of the exact heads' cache, if it has more."""
+        if self.exact_key is None or self.exact_value is None or self.exact_key.shape[2] <= width:
+            return self
+        last = slice(self.exact_key.shape[2] - width, None)
+        mask = None if self.exact_mask is None else self.exact_mask[:, last]
+        return dataclasses.replace(
+            self, exact_key=self.exact_key[:, :, last].contiguous(),
+            exact_value=self.exact_value[:, :, last].contiguous(),
+            exact_mask=None if mask is None or bool(mask.all()) else mask,
+        )  # fmt: skip
 
     def select_rows(self, rows: torch.Tensor) -> "RFAState":
         """The state of some rows, for beams and batch selection; `rows` (n,) int64."""
@@ -162,6 +177,28 @@ class RFAState:
         """The inverse of `to_dict`."""
         beside = tuple(cls.from_dict(state) for state in saved.get("beside", ()))
         return cls(**{**saved, "beside": beside})
+
+
+def _of_one_width(states: Sequence[RFAState]) -> Sequence[RFAState]:
+    """The states with caches of exact heads that have equally many slots, and a mask if any of them is empty."""
+    found = [state.exact_key for state in states]
+    if any(key is None for key in found):
+        return states
+    widths = [key.shape[2] for key in found if key is not None]
+    if len(set(widths)) == 1 and all(state.exact_mask is None for state in states):
+        return states
+    padded = []
+    for state, width in zip(states, widths, strict=True):
+        assert state.exact_key is not None
+        assert state.exact_value is not None
+        empty, mask = max(widths) - width, state.exact_mask
+        if mask is None:
+            mask = torch.ones(len(state.count), width, dtype=torch.bool, device=state.exact_key.device)
+        padded.append(dataclasses.replace(
+            state, exact_key=F.pad(state.exact_key, (0, 0, empty, 0)),
+            exact_value=F.pad(state.exact_value, (0, 0, empty, 0)), exact_mask=F.pad(mask, (empty, 0)),
+        ))  # fmt: skip
+    return padded
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,142 @@
+"""The bodies of requests, as OpenAI defines them. What would change the answer and is not supported is refused."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+#: Fields that this server does not have, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
+    "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},), "modalities": (["text"],),
+}  # fmt: skip
+#: Fields that have no say in the answer.
+_IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+
+Tokens = list[Annotated[int, Field(ge=0)]]
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # this server sends none
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.include_obfuscation:
+            raise ValueError("`include_obfuscation` is not supported. Got true. Leave it out.")
+        return self
+
+
+class AnyRequest(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {name: value for name, value in values.items() if name not in _IGNORED and name not in _NEUTRAL}
+        for name in _NEUTRAL.keys() & values.keys():
+            if not _asks_for_nothing(values[name], _NEUTRAL[name]):
+                raise ValueError(f"`{name}` is not supported. Got {_short(values[name])}. {_advice(name)}")
+        return kept
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` belongs to streamed answers. Set `stream` to true, or leave it out.")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(AnyRequest):
+    """The body of POST /v1/completions; one prompt, as text or as token ids."""
+
+    prompt: str | Tokens | list[str] | list[Tokens]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it; they know no developers, whose word is that of the system."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content or "", **named}
+
+
+class ChatRequest(AnyRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError(
+                "`max_tokens` is the old name of `max_completion_tokens`. Got both, with different values. Set one."
+            )
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        return self
+
+
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value is one of `neutral`, or null; true is not 1."""
+    return value is None or any(
+        isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _advice(name: str) -> str:
+    return "Send one request for each answer." if name in ("n", "best_of") else "Leave it out."
