@@ -45,10 +45,11 @@ class RFAAttention(nn.Module):
                 self.groups, dim, scaling, num_kv_heads=1, cache_config=vllm_config.cache_config,
                 quant_config=vllm_config.quant_config, prefix=f"{name}.exact_head{own.start + head}",
             )  # fmt: skip
-        self.parts = conversion.linear_parts(layer, own, scaling)
+        device = vllm_config.device_config.device
+        self.parts = [part.to(device) for part in conversion.linear_parts(layer, own, scaling)]
         self.pages = [
             [
-                StatePages(vllm_config, conversion, dim, f"{name}.linear_head{own.start + head}", self)
+                StatePages(vllm_config, conversion, part.layout, f"{name}.linear_head{own.start + head}", self)
                 for head in part.heads
             ]
             for part in self.parts
@@ -73,13 +74,13 @@ class RFAAttention(nn.Module):
     ) -> None:
         """Write the linear heads' part of the output (T, Hk, G, D)."""
         for part, pages in zip(self.parts, self.pages, strict=True):
-            step = [metadata[head.name] for head in pages]
+            found = [metadata[head.name] for head in pages]
             index = torch.tensor(part.heads, device=query.device)
-            count = step[0].num_prefill_tokens + step[0].num_decode_tokens
-            tokens = tuple(x[:count].index_select(1, index) for x in (query, key, value))
-            answer = output.new_zeros(count, len(part.heads), self.groups, self.dim)
-            advance(part, tokens, answer, pages, step)
-            output[:count].index_copy_(1, index, answer)
+            tokens = tuple(x.index_select(1, index) for x in (query, key, value))
+            answer = torch.zeros_like(tokens[0])
+            places = [own.places for own in found]
+            advance(part, tokens, answer, found[0].step, [head.pages for head in pages], places)
+            output.index_copy_(1, index, answer)
 
 
 def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:

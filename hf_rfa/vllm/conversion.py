@@ -14,26 +14,10 @@ from hf_rfa.ops.settings import AttentionSettings
 from hf_rfa.runtime.adapter import ADAPTER_NAME, RFAAdapter
 from hf_rfa.saving.conversion_files import read_conversion
 from hf_rfa.saving.source import Source
+from hf_rfa.vllm.linear_part import LinearPart
 from hf_rfa.vllm.pages import PageLayout
 
 _LAYER = re.compile(rf"(.+\.layers\.(\d+)\..+)\.{ADAPTER_NAME}\.(\w+)")
-
-
-@dataclass(frozen=True)
-class LinearPart:
-    """Linear key heads of a layer that keep the same number of keys.
-
-    Attributes:
-        heads: Their numbers among the heads that were asked for.
-        kernel: The far kernel of these heads.
-        settings: How they attend.
-        layout: Of their pages.
-    """
-
-    heads: list[int]
-    kernel: FarKernel
-    settings: AttentionSettings
-    layout: PageLayout
 
 
 @dataclass(frozen=True)

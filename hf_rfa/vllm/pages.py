@@ -76,9 +76,7 @@ class PageLayout:
 
     def state(self, pages: torch.Tensor, counts: Sequence[int]) -> RFAState:
         """The state of B sequences after `counts` tokens, from pages (B, Hk, >= words); views where they can be."""
-        parts = {}
-        for name, (shape, dtype, place) in self.fields.items():
-            parts[name] = self._view(pages, dtype, place, shape)
+        parts = {name: self.field(pages, name) for name in self.fields}
         if self.kept:
             parts["kept_position"] = parts["kept_position"].long()
         return RFAState(**parts, count=torch.tensor(counts))
@@ -86,14 +84,42 @@ class PageLayout:
     def pages(self, state: RFAState) -> torch.Tensor:
         """Pages (B, Hk, words) of the state."""
         pages = state.kv_state.new_empty(*state.log_max.shape, self.words, dtype=torch.float32)
-        for name, (shape, dtype, place) in self.fields.items():
-            self._view(pages, dtype, place, shape).copy_(getattr(state, name))
+        for name in self.fields:
+            self.field(pages, name).copy_(getattr(state, name))
         return pages
 
-    def _view(
-        self, pages: torch.Tensor, dtype: torch.dtype, place: slice, shape: tuple[int, ...]
-    ) -> torch.Tensor:  # fmt: skip
+    def table(self, pages: torch.Tensor, name: str) -> torch.Tensor:
+        """The exact "key"s or "value"s (pages, K + s + 2C, D or M) of all pages: kept, sinks, the two last chunks."""
+        first = self.fields[f"kept_{name}" if self.kept else f"sink_{name}"][2].start
+        place = slice(first, self.fields[f"near_{name}"][2].stop)
+        dim = self.dim if name == "key" else self.value_dim
+        return self._view(pages, self.dtype, place, (self.kept + self.sinks + 2 * self.window, dim))
+
+    def field(self, pages: torch.Tensor, name: str) -> torch.Tensor:
+        """A field of all pages, a view."""
+        shape, dtype, place = self.fields[name]
+        return self._view(pages, dtype, place, shape)
+
+    @staticmethod
+    def _view(pages: torch.Tensor, dtype: torch.dtype, place: slice, shape: tuple[int, ...]) -> torch.Tensor:
         part = pages[..., place]
         part = part if dtype == torch.float32 else part.view(dtype)
         part = part[..., : math.prod(shape)]
         return part.unflatten(-1, shape) if shape else part.squeeze(-1)
+
+
+class HeadPages:
+    """The pages of one head, and views of what a decoding step reads and writes in them.
+
+    Attributes:
+        pages: (number of pages, words or more) float32.
+        key, value: (pages, K + s + 2C, D or M), see `PageLayout.table`.
+        sums: (pages, F, M + 1); log_max (pages,).
+        mass: (pages, G, K + 2C); None without kept keys.
+    """
+
+    def __init__(self, pages: torch.Tensor, layout: PageLayout) -> None:
+        self.pages = pages
+        self.key, self.value = layout.table(pages, "key"), layout.table(pages, "value")
+        self.sums, self.log_max = layout.field(pages, "kv_state"), layout.field(pages, "log_max")
+        self.mass = layout.field(pages, "mass") if layout.kept else None

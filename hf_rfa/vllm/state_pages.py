@@ -17,7 +17,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 
 from hf_rfa.vllm.conversion import ServedConversion
-from hf_rfa.vllm.pages import WORD
+from hf_rfa.vllm.linear_heads import Step
+from hf_rfa.vllm.pages import HeadPages, PageLayout
 
 
 class StatePages(MambaBase):
@@ -28,22 +29,25 @@ class StatePages(MambaBase):
 
     Attributes:
         owner: The attention module that the head belongs to.
+        pages: None until vLLM has allocated them.
     """
 
-    def __init__(self, vllm_config: VllmConfig, conversion: ServedConversion, dim: int, name: str, owner: Any) -> None:
-        self.owner, self.name = owner, name
-        self._words, self._dim = conversion.page_words, dim
-        self._beside_exact = conversion.has_exact_heads
+    def __init__(
+        self, vllm_config: VllmConfig, conversion: ServedConversion, layout: PageLayout, name: str, owner: Any
+    ) -> None:  # fmt: skip
+        self.owner, self.name, self._layout = owner, name, layout
+        self._words, self._beside_exact = conversion.page_words, conversion.has_exact_heads
+        self.pages: HeadPages | None = None
         self.kv_cache = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"Two layers are named {name!r}.")
         layers[name] = self
 
-    @property
-    def pages(self) -> torch.Tensor:
-        """(number of pages, words) float32."""
-        return self.kv_cache[0]
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the pages that vLLM has allocated."""
+        super().bind_kv_cache(kv_cache)
+        self.pages = HeadPages(self.kv_cache[0], self._layout)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -69,7 +73,7 @@ class StatePages(MambaBase):
         if self._beside_exact:
             dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
             padded = FullAttentionSpec(
-                block_size=cache.block_size, num_kv_heads=1, head_size=self._dim, dtype=dtype
+                block_size=cache.block_size, num_kv_heads=1, head_size=self._layout.dim, dtype=dtype
             ).page_size_bytes
         return MambaSpec(
             shapes=self.get_state_shape(),
@@ -81,24 +85,16 @@ class StatePages(MambaBase):
         )
 
 
-def page_bytes(conversion: ServedConversion) -> int:
-    """Bytes of a page before it is padded."""
-    return conversion.page_words * WORD
-
-
 @dataclass
 class PageMetadata(LinearAttentionMetadata):
-    """What a step does, as Python numbers.
+    """Which page each sequence has, and what the step does, as Python numbers.
 
     Attributes:
-        starts: The first token of each sequence among those of the step.
-        lengths: The number of its tokens in the step.
-        seen: The number of its tokens before the step.
+        places: (sequences,) int64.
     """
 
-    starts: list[int]
-    lengths: list[int]
-    seen: list[int]
+    step: Step
+    places: torch.Tensor
 
 
 class PageMetadataBuilder(LinearAttentionMetadataBuilder):
@@ -113,7 +109,8 @@ class PageMetadataBuilder(LinearAttentionMetadataBuilder):
         lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
         totals = common_attn_metadata.seq_lens.tolist()
         seen = [total - length for total, length in zip(totals, lengths, strict=True)]
-        return PageMetadata(**vars(found), starts=starts[:-1], lengths=lengths, seen=seen)
+        places = found.state_indices_tensor[: len(lengths)].long()
+        return PageMetadata(**vars(found), step=Step(starts[:-1], lengths, seen), places=places)
 
 
 class PageBackend(LinearAttentionBackend):
