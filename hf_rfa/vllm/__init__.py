@@ -1,1 +1,1 @@
-"""A plugin for vLLM that serves converted folders: linear heads in pages of constant size, exact heads in paged ones."""
+"""A plugin for vLLM that serves converted folders: states of constant size beside vLLM's own paged attention."""

@@ -1,7 +1,7 @@
 """How vLLM learns that a folder is a converted one: the parser of its config sends it to the model that serves it.
 
-A converted folder's `config.json` names the class of the original model, and vLLM would serve that one: softmax. So the
-parser of Hugging Face configs, which vLLM lets plugins replace by name, looks for the conversion beside the config.
+A converted folder's `config.json` names the class of the original model, and vLLM would serve that one, with softmax.
+So the parser of Hugging Face configs, which vLLM lets plugins replace by name, looks for the conversion beside it.
 """
 
 from pathlib import Path
@@ -10,16 +10,14 @@ from typing import Any
 from transformers import PretrainedConfig
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
 
-from hf_rfa.errors import CheckpointError, UnsupportedModelError
+from hf_rfa.errors import CheckpointError
 from hf_rfa.runtime.record import CONFIG_FIELD
 from hf_rfa.saving.saved_files import CONFIG_FILE, read_json
 from hf_rfa.saving.source import Source
-from hf_rfa.vllm.served_classes import SERVED, served_name
+from hf_rfa.vllm.served_classes import name_server
 
 #: vLLM's name for the format that it takes a folder with a `config.json` for.
 FORMAT = "hf"
-#: What vLLM reads as "this model does not only have softmax layers".
-HYBRID = "linear_attention"
 
 
 class ConvertedConfigParser(HFConfigParser):
@@ -51,25 +49,6 @@ class ConvertedConfigParser(HFConfigParser):
                 )
             name_server(config, str(read_json(path).get("architecture")))
         return values, config
-
-
-def name_server(config: PretrainedConfig, architecture: str) -> None:
-    """Let the config of a converted model of class `architecture` name the model that serves it."""
-    if architecture not in SERVED:
-        raise UnsupportedModelError(
-            f"The vLLM plugin serves converted models of {', '.join(SERVED)}. Got {architecture}. Serve the folder "
-            "with `hf-rfa serve`."
-        )
-    config.architectures = [served_name(architecture)]
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        local = sorted(set(kinds) - {"full_attention"})
-        if local:
-            raise UnsupportedModelError(
-                f"The vLLM plugin serves models without a sliding window. Got layers of the kind {local}. Serve the "
-                "folder with `hf-rfa serve`."
-            )
-        config.layer_types = [HYBRID] * len(kinds)
 
 
 def register_parser() -> None:

@@ -114,8 +114,8 @@ def _read(name: str, revision: str | None, groups: int, dtype: torch.dtype) -> S
         found = _LAYER.fullmatch(key)
         if found is None:
             raise UnsupportedModelError(
-                f"The vLLM plugin serves models whose attention lies in `layers`. Got the adapter {key!r} in {source}. "
-                "Serve the folder with `hf-rfa serve`."
+                f"The vLLM plugin serves models whose attention lies in `layers`. Got the adapter {key!r} in "
+                f"{source}. Serve the folder with `hf-rfa serve`."
             )
         tensors.setdefault(int(found[2]), {})[found[3]] = tensor
     adapters = {}

@@ -1,6 +1,7 @@
 """The pages of one linear key head as vLLM's cache manager sees them: a state of constant size for each sequence."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class PageMetadataBuilder(LinearAttentionMetadataBuilder):
         """The metadata of a step."""
         found = super().build(common_prefix_len, common_attn_metadata, fast_build)
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+        lengths = [stop - start for start, stop in pairwise(starts)]
         totals = common_attn_metadata.seq_lens.tolist()
         seen = [total - length for total, length in zip(totals, lengths, strict=True)]
         places = found.state_indices_tensor[: len(lengths)].long()
