@@ -2,8 +2,8 @@
 
     python tests/worker_vllm.py JOBS.json ANSWERS.json
 
-A job is `{"folder": ..., "prompts": [[token ids]], "new": tokens of an answer, "options": of `LLM`}`; for each there is
-an answer `{"tokens": [[token ids]], "cached": [tokens], "blocks": tokens of a block}`.
+A job is `{"folder": ..., "prompts": [[token ids]], "new": tokens of an answer, "options": of `LLM`}`; for each there
+is an answer `{"tokens": [[token ids]], "cached": [tokens], "blocks": tokens of a block}`.
 """
 
 import json

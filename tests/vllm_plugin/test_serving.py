@@ -29,11 +29,12 @@ SIZES = {
 }  # fmt: skip
 SHORT = {"window": 8, "num_features": 16, "sink_tokens": 2, "kept_keys": 5}
 EXACT = [(0, 1), (1, 0), (1, 1)]
+UNLIKE = {"head_kept_keys": {(0, 0): 9, (2, 1): 0}, "softmax_heads": [(0, 1)]}
 #: Conversions by name: their settings, the number of prompts, what is passed to vLLM, the model's class.
 FOLDERS = {
     "exact heads": ({"softmax_heads": EXACT}, 64, {}, None),
     "linear only": ({}, 16, {}, None),
-    "heads that keep other numbers": ({"head_kept_keys": {(0, 0): 9, (2, 1): 0}, "softmax_heads": [(0, 1)]}, 16, {}, None),
+    "heads that keep other numbers": (UNLIKE, 16, {}, None),
     "pure": ({"window": 0, "kept_keys": 0, "sink_tokens": 0}, 16, {}, None),
     "every second layer": ({"layers": [0, 2]}, 8, {}, None),
     "cached prefixes": ({"softmax_heads": EXACT}, 16, {"enable_prefix_caching": True}, None),
