@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -32,6 +32,12 @@ class Served:
             raise ConfigError(
                 "The exact heads' cache is kept in the model's dtype. Got "
                 f"kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}. Leave it 'auto'."
+            )
+        recorded = vllm_config.compilation_config.cudagraph_mode
+        if recorded not in (None, CUDAGraphMode.NONE) and vllm_config.device_config.device_type != "cpu":
+            raise ConfigError(
+                "What the linear heads do depends on each sequence's length, which a CUDA graph would record as it was "
+                f"once. Got cudagraph_mode={recorded.name}. Pass --enforce-eager."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)

@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.linear_attn import (
     LinearAttentionBackend,
     LinearAttentionMetadata,
@@ -100,6 +100,8 @@ class PageMetadata(LinearAttentionMetadata):
 
 class PageMetadataBuilder(LinearAttentionMetadataBuilder):
     """Reads each step's numbers once for all layers of a group."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER  # a graph would record the numbers
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
