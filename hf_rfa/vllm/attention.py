@@ -76,7 +76,7 @@ class RFAAttention(nn.Module):
         for part, pages in zip(self.parts, self.pages, strict=True):
             found = [metadata[head.name] for head in pages]
             index = torch.tensor(part.heads, device=query.device)
-            tokens = tuple(x.index_select(1, index) for x in (query, key, value))
+            tokens = query.index_select(1, index), key.index_select(1, index), value.index_select(1, index)
             answer = torch.zeros_like(tokens[0])
             places = [own.places for own in found]
             advance(part, tokens, answer, found[0].step, [head.pages for head in pages], places)

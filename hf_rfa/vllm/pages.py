@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ class PageLayout:
                 shapes[f"kept_{name}"] = ((kept, dim), self.dtype)
             shapes[f"sink_{name}"] = ((self.sinks, dim), self.dtype)
             shapes[f"near_{name}"] = ((near, dim), self.dtype)
-        placed, start = {}, 0
+        placed: dict[str, tuple[tuple[int, ...], torch.dtype, slice]] = {}
+        start = 0
         for field, (shape, dtype) in shapes.items():
             stop = start + -(-math.prod(shape) * dtype.itemsize // WORD)
             placed[field] = shape, dtype, slice(start, stop)
@@ -76,7 +78,7 @@ class PageLayout:
 
     def state(self, pages: torch.Tensor, counts: Sequence[int]) -> RFAState:
         """The state of B sequences after `counts` tokens, from pages (B, Hk, >= words); views where they can be."""
-        parts = {name: self.field(pages, name) for name in self.fields}
+        parts: dict[str, Any] = {name: self.field(pages, name) for name in self.fields}
         if self.kept:
             parts["kept_position"] = parts["kept_position"].long()
         return RFAState(**parts, count=torch.tensor(counts))

@@ -30,15 +30,16 @@ class StatePages(MambaBase):
 
     Attributes:
         owner: The attention module that the head belongs to.
-        pages: None until vLLM has allocated them.
+        pages: There once vLLM has allocated them.
     """
+
+    pages: HeadPages
 
     def __init__(
         self, vllm_config: VllmConfig, conversion: ServedConversion, layout: PageLayout, name: str, owner: Any
     ) -> None:  # fmt: skip
         self.owner, self.name, self._layout = owner, name, layout
         self._words, self._beside_exact = conversion.page_words, conversion.has_exact_heads
-        self.pages: HeadPages | None = None
         self.kv_cache = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
