@@ -36,7 +36,7 @@ class Served:
         recorded = vllm_config.compilation_config.cudagraph_mode
         if recorded not in (None, CUDAGraphMode.NONE) and vllm_config.device_config.device_type != "cpu":
             raise ConfigError(
-                "What the linear heads do depends on each sequence's length, and a CUDA graph would record one length. "
+                "The work of linear heads depends on the length of each sequence, and a CUDA graph would record one. "
                 f"Got cudagraph_mode={recorded.name}. Pass --enforce-eager."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
