@@ -14,6 +14,14 @@ from hf_rfa.ops.scan import chunk_sums, merge_states
 from hf_rfa.ops.state import RFAState
 
 
+def seen_slots(count: int, window: int, sinks: int, kept: int) -> tuple[int, int]:
+    """The range (first, last + 1) of slots in a table of exact keys that token number `count` of its row sees."""
+    own, earlier = kept + sinks + window, count // window
+    # Until then the sinks are within the near chunks themselves.
+    start = kept if earlier > 1 else kept + sinks if earlier else own
+    return start - number_kept(count, window, sinks, kept), own + count % window + 1
+
+
 class RecurrentHeads:
     """The linear heads of a layer while they decode.
 
@@ -114,7 +122,8 @@ class RecurrentHeads:
 
     def _near(self, query: torch.Tensor, present: torch.Tensor | None) -> Part:
         """Attention to the exact keys; those that all rows see are one slice of the tables."""
-        first, end = zip(*(self._seen(count) for count in self._counts), strict=True)
+        sizes = self._window, self._sinks, self._kept
+        first, end = zip(*(seen_slots(count, *sizes) for count in self._counts), strict=True)
         start, stop = min(first), max(end)
         key, value = (t.narrow(2, start, stop - start).to(query.dtype) for t in self._tables)
         visible = None
@@ -134,15 +143,6 @@ class RecurrentHeads:
                 counted = present if counted is None else counted & present
             self._keeping.receive(weights, part, slice(start, max(ends)), counted)
         return part
-
-    def _seen(self, count: int) -> tuple[int, int]:
-        """The range of slots (first, last + 1) that token number `count` of a row sees."""
-        sinks = self._kept
-        own, earlier = sinks + self._sinks + self._window, count // self._window
-        # Until then the sinks are within the near chunks themselves.
-        start = sinks if earlier > 1 else sinks + self._sinks if earlier else own
-        start -= number_kept(count, self._window, self._sinks, self._kept)
-        return start, own + count % self._window + 1
 
     def _fold(
         self, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, behind: torch.Tensor | None = None

@@ -1,0 +1,42 @@
+"""`LinearPart`: linear key heads of a layer that have the same kind of state, and what decoding prepares once."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hf_rfa.features.far_kernel import FarKernel
+from hf_rfa.ops.prepared import PreparedQueries
+from hf_rfa.ops.settings import AttentionSettings
+from hf_rfa.vllm.pages import PageLayout
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """Linear key heads of a layer that keep the same number of keys.
+
+    Attributes:
+        heads: Their numbers among the layer's heads on this rank.
+        kernel: The far kernel of these heads, float32.
+        settings: How they attend.
+        layout: Of their pages.
+    """
+
+    heads: list[int]
+    kernel: FarKernel
+    settings: AttentionSettings
+    layout: PageLayout
+
+    @cached_property
+    def features(self) -> PreparedQueries:
+        """psi of queries."""
+        return PreparedQueries(self.kernel, self.settings.scaling)
+
+    @cached_property
+    def log_gamma(self) -> torch.Tensor:
+        """(Hk,) logarithm of the weight of the far part."""
+        return self.kernel.log_gamma()
+
+    def to(self, device: torch.device) -> "LinearPart":
+        """The part with its kernel on `device`."""
+        return LinearPart(self.heads, self.kernel.to(torch.float32, device), self.settings, self.layout)
