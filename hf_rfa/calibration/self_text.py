@@ -12,8 +12,8 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.devices import execution_device
 from hf_rfa.runtime.quiet import quiet_eval
 
-#: A model is meant for texts much longer than what a query sees exactly: fitted and ranked on texts of 512 tokens, with
-#: up to 256 seen exactly, SmolLM2-135M diverged 13 times as much at 2,048 tokens as after a calibration on so many.
+#: A model is meant for texts much longer than what a query sees exactly: fitted and ranked on texts of 512 tokens,
+#: with up to 256 seen exactly, SmolLM2-135M diverged 13 times as much at 2,048 as after a calibration on so many.
 ROWS, LENGTH, LONGEST = 4, 1024, 2048
 #: Length of the texts, in what a query sees exactly.
 EXACT_SHARE = 8
