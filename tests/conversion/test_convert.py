@@ -148,7 +148,7 @@ def test_cross_attention_stays_softmax_and_both_kinds_of_self_attention_are_conv
 
 def test_none_is_the_default_config():
     model = hf_rfa.convert(build("llama"), calibrate=False)
-    assert attention_modules(model)[0].rfa.config == RFAConfig()
+    assert attention_modules(model)[0].rfa.config == RFAConfig().settled()
 
 
 def test_example_inputs_are_what_the_dry_run_sees():
