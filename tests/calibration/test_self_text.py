@@ -107,7 +107,7 @@ def test_generate_of_a_checkpoints_own_code_is_not_asked(own_text):
 def test_a_class_that_writes_something_else_is_told(monkeypatch):
     model = short_llama()
     monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: [1, 2, 3])
-    with pytest.raises(ConfigError, match=r"did not write a text of 16 rows of 120 tokens. Got list. Pass texts"):
+    with pytest.raises(ConfigError, match=rf"did not write a text of {ROWS} rows of 120 tokens. Got list. Pass texts"):
         write_text(model, window=8)
 
 
