@@ -85,7 +85,7 @@ def convert(
         >>> type(model).__name__, model(torch.ones(1, 100, dtype=torch.long)).logits.shape
         ('LlamaForCausalLM', torch.Size([1, 100, 64]))
         >>> hf_rfa.calibration_report(model).tokens
-        1536
+        384
     """
     if parts is not None:
         if submodels is not None:
