@@ -14,7 +14,9 @@ from hf_rfa.runtime.quiet import quiet_eval
 
 #: A model is meant for texts much longer than what a query sees exactly: fitted and ranked on texts of 512 tokens,
 #: with up to 256 seen exactly, SmolLM2-135M diverged 13 times as much at 2,048 as after a calibration on so many.
-ROWS, LENGTH, LONGEST = 4, 1024, 2048
+#: There are at most so many texts, and at most so many tokens of them.
+ROWS, TOKENS = 4, 4096
+LENGTH, LONGEST = 1024, 2048
 #: Length of the texts, in what a query sees exactly.
 EXACT_SHARE = 8
 #: A step takes about as long as the forward of so many tokens, and of one more for each row.
@@ -46,7 +48,7 @@ def check_can_write(model: PreTrainedModel, window: int, kept_keys: int = 0) -> 
 def write_text(
     model: PreTrainedModel, *, window: int, kept_keys: int = 0, seed: int = 0, progress: Progress | None = None
 ) -> torch.Tensor:
-    """Token ids (ROWS, at most LONGEST) sampled from the model's own distribution, from its first token on.
+    """Token ids (at most ROWS, at most LONGEST) sampled from the model's own distribution, from its first token on.
 
     Args:
         model: Must behave as the original: not converted, or with every head exact.
@@ -57,6 +59,7 @@ def write_text(
         ConfigError: The model does not write text, or its longest context is too short.
     """
     length = check_can_write(model, window, kept_keys)
+    rows = min(ROWS, TOKENS // length)
     first, ends = _first_token(model), getattr(model.generation_config, "eos_token_id", None)
     # Every setting that changes the text. A checkpoint's own generation settings (stop strings, penalties, watermarks,
     # beams, assistants, ...) would stop the text or sample it from another distribution than the model's.
@@ -65,31 +68,31 @@ def write_text(
         max_new_tokens=length - 1, bos_token_id=first, pad_token_id=first, eos_token_id=ends,
     )  # fmt: skip
     device = execution_device(model)
-    prompt = torch.full((ROWS, 1), first, dtype=torch.int64, device=device)
+    prompt = torch.full((rows, 1), first, dtype=torch.int64, device=device)
     with quiet_eval(model), _seeded(device, seed), _own_defaults(model):
         # Of the class: a checkpoint's own code may have put another `generate` on the instance.
         model_class: Any = type(model)
         text = model_class.generate(
             model, prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
-            **_noting(progress, length),
+            **_noting(progress, rows, length),
         )  # fmt: skip
-    if not isinstance(text, torch.Tensor) or text.shape != (ROWS, length):
+    if not isinstance(text, torch.Tensor) or text.shape != (rows, length):
         raise ConfigError(
-            f"{type(model).__name__} did not write a text of {ROWS} rows of {length} tokens. Got "
+            f"{type(model).__name__} did not write a text of {rows} rows of {length} tokens. Got "
             f"{tuple(text.shape) if isinstance(text, torch.Tensor) else type(text).__name__}. Pass texts of your own, "
             "`convert(model, config, calibrate=batches)`."
         )
     return text
 
 
-def _noting(progress: Progress | None, length: int) -> dict[str, Any]:
+def _noting(progress: Progress | None, rows: int, length: int) -> dict[str, Any]:
     """Arguments of `generate` that note each step as progress."""
     if progress is None:
         return {}
-    progress.stage("writing a text", (STEP_TOKENS + ROWS) * (length - 1))
+    progress.stage("writing a text", (STEP_TOKENS + rows) * (length - 1))
 
     def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        progress.done(STEP_TOKENS + ROWS)
+        progress.done(STEP_TOKENS + rows)
         return scores
 
     return {"logits_processor": LogitsProcessorList([note])}

@@ -53,9 +53,10 @@ def convert(
     Args:
         model: A loaded Transformers model (or a PEFT model around one).
         config: None = `RFAConfig()`.
-        calibrate: True: on four texts of 1,024 to 2,048 tokens (eight times what a query sees exactly, fewer where the
-            model's context ends before) that the model writes itself, whatever its `generation_config` says. Batches
-            of your own, as long as the contexts to come (see `hf_rfa.calibrate`), are better, and encoders need them.
+        calibrate: True: on two to four texts of 1,024 to 2,048 tokens (eight times what a query sees exactly, fewer if
+            the model's context ends before) that the model writes itself, whatever its `generation_config` says.
+            Batches of your own, as long as the contexts to come (see `hf_rfa.calibrate`), are better, and encoders
+            need them.
             False leaves it out: the far part then has the config's alpha and gamma on every head.
         example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
             to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
