@@ -11,6 +11,7 @@ it is the worse of the two, far parts are switched off, those first that gained 
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ from hf_rfa.runtime.quiet import plain_torch, quiet_eval
 from hf_rfa.runtime.record import base_model, conversion_config, store_report
 from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
+
+logger = logging.getLogger(__name__)
 
 #: `softmax_heads="auto"` keeps at most this share of all key heads.
 AUTO_SHARE = 0.25
@@ -189,11 +192,18 @@ def _fit(base: PreTrainedModel, adapters: list[RFAAdapter], texts: list[Text], p
 def _merge(sources: Mapping[RFAAdapter, CandidateSource]) -> None:
     """Add the statistics of all processes."""
     for adapter, source in sources.items():
-        if not sum_over_processes(source.tokens)[1]:
+        _, behind, far = sum_over_processes(source.tokens).tolist()
+        if not behind:
             raise ConfigError(
                 f"`batches` must hold sequences longer than two windows ({2 * adapter.config.window} tokens), or "
                 "nothing is far. Got none. Pass a few texts of 512 tokens or more."
             )
+        if not far:
+            logger.warning(
+                "Layer %d keeps all keys of the calibration text that its window does not hold, so nothing is far and "
+                "its far part is switched off: in longer texts it forgets. Calibrate on texts as long as the contexts "
+                "to come, or keep fewer keys.", adapter.layer,
+            )  # fmt: skip
         source.merge(sum_over_processes)
 
 

@@ -30,7 +30,7 @@ class CandidateSource:
 
     Attributes:
         planted: Set by the caller: tokens at the end of each row that repeat earlier ones.
-        tokens: Of all calls, and those of them that have far keys.
+        tokens: Of all calls; those behind the first two windows; those that see more keys than a head keeps, too.
         scaling: The layer's, set by its first call.
     """
 
@@ -39,13 +39,15 @@ class CandidateSource:
         name = adapter.config.feature_map
         self.maps = AUTO_MAPS if name == "auto" else (name,)
         self.statistics = KeyClusters(adapter) if name == "clustered" else Moments()
-        self.planted, self.scaling, self.tokens = 0, 1.0, torch.zeros(2, dtype=torch.float64)
+        self.planted, self.scaling, self.tokens = 0, 1.0, torch.zeros(3, dtype=torch.float64)
 
     def __call__(self, inputs: LayerInputs) -> None:
         self.scaling, self.statistics.planted = inputs.settings.scaling, self.planted
         rows, _, length, _ = inputs.query.shape
-        far = max(0, length - 2 * self.adapter.config.window)
-        self.tokens += torch.tensor([rows * length, rows * far], dtype=torch.float64)
+        config, kept = self.adapter.config, self.adapter.kept_keys
+        behind = max(0, length - 2 * config.window)
+        exact = config.sink_tokens + (kept if isinstance(kept, int) else min(kept)) if config.window else 0
+        self.tokens += rows * torch.tensor([length, behind, max(0, behind - exact)], dtype=torch.float64)
         self.statistics(
             inputs.adapter, inputs.module, inputs.query, inputs.key, inputs.value, inputs.layout, inputs.settings,
             inputs.exact,

@@ -357,6 +357,17 @@ def test_a_report_of_a_version_that_fitted_to_the_layers_output_loads():
     assert len(str(loaded).splitlines()) == len(str(report).splitlines())
 
 
+def test_a_text_in_which_nothing_is_far_is_told(caplog):
+    """Every key outside of the window is kept: the far part cannot be fitted, and is off."""
+    with caplog.at_level("WARNING", logger="hf_rfa"):
+        report = hf_rfa.calibrate(converted(kept_keys=400), text())
+    assert [record.args for record in caplog.records if "nothing is far" in record.message] == [(0,), (1,)]
+    assert {h.gamma for h in report.heads} == {0.0}
+    caplog.clear()
+    hf_rfa.calibrate(converted(kept_keys=4), text())
+    assert not caplog.records
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
