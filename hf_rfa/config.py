@@ -65,7 +65,8 @@ class RFAConfig:
         out_i = (sum_near exp(q.k) v + gamma psi(alpha q)^T S_far) / (sum_near exp(q.k) + gamma psi(alpha q)^T z_far)
 
     Near are the tokens of the query's chunk up to itself, those of the chunk before (together C to 2C tokens, with
-    C = `window`) and the sinks.
+    C = `window`) and the sinks. Calibration also gives each head a limit (`FarKernel.far_limit`): where the far
+    sums are estimated to be more than so many times the near one, they are scaled down to that.
 
     Example:
         >>> from hf_rfa import RFAConfig

@@ -57,6 +57,12 @@ class CandidateSource:
         """Add the sums of other processes: `reduce(tensor)` gives the sum over all of them."""
         self.statistics.merge(reduce)
 
+    def far_limits(self) -> torch.Tensor:
+        """`FarKernel.far_limit` (key_heads,): none without a window, where nothing is exact."""
+        moments = self.statistics.moments if isinstance(self.statistics, KeyClusters) else self.statistics
+        limits = moments.shares.limits()
+        return limits if self.adapter.config.window else torch.zeros_like(limits)
+
     def candidates(self) -> list[Candidate]:
         """All candidates; alpha = 0 appears once, because all maps are the same there."""
         geometries = self.statistics.geometries()

@@ -10,7 +10,8 @@ without gamma, d the near mass and s = gamma / (d + gamma z). The output is a + 
 
     g . delta = g . (a - exact) + s g . (f - z a)
 
-and one evaluation of the far sums gives the cost for every gamma. Source: the quadratic approximation of the KL
+and one evaluation of the far sums gives the cost for every gamma. Where gamma z is more than the kernel's limit
+allows, gamma is the smaller one that makes it so much. Source: the quadratic approximation of the KL
 divergence by the Fisher information, per head.
 """
 
@@ -55,6 +56,7 @@ class LayerFit:
 
     def __init__(self, source: CandidateSource, every: int) -> None:
         adapter = source.adapter
+        self.limit = source.far_limits()
         self.adapter, self.runs, self.every, self.scaling = adapter, source.candidates(), every, source.scaling
         self.pure = adapter.config.window == 0
         # Without a window gamma cancels, and there has to be a far part.
@@ -111,6 +113,7 @@ class LayerFit:
             omega=torch.stack([run.omega[head] for head, run in enumerate(runs)]),
             alpha=torch.tensor([run.alpha for run in runs]),
             gamma=torch.tensor([gamma for _, gamma in chosen]),
+            far_limit=self.limit,
             proposal=torch.stack([self._proposal(run)[head] for head, run in enumerate(runs)]),
             **geometry,
         )
@@ -119,7 +122,7 @@ class LayerFit:
     def _kernel(self, run: Candidate) -> FarKernel:
         return far_kernel(
             run.omega, len(run.omega), omega=run.omega, feature_map=run.feature_map, alpha=run.alpha,
-            proposal=self._proposal(run), **vars(run.geometry),
+            proposal=self._proposal(run), far_limit=self.limit, **vars(run.geometry),
         )  # fmt: skip
 
     def _call(self, inputs: LayerInputs) -> OperatorCall:
@@ -190,7 +193,11 @@ class _GroupCosts:
             change = torch.where(alive, push / torch.where(alive, mass, 1.0), 0.0)
             return self._sums((self._constant + change).unsqueeze(0))
         ratio = (self._log_mass.double() - log).exp()  # the near mass in units of the far sums
-        share = torch.where(alive, self._gammas / (ratio + self._gammas * mass), 0.0)
+        gammas, limit = self._gammas, kernel.log_limit()
+        if limit is not None:
+            most = limit.double().exp().repeat(self._shape[0]).view(-1, 1, 1) * ratio / torch.where(alive, mass, 1.0)
+            gammas = torch.minimum(gammas, most)
+        share = torch.where(alive, gammas / (ratio + gammas * mass), 0.0)
         return self._sums(torch.addcmul(self._constant, share, push))
 
     def _sums(self, products: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_rfa.calibration.far_mass import far_masses
+from hf_rfa.calibration.far_shares import FarShares
 from hf_rfa.calibration.parts import linear_settings
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.layout import TokenLayout
@@ -51,6 +52,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.planted = 0  # set by the caller: tokens at the end of each row that repeat earlier ones
+        self.shares = FarShares()
         self.sums: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -63,6 +65,7 @@ class Moments:
         settings = linear_settings(adapter, settings)
         every = min(EVERY, max(1, query.shape[2] // FEW_QUERIES))
         given, taken = far_masses(OperatorCall.of(query, key, value, adapter.kernel, settings, layout), every)
+        self.shares.add(given / every)
         query, key = query.unflatten(1, (key.shape[1], -1)), key.unsqueeze(2)
         plain = torch.ones_like(given[:, :, :1])
         if layout.token_mask is not None:
@@ -81,6 +84,7 @@ class Moments:
     def merge(self, reduce: Any) -> None:
         """Add the sums of other processes: `reduce(tensor)` gives the sum over all of them."""
         self.sums = {key: (reduce(a), reduce(b), reduce(c)) for key, (a, b, c) in sorted(self.sums.items())}
+        self.shares.merge(reduce)
 
     def geometries(self) -> list[Geometry]:
         """Plain, then attended; a head without far pairs has the plain one twice."""

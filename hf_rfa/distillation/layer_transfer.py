@@ -111,7 +111,7 @@ class LayerTransfer:
             omega = adapter.drawn(self.step + 1)
         return FarKernel(
             adapter.feature_maps, omega, tensors["log_alpha"].exp(), tensors["log_gamma"].exp(), adapter.proposal,
-            query_radius=adapter.query_radius, key_radius=adapter.key_radius,
+            query_radius=adapter.query_radius, key_radius=adapter.key_radius, far_limit=adapter.far_limit,
             **{name: tensors[name] for name in self.named},
         )  # fmt: skip
 

@@ -67,6 +67,10 @@ class FarKernel:
             The variance of every map grows exponentially with these norms, so a few outliers would drown all other
             keys. 0 or None = no bound.
         gate_weight, gate_bias: (key_heads, D), (key_heads,) of the forget gate, see `log_gate`; None = no gate.
+        far_limit: (key_heads,) how many times the weight of the exact keys (with a learned sink's) that of the far
+            part may be; where its estimate is more, it is scaled down to that. Centres are means of rotated keys, so
+            that in texts longer than those they were taken from estimates grow exponentially with the position.
+            0 or None = no limit. The factor is a constant in the backward pass.
     """
 
     feature_maps: tuple[str, ...]
@@ -82,6 +86,7 @@ class FarKernel:
     key_radius: torch.Tensor | None = None
     gate_weight: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
+    far_limit: torch.Tensor | None = None
 
     @property
     def num_components(self) -> int:
@@ -161,6 +166,17 @@ class FarKernel:
         """log gamma (key_heads,), -inf (and without a gradient) for heads without a far part (see `alive`)."""
         alive = self.alive()
         return torch.where(alive, self.gamma, torch.ones_like(self.gamma)).log().masked_fill(~alive, -torch.inf)
+
+    def log_limit(self) -> torch.Tensor | None:
+        """log of `far_limit` (key_heads,), inf for heads without one; None if no head can have one."""
+        if self.far_limit is None:
+            return None
+        limited = self.far_limit > 0
+        return (
+            torch.where(limited, self.far_limit, torch.ones_like(self.far_limit))
+            .log()
+            .masked_fill(~limited, torch.inf)
+        )
 
     def alive(self) -> torch.Tensor:
         """Which key heads have a far part, (key_heads,) bool."""

@@ -72,6 +72,7 @@ def rfa_attention(
     key_radius: PerHead | None = None,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    far_limit: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     token_mask: torch.Tensor | None = None,
@@ -118,6 +119,9 @@ def rfa_attention(
             vectors are clipped. 0 or None = no bound.
         gate_weight, gate_bias: (Hk, D), (Hk,) w and b of a forget gate: the weight of far key j for query i is
             multiplied by prod_{t=j+1..i} sigmoid(w.k_t + b) over the tokens of the document. Causal only; None = none.
+        far_limit: A number, or one per key head: the far part's sum of weights is scaled down to so many times the
+            exact keys' where its estimate is more. The factor is a constant in the backward pass, and without a window
+            there is none. 0 or None = no limit.
         scaling: Factor of q.k; None = D ** -0.5.
         causal: False for the bidirectional form (the following chunk is then near, too).
         token_mask: (B, N) bool, False for padding, anywhere. Padding gets zeros, and no token sees it.
@@ -155,7 +159,7 @@ def rfa_attention(
         sliding_window=sliding_window,
         sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
         key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
-        gate_bias=gate_bias, backend=backend,
+        gate_bias=gate_bias, far_limit=far_limit, backend=backend,
     )  # fmt: skip
     output, state = attend(
         query, key, value, kernel, settings, layout, initial_state,
@@ -185,6 +189,7 @@ def rfa_attention_reference(
     key_radius: PerHead | None = None,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    far_limit: PerHead | None = None,
     scaling: float | None = None,
     causal: bool = True,
     token_mask: torch.Tensor | None = None,
@@ -213,7 +218,7 @@ def rfa_attention_reference(
         token_mask=token_mask, segment_ids=segment_ids,
         sink_logits=sink_logits, query_center=query_center, key_center=key_center, query_transform=query_transform,
         key_transform=key_transform, query_radius=query_radius, key_radius=key_radius, gate_weight=gate_weight,
-        gate_bias=gate_bias,
+        gate_bias=gate_bias, far_limit=far_limit,
     )  # fmt: skip
     call = OperatorCall.of(query, key, value, kernel, settings, layout, initial_state)
     call = call.replace(output_final_state=output_final_state)

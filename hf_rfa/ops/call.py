@@ -234,7 +234,7 @@ def _fitting(kernel: FarKernel, key_heads: int, dim: int, causal: bool) -> FarKe
     wanted = {
         "alpha": per_head, "gamma": per_head, "proposal": per_head, "query_center": row, "key_center": row,
         "query_transform": matrix, "key_transform": matrix, "query_radius": per_head, "key_radius": per_head,
-        "gate_weight": row, "gate_bias": per_head,
+        "gate_weight": row, "gate_bias": per_head, "far_limit": per_head,
     }  # fmt: skip
     for name, (shape, meaning) in wanted.items():
         tensor = getattr(kernel, name)

@@ -61,4 +61,6 @@ def finish(near: Part | None, far_part: Part, call: OperatorCall, plan: Plan, bl
     if sink_logits is not None:
         sink_logits = sink_logits.repeat_interleave(chunk, dim=-1)[:, None, :].to(log_scale.dtype)
     counted = plan.asked[:, None, block].repeat(1, 1, 1, groups)
-    return combine(near, far_part, sink_logits, call.statistics, counted)
+    limit = far.log_limit()
+    limit = None if limit is None else limit.view(-1, 1, 1)
+    return combine(near, far_part, sink_logits, call.statistics, counted, limit)

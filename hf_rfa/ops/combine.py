@@ -53,6 +53,15 @@ def smallest_denominator(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * 2**24
 
 
+def far_excess(
+    log_far: torch.Tensor, log_exact: torch.Tensor, sink_logits: torch.Tensor | None, log_limit: torch.Tensor
+) -> torch.Tensor:
+    """By how much the log-weight of the far part is more than its limit, see `FarKernel.far_limit`; never negative."""
+    if sink_logits is not None:
+        log_exact = torch.logaddexp(log_exact, sink_logits.expand_as(log_exact))
+    return (log_far - (log_exact + log_limit)).clamp_min(0.0)
+
+
 def near_part(scores: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None) -> Part:
     """Exact attention over a few keys: scaled scores (..., R, K), value (..., K, M), visible (..., R, K) bool or None.
 
@@ -78,6 +87,7 @@ def combine(
     sink_logits: torch.Tensor | None = None,
     statistics: FarStatistics | None = None,
     counted: torch.Tensor | None = None,
+    log_limit: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out (..., M) = (near + far) / (near + far + exp(sink logit)), in one stabilised division.
 
@@ -89,6 +99,7 @@ def combine(
         sink_logits: Broadcast against the denominators: a learned logit that takes weight and contributes no value.
         statistics: Counts the dropped far parts.
         counted: bool, broadcast against far.denominator: True for tokens, False for padding.
+        log_limit: Broadcast against the denominators: log of `FarKernel.far_limit`, inf for none.
     """
     parts: list[Part] = []
     total: torch.Tensor | None = None  # a log-weight that no part exceeds by much
@@ -102,8 +113,12 @@ def combine(
             seen = seen if counted is None else seen & counted
             statistics.add(seen & unused, seen)
         scale = far.log_scale.masked_fill(unused, -torch.inf)
-        parts.append(Part(far.numerator, far.denominator, scale))
         weight = scale.detach() + mass.masked_fill(unused, 1.0).log()
+        if log_limit is not None and near is not None:
+            exact = near.log_scale.detach() + near.denominator.detach().log()
+            above = far_excess(weight, exact, None if sink_logits is None else sink_logits.detach(), log_limit)
+            scale, weight = scale - above, weight - above
+        parts.append(Part(far.numerator, far.denominator, scale))
         total = weight if total is None else torch.maximum(total, weight)
     assert total is not None
     if sink_logits is not None:

@@ -44,6 +44,8 @@ class RecurrentHeads:
         self._kv_state, self._log_max = state.kv_state.to(wide), state.log_max.to(wide)
         self._counts: list[int] = state.count.tolist()
         self._log_gamma = call.far.log_gamma()
+        limit = call.far.log_limit()
+        self._log_limit = None if limit is None else limit.unsqueeze(-1)
         self._features = PreparedQueries(call.far, call.scaling) if prepare else call.far.query_features
 
     def state(self) -> RFAState:
@@ -96,7 +98,7 @@ class RecurrentHeads:
         log_scale = log_scale + (self._log_max + self._log_gamma).unsqueeze(-1)
         far_part = Part(products[..., :-1], products[..., -1], log_scale)
         counted = None if present is None else present.unsqueeze(-1)
-        output = combine(near, far_part, self._sink_logits, statistics, counted)
+        output = combine(near, far_part, self._sink_logits, statistics, counted, self._log_limit)
         for row in rows:
             self._counts[row] += 1
         if self._window:

@@ -135,6 +135,12 @@ class _Sequence:
             carried = psi @ sums.unsqueeze(2)
             far_numerator, far_denominator = far_numerator + carried[..., :-1], far_denominator + carried[..., -1]
         gamma = far.gamma.view(-1, 1, 1) * (far_denominator > 0)
+        if far.far_limit is not None and self.window:
+            # A constant of the backward pass: the limit of a share does not say how to change q or k.
+            allowed = exact.sum(-1) if sink_logits is None else exact.sum(-1) + sink_logits.exp().unsqueeze(-1)
+            allowed = allowed * far.far_limit.view(-1, 1, 1)
+            above = (far.far_limit.view(-1, 1, 1) > 0) & (gamma * far_denominator > allowed)
+            gamma = gamma * torch.where(above, allowed / (gamma * far_denominator), 1.0).detach()
         numerator = exact @ values + gamma.unsqueeze(-1) * far_numerator
         denominator = exact.sum(-1) + gamma * far_denominator
         if sink_logits is not None:

@@ -15,6 +15,7 @@ from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.runtime.fingerprint import digest_of
 from hf_rfa.runtime.float32 import Float32Module
+from hf_rfa.runtime.newer_tensors import newer_tensors
 from hf_rfa.runtime.trainable import freeze, make_parameters, unfreeze
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
@@ -41,6 +42,7 @@ class RFAAdapter(Float32Module):
         query_center, key_center: (key_heads, head_dim) subtracted by the far kernel; calibration sets them.
         query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
         query_radius, key_radius: (key_heads,) its bounds, 0 (none) before calibration.
+        far_limit: (key_heads,) the limit of its weight, 0 (none) before calibration.
         map_codes: (key_heads,) uint8, each head's map as an index into `MAP_CODES`; see `feature_maps`.
         gate_weight, gate_bias: (key_heads, head_dim), (key_heads,) Parameters of the forget gate, if there is one.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
@@ -59,6 +61,7 @@ class RFAAdapter(Float32Module):
     key_transform: torch.Tensor
     query_radius: torch.Tensor
     key_radius: torch.Tensor
+    far_limit: torch.Tensor
     map_codes: torch.Tensor
     softmax_mask: torch.Tensor
     draw: torch.Tensor
@@ -82,6 +85,7 @@ class RFAAdapter(Float32Module):
         self.register_buffer("key_transform", eye.repeat(key_heads, 1, 1))
         self.register_buffer("query_radius", ones * 0)
         self.register_buffer("key_radius", ones * 0)
+        self.register_buffer("far_limit", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
         codes = torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8, device="cpu")
         self.register_buffer("map_codes", codes)
@@ -132,7 +136,7 @@ class RFAAdapter(Float32Module):
     def _make_kernel(self) -> FarKernel:
         names = ["omega", "alpha", "gamma", "proposal", "query_center", "key_center"]
         if self._calibrated:
-            names += ["query_transform", "key_transform", "query_radius", "key_radius"]
+            names += ["query_transform", "key_transform", "query_radius", "key_radius", "far_limit"]
         if self.config.gate and self.converted:
             names += GATE
         return FarKernel(self.feature_maps, **{name: getattr(self, name) for name in names})
@@ -291,6 +295,7 @@ class RFAAdapter(Float32Module):
         # A copy makes a kernel of its own; tensors that stand in for the adapter's may not allow copying.
         return {**self.__dict__, "_known_kernel": None}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict |= newer_tensors(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_rfa.errors import CheckpointError
 from hf_rfa.runtime.adapter import ADAPTER_NAME
 from hf_rfa.runtime.adapters import named_adapters
+from hf_rfa.runtime.newer_tensors import newer_tensors
 from hf_rfa.runtime.record import conversion_config, store_config, store_report
 from hf_rfa.saving.base_model import restore_weights
 from hf_rfa.saving.conversion_files import SavedConversion, adapter_tensors
@@ -24,7 +25,7 @@ def load_adapters(model: PreTrainedModel, saved: SavedConversion, source: Source
         CheckpointError: The tensors are not those of this model, or not those that the conversion was saved with.
     """
     wanted = adapter_shapes(model)
-    tensors = _named_for(model, saved.tensors, wanted)
+    tensors = _named_for(model, _completed(saved.tensors), wanted)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise CheckpointError(
@@ -69,13 +70,19 @@ def take_over(model: PreTrainedModel, saved: SavedConversion, source: Source, *,
             f"{source} was trained on another conversion: {_listed(differing, theirs)}; the model has "
             f"{_listed(differing, ours)}. Load it with `hf_rfa.from_pretrained`, or convert with the same config."
         )
-    if not replace and digest(saved.tensors) != digest(adapter_tensors(model)):
+    if not replace and digest(_completed(saved.tensors)) != digest(adapter_tensors(model)):
         raise CheckpointError(
             f"{source} was trained with another draw, kernel or other exact heads than the adapters that the model "
             "has already, and they share one conversion. Load it alone."
         )
     load_adapters(model, saved, source)
     store_config(model, saved.config)
+
+
+def _completed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with those that adapters did not have yet when they were saved."""
+    prefixes = {key.rpartition(".")[0] + "." for key in tensors}
+    return tensors | {key: t for prefix in prefixes for key, t in newer_tensors(tensors, prefix).items()}
 
 
 def _named_for(model: PreTrainedModel, tensors: dict[str, torch.Tensor], wanted: Collection[str]) -> Any:

@@ -66,7 +66,7 @@ def decode(
         counted = slots < _column([stop - least_distance(window) for stop in end], device)
         given = (weights / near.denominator.unsqueeze(-1)).masked_fill(~counted[:, None, None], 0.0)
         _receive(given, low, kept, sinks, heads, places)
-    return combine(near, far)
+    return combine(near, far, log_limit=part.log_limit)
 
 
 def _write(

@@ -37,6 +37,12 @@ class LinearPart:
         """(Hk,) logarithm of the weight of the far part."""
         return self.kernel.log_gamma()
 
+    @cached_property
+    def log_limit(self) -> torch.Tensor | None:
+        """(Hk, 1) logarithm of the kernel's `far_limit`, or None."""
+        limit = self.kernel.log_limit()
+        return None if limit is None else limit.unsqueeze(-1)
+
     def to(self, device: torch.device) -> "LinearPart":
         """The part with its kernel on `device`."""
         return LinearPart(self.heads, self.kernel.to(torch.float32, device), self.settings, self.layout)

@@ -107,7 +107,7 @@ def test_generate_of_a_checkpoints_own_code_is_not_asked(own_text):
 def test_a_class_that_writes_something_else_is_told(monkeypatch):
     model = short_llama()
     monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: [1, 2, 3])
-    with pytest.raises(ConfigError, match=rf"did not write a text of {ROWS} rows of 120 tokens. Got list. Pass texts"):
+    with pytest.raises(ConfigError, match=rf"did not write {ROWS} texts of 120 tokens. Got list. Pass texts"):
         write_text(model, window=8)
 
 
@@ -122,3 +122,20 @@ def test_a_model_without_generation_defaults_writes_too(own_text):
     model = short_llama()
     model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id)
     assert write_text(model, window=8).shape == own_text.shape
+
+
+def test_long_texts_are_joined_of_pieces_that_are_written_side_by_side(monkeypatch):
+    monkeypatch.setattr("hf_rfa.calibration.self_text.PIECE", 50)
+    model, seen = with_defaults(), []
+
+    def watch(module, args, kwargs):
+        seen.append(kwargs["input_ids"].shape)
+
+    with model.register_forward_pre_hook(watch, with_kwargs=True):
+        text = write_text(model, window=16)
+    assert text.shape == (ROWS, 120)  # three pieces of 40 tokens each
+    assert len(seen) == 39
+    assert {shape[0] for shape in seen} == {3 * ROWS}
+    first = text[:, ::40]
+    assert (first == first[0, 0]).all()
+    assert len({tuple(piece) for piece in text.reshape(-1, 40).tolist()}) == 3 * ROWS

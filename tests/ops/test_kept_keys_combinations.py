@@ -47,6 +47,8 @@ def random_call(seed):
     # A head whose far part is switched off stays so: there gamma has no gradient, whatever the definition has.
     gamma = rng.choice([0.0, draw(heads).abs()])
     (inputs if isinstance(gamma, torch.Tensor) else options)["gamma"] = gamma
+    if rng.random() < 0.5:  # a constant of the backward pass, so no input; 0 is none
+        options["far_limit"] = torch.tensor(rng.choices([0.0, 0.02, 0.2, 1.0], k=heads), dtype=torch.float64)
     layout = {}
     if rng.random() < 0.5:
         layout["token_mask"] = torch.rand(batch, length, generator=generator) > rng.choice([0.1, 0.5])

@@ -15,7 +15,7 @@ import torch
 from hf_rfa.ops.causal.near import near_attention, windows
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
-from hf_rfa.ops.combine import smallest_denominator
+from hf_rfa.ops.combine import far_excess, smallest_denominator
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Block:
         decay: (A, n + 1, C), log g summed from the first slot of each chunk; None without a gate.
         sink_logits: (A, 1, R) or None.
         log_gamma: (A, 1, 1), -inf where gamma is 0.
+        log_limit: (A, 1, 1), log of the kernel's `far_limit`, inf for none; or None.
         steady: Whether `keep` is known to be all True.
         kept: The far keys that the chunks see exactly, and those that they evict; None if none are kept.
     """
@@ -47,6 +48,7 @@ class Block:
     decay: torch.Tensor | None
     sink_logits: torch.Tensor | None
     log_gamma: torch.Tensor
+    log_limit: torch.Tensor | None
     scaling: float
     delay: int
     steady: bool
@@ -276,6 +278,10 @@ def combine_block(block: Block, parts: Parts, output: torch.Tensor) -> Combined:
     dropped = ~(denominator > smallest_denominator(denominator.dtype))
     log_scale = far_log.masked_fill(dropped, -torch.inf)
     total = log_scale + denominator.masked_fill(dropped, 1.0).log_()
+    if block.log_limit is not None and parts.near_log is not None:
+        above = far_excess(total, parts.near_log, block.sink_logits, block.log_limit)
+        log_scale -= above
+        total -= above
     if parts.near_log is not None:
         total = torch.maximum(total, parts.near_log)
     if block.sink_logits is not None:

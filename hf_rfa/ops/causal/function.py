@@ -16,10 +16,9 @@ from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.recomputing import Flags, follows, recomputing
 
-#: Tensors of a `FarKernel` that its features depend on; those of the gate enter as `decay`.
-KERNEL = tuple(
-    f.name for f in dataclasses.fields(FarKernel) if f.name not in ("feature_maps", "gate_weight", "gate_bias")
-)
+#: Tensors of a `FarKernel` that have gradients here; those of the gate enter as `decay`.
+_OTHERS = ("feature_maps", "gate_weight", "gate_bias", "far_limit")
+KERNEL = tuple(f.name for f in dataclasses.fields(FarKernel) if f.name not in _OTHERS)
 #: The backward pass recomputes the exact part together with the far part, since they share a normaliser.
 FORWARD_ONLY = tuple(i for i, f in enumerate(dataclasses.fields(PassInputs)) if f.name in ("near", "near_log"))
 

@@ -84,6 +84,8 @@ class ChunkedPass:
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
         gamma, batch = self.far.gamma, len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
+        limit = self.far.log_limit()
+        self.log_limit = None if limit is None else limit.repeat(batch).view(-1, 1, 1)
         pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
         self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self.pools = self._pools()
@@ -127,6 +129,7 @@ class ChunkedPass:
             decay=decay,
             sink_logits=logits,
             log_gamma=self.log_gamma,
+            log_limit=self.log_limit,
             scaling=self.scaling,
             delay=self.delay,
             steady=all(self.plan.regular[span]),

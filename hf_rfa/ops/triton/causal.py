@@ -39,8 +39,10 @@ def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[t
         inputs = dataclasses.replace(
             inputs, kept_key=x.kept_key, kept_value=x.kept_value, listed=choice.listed, evicted=choice.evicted
         )
+    limit = call.far.log_limit()
+    limit = torch.full_like(call.far.gamma, torch.inf) if limit is None else limit
     settings = Settings(
-        plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device),
+        plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device), limit.detach(),
         _block(plan.token_mask.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), call.statistics,
     )  # fmt: skip
     output, kv_state, peak = causal_attention(inputs, settings)

@@ -128,8 +128,8 @@ def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr
 @triton.jit
 def block_outputs(
     query, key, value, query_r, query_scale, key_r, key_scale, query_w, query_bias, query_shift, key_w, key_bias,
-    key_shift, map_codes, sink_logits, sink_key, sink_value, codes, flags, sink_chunks, state, start_peaks, near_part,
-    near_log, output, log_total, log_weight, peaks,
+    key_shift, map_codes, log_limit, sink_logits, sink_key, sink_value, codes, flags, sink_chunks, state, start_peaks,
+    near_part, near_log, output, log_total, log_weight, peaks,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_g,
     output_t, code_row, flag_row, heads, groups, length, chunks, blocks, L, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
@@ -151,7 +151,7 @@ def block_outputs(
     codes, flags, sink_chunks = codes + row * code_row, flags + row * flag_row, sink_chunks + row * flag_row
     query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
     key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
-    code = tl.load(map_codes + head)
+    code, limit = tl.load(map_codes + head), tl.load(log_limit + head)
     base = state + (a * blocks + block) * (F * M + F)
     S1, z1 = sums(base, 0, P, BP, M, BM, F)
     S2, z2 = S1, z1
@@ -230,10 +230,18 @@ def block_outputs(
             used = exists & (den > TINY)
             log_far = tl.where(used, log_far, float("-inf"))
             total = log_far + tl.log(tl.where(used, den, 1.0))
-            if DELAY:
-                total = tl.maximum(total, top + tl.log(mass))
             if LOGITS:
                 logit = tl.load(sink_logits + head * groups + g)
+            if DELAY:
+                log_exact = top + tl.log(mass)
+                allowed = log_exact
+                if LOGITS:
+                    highest = tl.maximum(log_exact, logit)
+                    allowed = highest + tl.log(tl.exp(log_exact - highest) + tl.exp(logit - highest))
+                above = tl.maximum(total - (allowed + limit), 0.0)
+                log_far, total = log_far - above, total - above
+                total = tl.maximum(total, log_exact)
+            if LOGITS:
                 total = tl.maximum(total, logit)
             total = tl.where(total == float("-inf"), 0.0, total)
             whole = tl.exp(log_far - total) * tl.where(used, den, 0.0)

@@ -28,6 +28,7 @@ class Settings:
         scaling: Factor of q.k.
         form: See `fold.form_of`.
         map_codes: (Hk,) int32, 1 for trigonometric heads in a layer that mixes them with hyperbolic ones.
+        log_limit: (Hk,) log of the kernel's `far_limit`, inf for none.
         block: L, the chunks per program.
         statistics: Counts dropped far parts.
     """
@@ -37,6 +38,7 @@ class Settings:
     scaling: float
     form: str
     map_codes: torch.Tensor
+    log_limit: torch.Tensor
     block: int
     statistics: FarStatistics | None
 
@@ -144,8 +146,9 @@ class Launch:
             near = launch_exact.outputs(self) if self.keeps else (x.kv_state, x.kv_state)
             forward.block_outputs[(blocks, every)](
                 x.query, self.far_key, self.far_value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(),
-                logits, x.sink_key, x.sink_value, self.far_codes, self.flags, self.sink_chunks, self.states,
-                block_peaks, *near, output, self.log_total, self.log_weight, self.peaks, *x.query.stride()[:4],
+                self.settings.log_limit, logits, x.sink_key, x.sink_value, self.far_codes, self.flags,
+                self.sink_chunks, self.states, block_peaks, *near, output, self.log_total, self.log_weight, self.peaks,
+                *x.query.stride()[:4],
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], *output.stride()[:4], self.code_row,
                 self.flag_row, self.heads, self.groups, self.length, self.chunks, blocks, self.settings.block,
                 self.settings.scaling,
