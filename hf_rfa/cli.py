@@ -181,6 +181,8 @@ def print_comparison(comparison: Comparison) -> None:
         finetuned = report.quality_table(report.with_finetuned_original(comparison.finetuned))
         tables.append((report.finetuned_title(comparison), finetuned))
     tables.append(("Time and memory, batch size 1", report.cost_table(comparison)))
+    if len(curve := report.curve_table(comparison)) > 1:
+        tables.append((report.CURVE_TITLE, curve))
     for title, (header, *rows) in tables:
         table = Table(title=title, title_justify="left")
         for number, column in enumerate(header):

@@ -10,6 +10,7 @@ from hf_rfa.config_checks import (
     check_budget,
     check_choice,
     check_int,
+    check_kept,
     is_int,
     normalise_features,
     normalise_heads,
@@ -29,6 +30,7 @@ SoftmaxHeads = Literal["auto"] | float | Sequence[HeadIndex] | None
 #: A string is a rule, see `RFAConfig.layers`.
 Layers = Literal["all"] | Sequence[int] | str
 LayerFeatures = Mapping[int, int] | Sequence[tuple[int, int]] | None
+KeptKeys = int | Literal["auto"] | None
 HeadNumbers = Mapping[HeadIndex, int] | Sequence[tuple[HeadIndex, int]] | None
 #: "learned": drawn as "sphere", then trained by `distill` or found by `calibrate`, and never redrawn.
 OmegaDraw = Literal["sphere", "orthogonal", "gaussian", "learned"]
@@ -104,11 +106,11 @@ class RFAConfig:
         64,
     )
     sink_tokens: int = _help("The first tokens of a sequence that every query sees exactly. Ignored if window = 0.", 4)
-    kept_keys: int | None = _help(
+    kept_keys: KeptKeys = _help(
         "Far keys that each linear key head goes on seeing exactly: those that took the largest share of attention, "
         "chosen anew each time a chunk leaves the window (layers that see both sides: once, by queries from all over "
-        "the text). All others go through the features. Needs a window: by default 128, and 0 if window = 0. "
-        "`hf_rfa.kept_tokens` shows which they are.",
+        "the text). All others go through the features. Needs a window: by default 128, and 0 if window = 0. 'auto': "
+        "`calibrate` gives each head as many as it needs, see `loss_budget`. `hf_rfa.kept_tokens` shows which they are.",
         None,
     )
     head_kept_keys: HeadNumbers = _help(
@@ -117,13 +119,15 @@ class RFAConfig:
         None,
     )
     softmax_heads: SoftmaxHeads = _help(
-        "Key heads that stay exact softmax: None, 'auto' (the fewest that keep the loss small, chosen by "
+        "Key heads that stay exact softmax: None, 'auto' (as few as keep the loss small, see `loss_budget`; chosen by "
         "`calibrate`), a fraction of all key heads (chosen by `calibrate`), or a list of (layer, key_head).",
         None,
     )
     loss_budget: float = _help(
-        "The loss that softmax_heads='auto' accepts: it keeps the fewest heads (at most a quarter) with which the "
-        "others add at most this divergence from the original (KL of the next token, nats/token).",
+        "The loss that softmax_heads='auto' and kept_keys='auto' accept: bytes are spent on exact heads (at most a "
+        "quarter of all), on kept keys or on both, each where it lowers the divergence most, until the heads that are "
+        "not exact add at most this much of it (KL of the next token, nats/token). The same curve as `budget`'s, "
+        "walked until the loss is small instead of until the bytes are spent.",
         0.005,
     )
     budget: float | str | None = _help(
@@ -132,7 +136,9 @@ class RFAConfig:
         "head whatever the length (then no head is exact). Decides `softmax_heads` and `head_kept_keys`.",
         None,
     )
-    budget_context: int = _help("The length of text at which a share as `budget` is counted, tokens.", 8192)
+    budget_context: int = _help(
+        "The length of text at which exact heads, and a share as `budget`, are counted, tokens.", 8192
+    )
     layers: Layers = _help(
         "Layers to convert: 'all', a list of indices, or a rule such as 'every 4th stays softmax'.", "all"
     )
@@ -161,13 +167,7 @@ class RFAConfig:
         check_int("window", self.window, 0, "a non-negative integer", "Set 64, or 0 for pure RFA.")
         check_int("sink_tokens", self.sink_tokens, 0, "a non-negative integer", "Set 4, or 0 for none.")
         check_int("seed", self.seed, 0, "a non-negative integer", "Set 0.")
-        if self.kept_keys is not None:
-            check_int("kept_keys", self.kept_keys, 0, "a non-negative integer", "Set 128, or 0 for none.")
-        if (self.kept_keys or self.head_kept_keys) and not self.window:
-            raise ConfigError(
-                "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
-                f"kept_keys={self.kept_keys}, window=0. Set a window, for example 64, or kept_keys=0."
-            )
+        check_kept(self.kept_keys, self.head_kept_keys, self.window)
         if self.window and self.sink_tokens > self.window:
             raise ConfigError(
                 f"`sink_tokens` must be at most `window`. Got {self.sink_tokens} > {self.window}. Lower the one or "
@@ -211,8 +211,8 @@ class RFAConfig:
 
     @property
     def usual_kept_keys(self) -> int:
-        """The number of kept keys of the heads that `head_kept_keys` does not name."""
-        if self.kept_keys is None:
+        """The number of kept keys of the heads that `head_kept_keys` does not name; 'auto' begins with the default."""
+        if self.kept_keys is None or self.kept_keys == "auto":
             return DEFAULT_KEPT_KEYS if self.window else 0
         return self.kept_keys
 
@@ -244,7 +244,7 @@ class RFAConfig:
 
     def settled(self) -> "RFAConfig":
         """The same config with the default number of kept keys as a number, which another default does not change."""
-        return dataclasses.replace(self, kept_keys=self.usual_kept_keys)
+        return self if self.kept_keys == "auto" else dataclasses.replace(self, kept_keys=self.usual_kept_keys)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary of the `settled` config with the format version."""

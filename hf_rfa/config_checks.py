@@ -32,6 +32,21 @@ def check_int(name: str, value: Any, least: int, what: str, advice: str) -> None
         raise ConfigError(f"`{name}` must be {what}. Got {value!r}. {advice}")
 
 
+def check_kept(kept_keys: Any, head_kept_keys: Any, window: int) -> None:
+    """Raise `ConfigError` unless `kept_keys` is None, 'auto' or a number, with a window if keys are kept."""
+    if kept_keys not in (None, "auto"):
+        check_int("kept_keys", kept_keys, 0, "'auto' or a non-negative integer", "Set 128, or 0 for none.")
+    if (kept_keys or head_kept_keys) and not window:
+        raise ConfigError(
+            "`kept_keys` needs a window: where nothing is exact no key has a score. Got "
+            f"kept_keys={kept_keys}, window=0. Set a window, for example 64, or kept_keys=0."
+        )
+    if kept_keys == "auto" and head_kept_keys:
+        raise ConfigError(
+            f"With kept_keys='auto' calibration decides `head_kept_keys`. Got {head_kept_keys!r}. Leave one of them out."
+        )
+
+
 def check_budget(budget: Any, window: int) -> None:
     """Raise `ConfigError` unless `budget` is None, a share in (0, 1] or 'N tokens', with a window."""
     share = isinstance(budget, float) and 0 < budget <= 1

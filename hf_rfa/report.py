@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_rfa import budget_curve
+from hf_rfa.budget_curve import CurveStep
 from hf_rfa.config import HeadIndex, seen_exactly
 
 #: Units of the costs, by what the model gives out.
@@ -41,24 +43,6 @@ class HeadCalibration:
 
 
 @dataclass(frozen=True)
-class CurveStep:
-    """A step of a budget (`RFAConfig.budget`): what was bought, and where that led.
-
-    Attributes:
-        bytes: Of the cache of one text, all heads of the converted layers together.
-        nats: What all heads cost together, nats/token.
-        layer, key_head: The head for which more was bought; None at the beginning.
-        kept_keys: How many far keys it keeps from then on; None: it is exact.
-    """
-
-    bytes: float
-    nats: float
-    layer: int | None
-    key_head: int | None
-    kept_keys: int | None
-
-
-@dataclass(frozen=True)
 class CalibrationReport:
     """The result of `calibrate`; `str()` is a table, costliest heads first.
 
@@ -72,7 +56,8 @@ class CalibrationReport:
         silenced: Layers whose far parts were switched off because with them the model was worse than without.
         window, sink_tokens: Those of the config; None in reports of versions that did not record them.
         kept_keys: The most that a head of the config keeps.
-        curve: How a budget was spent, step by step; empty without one.
+        curve: How bytes were spent on heads, step by step, by a budget or until the cost was small enough
+            (`softmax_heads="auto"`, `kept_keys="auto"`); empty where the config left nothing to choose.
     """
 
     heads: list[HeadCalibration]
@@ -108,26 +93,12 @@ class CalibrationReport:
         return cls(**{**values, "heads": heads, "curve": curve})
 
     def curve_table(self) -> str:
-        """What a budget bought: bytes and nats/token after each step; `plot_curve` draws it."""
-        lines = ["      bytes  nats/token  bought"]
-        for step in self.curve:
-            kept = "exact" if step.kept_keys is None else f"{step.kept_keys} kept keys"
-            bought = "" if step.layer is None else f"head {step.layer}.{step.key_head}: {kept}"
-            lines.append(f"{step.bytes:11,.0f}  {step.nats:10.5f}  {bought}")
-        return "\n".join(lines)
+        """What was bought at each step: bytes and nats/token after it; `plot_curve` draws it."""
+        return budget_curve.every_step(self.curve)
 
     def plot_curve(self, path: str | Path) -> None:
-        """Write a plot of nats against bytes, with the steps of a budget that made heads exact marked."""
-        import matplotlib.pyplot as plt  # slow to import, and only needed here
-
-        figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-        axes.step([s.bytes / 2**20 for s in self.curve], [s.nats for s in self.curve], where="post")
-        exact = [s for s in self.curve if s.layer is not None and s.kept_keys is None]
-        axes.plot([s.bytes / 2**20 for s in exact], [s.nats for s in exact], "r.", label="a head became exact")
-        axes.set(xlabel="cache of one text, MiB", ylabel="estimated cost, nats/token")
-        axes.legend()
-        figure.savefig(path)
-        plt.close(figure)
+        """Write a plot of nats against bytes, with the steps that made heads exact marked."""
+        budget_curve.plot_curve(self.curve, path, unit=self.unit)
 
     def plot(self, path: str | Path) -> None:
         """Write a heat map of the heads' costs, layers by key heads; exact heads are framed."""
@@ -172,4 +143,8 @@ class CalibrationReport:
                 f"{h.layer:5d}  {h.key_head:8d}  {h.feature_map:13s}  {h.alpha:5.2f}  {h.gamma:6.2f}  {h.cost:8.5f}  "
                 f"{h.window_cost:11.5f}  {kind}"
             )
+        if self.curve:
+            lines += ["", "what bytes buy, of the cache of one text (all steps: `curve_table()`)"]
+            rows = budget_curve.summary(self.curve)
+            lines += [f"{size:>11}  {nats:>10}  {bought}".rstrip() for size, nats, bought in rows]
         return "\n".join(lines)

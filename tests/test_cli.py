@@ -9,6 +9,7 @@ import torch
 from families import llama
 from tokenizers_of_tests import byte_tokenizer
 from transformers import AutoTokenizer
+from PIL import Image
 from typer.testing import CliRunner
 
 import hf_rfa
@@ -108,10 +109,37 @@ def test_the_converted_model_is_written_as_it_was_measured(run, figures, data_fo
     assert measured == pytest.approx(figures["finetuned"][EXACT]["perplexity"]["256"], rel=2e-2)
 
 
+def test_what_a_budget_bought_is_shown(model_folder, data_folder, tmp_path):
+    arguments = f"""compare --model {model_folder} --data {data_folder} --output {tmp_path} --num-features 2 --window 16
+        --sink-tokens 2 --budget 0.9 --budget-context 600 --contexts 256 --eval-windows 2 --copy-gaps 100 --columns linear,exact
+        --speed-contexts 64 --speed-repeats 1 --new-tokens 2 --calibration-batches 1 --steps 0 --batch-size 1 --device cpu
+        --threads 1"""
+    result = CliRunner().invoke(cli.app, arguments.split(), catch_exceptions=False, env={"COLUMNS": "160"})
+    figures, text = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+    curve = figures["calibration"]["curve"]
+    assert len(curve) > 1
+    assert "bought since the row above" in result.stdout
+    assert f"{curve[-1]['nats']:.5f}" in result.stdout
+    assert "until a budget of 0.9 at 600 tokens was spent" in text
+    assert f"| {curve[-1]['bytes'] / 2**20:.3f} | {curve[-1]['nats']:.5f} |" in text
+    assert f"keeps up to {figures['calibration']['kept_keys']} far keys" in text
+    with Image.open(tmp_path / "curve.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+    # The linear column keeps the keys that the budget gave each head.
+    model = hf_rfa.from_pretrained(tmp_path / "model")
+    kept = dict(conversion_config(model).head_kept_keys)
+    assert len(kept) + len(figures["softmax_heads"]) == 4
+    hf_rfa.set_softmax_heads(model, [])
+    ids = torch.zeros(1, 256, dtype=torch.long)
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=ids, use_cache=True))
+    assert hf_rfa.cache_bytes(cache) == figures["calibrated"][LINEAR]["cache_bytes"]
+
+
 def test_help_names_every_option():
     text = CliRunner().invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     found = options_of(CompareSettings)
-    assert len(found) == 30
+    assert len(found) == 33
     for name, each in found.items():
         assert f"--{name.replace('_', '-')} " in text
         assert each.help.split()[0] in text

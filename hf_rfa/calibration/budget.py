@@ -1,19 +1,21 @@
-"""A budget of cache bytes, spent where it lowers the divergence from the original most.
+"""The curve of nats against bytes: one walk along it, which ends at a number of bytes or at a number of nats.
 
 Every way to compute a head (so many kept keys, or exact softmax) has a cost in nats (`head_costs`) and a price in
 bytes. Each head begins with its cheapest way; then the step that saves most nats per byte is bought, again and again,
-each to the way to which a head saves most per byte: the lower convex hull of its nats against its bytes.
+each to the way to which a head saves most per byte: the lower convex hull of its nats against its bytes. A budget says
+how far to go in bytes, `RFAConfig.loss_budget` in nats.
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_rfa.budget_curve import CurveStep
 from hf_rfa.config import HeadIndex, RFAConfig
-from hf_rfa.report import CurveStep
 from hf_rfa.runtime.adapter import RFAAdapter
 
-#: The numbers of kept keys that a budget chooses from.
+#: The numbers of kept keys that there are to choose from.
 NUMBERS = (0, 32, 64, 128, 256, 512, 1024)
 
 
@@ -38,65 +40,82 @@ def total_bytes(config: RFAConfig, adapters: Sequence[RFAAdapter], element: int)
     return config.budget * config.budget_context * token
 
 
-def ways_of(
-    config: RFAConfig, adapter: RFAAdapter, costs: Mapping[int, float], element: int, groups: int
-) -> list[Way]:
-    """The ways to compute a head of a layer, given its costs by number of kept keys; the exact one costs nothing.
-
-    A budget in tokens is for any length, so that it has no exact heads. groups: Query heads per key head.
-    """
+def linear_way(
+    config: RFAConfig, adapter: RFAAdapter, number: int, cost: float, element: int, groups: int
+) -> Way:  # fmt: skip
+    """A head of a layer with so many kept keys. groups: Query heads per key head; cost: in nats."""
     token, near = _token_bytes(adapter, element), 2 * config.window
     sums = adapter.kernel.num_components * (adapter.omega.shape[2] + 1) * 4
-
-    def price(number: int) -> float:
-        # Of each kept key its place and decay, of those and the near ones the attention from each query head.
-        beside = 12 * number + 4 * groups * (number + near) if number else 0
-        return (near + config.sink_tokens + number) * token + sums + beside
-
-    ways = [Way(number, price(number), cost) for number, cost in costs.items()]
-    if isinstance(config.budget, str):
-        return ways
-    return [*ways, Way(None, config.budget_context * token, 0.0)]
+    # Of each kept key its place and decay, of those and the near ones the attention from each query head.
+    beside = 12 * number + 4 * groups * (number + near) if number else 0
+    return Way(number, (near + config.sink_tokens + number) * token + sums + beside, cost)
 
 
-def spend(ways: Mapping[HeadIndex, Sequence[Way]], budget: float) -> tuple[dict[HeadIndex, Way], list[CurveStep]]:
-    """The way of each head within the budget in bytes, and the curve: every step that was bought, cheapest first.
+def exact_way(config: RFAConfig, adapter: RFAAdapter, element: int) -> Way:
+    """An exact head of a layer, which costs nothing: its bytes are those at `RFAConfig.budget_context` tokens."""
+    return Way(None, config.budget_context * _token_bytes(adapter, element), 0.0)
 
-    The cheapest ways are taken even if they cost more than the budget.
+
+def spend(
+    ways: Mapping[HeadIndex, Sequence[Way]], budget: float = math.inf, *, loss: float = 0.0,
+    most_exact: int | None = None,
+) -> tuple[dict[HeadIndex, Way], list[CurveStep]]:  # fmt: skip
+    """The way of each head, and the curve: every step that was bought, best first.
+
+    The walk ends where no step is left that saves anything, and none is bought with which the heads would take more
+    than `budget` bytes, or once they cost no more than `loss` nats together. The cheapest ways are taken even if they
+    cost more than the budget.
+
+    Args:
+        most_exact: How many heads may become exact; None: any number.
 
     Example:
         >>> heads = {(0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1)], (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0.0)]}
         >>> chosen, curve = spend(heads, 40)
         >>> chosen[0, 0].kept_keys, chosen[0, 1].kept_keys, [(step.bytes, step.nats) for step in curve]
         (64, 0, [(20, 0.7), (30, 0.3)])
+        >>> [(step.bytes, step.nats) for step in spend(heads, loss=0.3)[1]]
+        [(20, 0.7), (30, 0.3)]
     """
-    chosen = {head: min(of_head, key=lambda way: way.price) for head, of_head in ways.items()}
+    left = math.inf if most_exact is None else most_exact
+    chosen = {head: _first(of_head, by_bytes=most_exact is None) for head, of_head in ways.items()}
     price, cost = sum(way.price for way in chosen.values()), sum(way.cost for way in chosen.values())
     curve = [CurveStep(price, round(cost, 9), None, None, None)]
 
     def best(head: HeadIndex) -> tuple[float, HeadIndex, Way] | None:
         now = chosen[head]
         steps = [
-            ((way.cost - now.cost) / (way.price - now.price), head, way)
-            for way in ways[head] if way.price > now.price and way.cost < now.cost
+            # Where the context is short an exact head may be the cheaper one: such a step is the best there is.
+            ((way.cost - now.cost) / max(way.price - now.price, 1.0), head, way)
+            for way in ways[head] if way.cost < now.cost and (left > 0 or way.kept_keys is not None)
         ]  # fmt: skip
         return min(steps, key=lambda step: step[0], default=None)
 
     queue = [(step[0], step[1]) for head in ways if (step := best(head)) is not None]
     heapq.heapify(queue)
-    while queue:
-        _, head = heapq.heappop(queue)
+    while queue and cost > loss:
+        slope, head = heapq.heappop(queue)
         step = best(head)
         if step is None:
+            continue
+        if step[0] > slope:  # no further head may become exact, and what else there is saves less
+            heapq.heappush(queue, step[:2])
             continue
         way, now = step[2], chosen[head]
         if price + way.price - now.price > budget:
             continue
         chosen[head], price, cost = way, price + way.price - now.price, cost + way.cost - now.cost
+        left -= way.kept_keys is None
         curve.append(CurveStep(price, round(cost, 9), *head, way.kept_keys))
         if (further := best(head)) is not None:
-            heapq.heappush(queue, (further[0], head))
+            heapq.heappush(queue, further[:2])
     return chosen, curve
+
+
+def _first(ways: Sequence[Way], *, by_bytes: bool) -> Way:
+    """Where a head begins: its cheapest way; where few may be exact, the cheapest that is not, if there is one."""
+    linear = [way for way in ways if way.kept_keys is not None]
+    return min(ways if by_bytes or not linear else linear, key=lambda way: way.price)
 
 
 def _token_bytes(adapter: RFAAdapter, element: int) -> float:

@@ -20,30 +20,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rfa.calibration.batches import ModelInput, batches_of
-from hf_rfa.calibration.budget import NUMBERS, spend, total_bytes, ways_of
 from hf_rfa.calibration.candidates import CandidateSource
 from hf_rfa.calibration.divergence import Divergence
 from hf_rfa.calibration.fitting import HeadFit, LayerFit
-from hf_rfa.calibration.head_costs import HeadOption, costs_on
+from hf_rfa.calibration.head_choice import choose_heads
 from hf_rfa.calibration.layer_gradients import LayerGradients
 from hf_rfa.calibration.outputs import OutputReader, Outputs
 from hf_rfa.calibration.processes import sum_over_processes
 from hf_rfa.calibration.progress import Progress, progress_bar
 from hf_rfa.calibration.texts import Text, count, texts_of
-from hf_rfa.config import HeadIndex, RFAConfig
-from hf_rfa.errors import ConfigError, UnsupportedModelError
-from hf_rfa.report import NATS, CalibrationReport, CurveStep, HeadCalibration
+from hf_rfa.config import RFAConfig
+from hf_rfa.errors import ConfigError
+from hf_rfa.report import NATS, CalibrationReport, HeadCalibration
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.quiet import plain_torch, quiet_eval
 from hf_rfa.runtime.record import base_model, conversion_config, store_report
-from hf_rfa.runtime.set_kept_keys import set_kept_keys
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 logger = logging.getLogger(__name__)
 
-#: `softmax_heads="auto"` keeps at most this share of all key heads.
-AUTO_SHARE = 0.25
 #: Moments are those of the first so many tokens of each process: between the passes these are held, as the inputs of
 #: each block of the model.
 MOMENT_TOKENS = 4096
@@ -110,13 +106,8 @@ def calibrate_on(
     set_softmax_heads(model, [])
     fits = {layer: fit.choose(fitted.scale) for layer, fit in fitted.layers.items()}
     costs = {(layer, head): fit.cost for layer, rows in fits.items() for head, fit in enumerate(rows)}
-    curve: list[CurveStep] = []
-    if config.budget is None:
-        kept = _exact_heads(config, costs)
-    else:
-        progress.stage("calibrating: the budget", 4 * sum(text.tokens for text, _ in fitted.measured))
-        kept, curve = _spend(base, config, [text for text, _ in fitted.measured], progress)
-        config = conversion_config(model)
+    kept, curve = choose_heads(base, config, costs, [text for text, _ in fitted.measured], progress)
+    config = conversion_config(model)
     set_softmax_heads(model, sorted(kept))
     progress.stage("calibrating: measuring")
     with quiet_eval(model):
@@ -205,47 +196,6 @@ def _merge(sources: Mapping[RFAAdapter, CandidateSource]) -> None:
                 "to come, or keep fewer keys.", adapter.layer,
             )  # fmt: skip
         source.merge(sum_over_processes)
-
-
-def _exact_heads(config: RFAConfig, costs: Mapping[HeadIndex, float]) -> set[HeadIndex]:
-    """The heads to keep: those that the config lists, or the costliest."""
-    setting = config.softmax_heads
-    if setting is None:
-        return set()
-    if not isinstance(setting, (str, int, float)):
-        unknown = [pair for pair in setting if pair not in costs]
-        if unknown:
-            raise UnsupportedModelError(
-                f"`softmax_heads` names key heads that do not exist: {unknown}. Correct the config."
-            )
-        return set(setting)
-    ranked = sorted(costs, key=lambda pair: -costs[pair])
-    if setting != "auto":
-        return set(ranked[: round(setting * len(costs))])
-    most, left = max(1, round(AUTO_SHARE * len(costs))), sum(costs.values())
-    kept = set[HeadIndex]()
-    while len(kept) < most and left > config.loss_budget:
-        left -= costs[ranked[len(kept)]]
-        kept.add(ranked[len(kept)])
-    return kept
-
-
-def _spend(
-    base: PreTrainedModel, config: RFAConfig, texts: list[Text], progress: Progress
-) -> tuple[set[HeadIndex], list[CurveStep]]:
-    """Spend the config's budget: set the kept keys of each head; returns the exact heads and the curve."""
-    adapters = {adapter.layer: adapter for _, _, adapter in named_adapters(base) if adapter.converted}
-    costs = costs_on(base, texts, {number: HeadOption(kept_keys=number) for number in NUMBERS}, draws=1)
-    progress.done(4 * sum(text.tokens for text in texts))
-    element, heads = base.dtype.itemsize, getattr(base.config.get_text_config(), "num_attention_heads", 1)
-    ways = {}
-    for head in costs[NUMBERS[0]]:
-        adapter, of_head = adapters[head[0]], {number: costs[number][head] for number in NUMBERS}
-        ways[head] = ways_of(config, adapter, of_head, element, max(1, heads // adapter.key_heads))
-    chosen, curve = spend(ways, total_bytes(config, list(adapters.values()), element))
-    numbers = {head: way.kept_keys for head, way in chosen.items() if way.kept_keys is not None}
-    set_kept_keys(base, config.usual_kept_keys, numbers)
-    return set(chosen) - set(numbers), curve
 
 
 def _hold_to_window(

@@ -97,7 +97,7 @@ def untrained_columns(
     """
     titles = column_titles(names)
     config = conversion_config(calibrated)
-    near = dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None, softmax_heads=None)
+    near = dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None, softmax_heads=None, budget=None)
     if not config.softmax_heads:
         titles = [title for title in titles if title not in (EXACT, SAME_SPLIT)]
     same_bytes = [title for title in titles if title in SAME_BYTES]

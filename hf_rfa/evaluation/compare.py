@@ -38,6 +38,7 @@ from hf_rfa.evaluation.results import (
     column_titles,
 )
 from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.runtime.record import conversion_config
 from hf_rfa.training.config import FinetuneConfig
 from hf_rfa.training.loop import finetune
 
@@ -111,10 +112,9 @@ def compare(
 
         bar.set_description("calibrating")
         report = hf_rfa.calibrate(models[EXACT], tokens.calibration_batches())
-        if LINEAR in models:  # the two differ only in the exact heads
-            models[LINEAR].load_state_dict(models[EXACT].state_dict())
-            hf_rfa.set_softmax_heads(models[LINEAR], [])
         converted = models[EXACT]
+        if LINEAR in models:
+            _only_linear(models[LINEAR], converted)
         models |= _of_equal_bytes(original, converted, tokens.prompt(tokens.longest), names)
         models = {name: models[name] for name in names}
         comparison.calibration = report.to_dict()
@@ -128,7 +128,7 @@ def compare(
             comparison.calibrated[name] = measure(models[name])
             bar.update(_QUALITY_UNITS)
         comparison.calibrated = with_far_recovery(comparison.calibrated, tokens.longest)
-        if settings.conversion.most_kept_keys:
+        if conversion_config(converted).most_kept_keys:
             comparison.kept = hf_rfa.kept_tokens(models.get(LINEAR, converted), tokens.prompt(tokens.longest))
 
         for context in speed_contexts:
@@ -179,7 +179,7 @@ def _conversions(
     settings: CompareSettings, original: PreTrainedModel, names: Sequence[str]
 ) -> dict[str, PreTrainedModel]:
     """Converted copies of the original, not calibrated yet: the one with exact heads, and those of `names`."""
-    config = dataclasses.replace(settings.conversion, softmax_heads=None)
+    config = dataclasses.replace(settings.conversion, softmax_heads=None, budget=None)
     configs = {
         WINDOW_ONLY: dataclasses.replace(config, gamma=0.0, kept_keys=0, head_kept_keys=None),
         LINEAR: config,
@@ -190,6 +190,14 @@ def _conversions(
         for name, config in configs.items()
         if name in (EXACT, *names)
     }
+
+
+def _only_linear(model: PreTrainedModel, converted: PreTrainedModel) -> None:
+    """Make an uncalibrated conversion the calibrated one without its exact heads; these keep the usual number of keys."""
+    config = conversion_config(converted)
+    hf_rfa.set_kept_keys(model, config.usual_kept_keys, dict(config.head_kept_keys or ()))
+    model.load_state_dict(converted.state_dict())
+    hf_rfa.set_softmax_heads(model, [])
 
 
 def _of_equal_bytes(

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no display is needed, nor asked for
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from hf_rfa.budget_curve import CurveStep, plot_curve, summary
 from hf_rfa.config import seen_exactly
 from hf_rfa.evaluation.results import (
     ORIGINAL,
@@ -111,6 +112,15 @@ def calibration_table(comparison: Comparison) -> list[list[str]]:
     ]
 
 
+def curve_table(comparison: Comparison) -> list[list[str]]:
+    """Header and rows of what bytes bought when the heads were chosen; no row where the config left no choice."""
+    return summary(_curve(comparison))
+
+
+def _curve(comparison: Comparison) -> list[CurveStep]:
+    return [CurveStep(**step) for step in comparison.calibration.get("curve", ())]
+
+
 def finetuned_title(comparison: Comparison) -> str:
     """The title of the second table, which says how all its columns were trained."""
     training = next(iter(comparison.training.values()))
@@ -118,6 +128,7 @@ def finetuned_title(comparison: Comparison) -> str:
 
 
 CALIBRATED_TITLE = "Right after calibration (no weight of the model trained)"
+CURVE_TITLE = "What the conversion's bytes bought (estimated cost, cache of one text)"
 
 
 def with_finetuned_original(qualities: Mapping[str, Quality]) -> dict[str, Quality]:
@@ -126,7 +137,10 @@ def with_finetuned_original(qualities: Mapping[str, Quality]) -> dict[str, Quali
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Writes report.md, report.json and plots (perplexity.png, cost.png; kept_tokens.png) and returns their paths."""
+    """Writes report.md, report.json and plots, and returns their paths.
+
+    The plots are perplexity.png and cost.png; curve.png where heads were chosen, kept_tokens.png where keys are kept.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("report.md", "report.json", "perplexity.png", "cost.png")]
@@ -135,6 +149,9 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     paths[1].write_text(json.dumps(as_dict(comparison), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plot_perplexity(comparison, paths[2])
     plot_cost(comparison, paths[3])
+    if curve := _curve(comparison):
+        paths.append(folder / "curve.png")
+        plot_curve(curve, paths[-1], unit=comparison.calibration["unit"])
     if comparison.kept is not None:
         paths.append(folder / "kept_tokens.png")
         comparison.kept.plot(paths[-1])
@@ -155,7 +172,8 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 def markdown(comparison: Comparison) -> str:
     """The text of report.md."""
     settings, environment, conversion = comparison.settings, comparison.environment, comparison.settings.conversion
-    heads, kept = comparison.softmax_heads, conversion.most_kept_keys
+    heads = comparison.softmax_heads
+    kept = comparison.calibration.get("kept_keys", conversion.most_kept_keys)
     parts = [
         "# hf_rfa compare",
         f"{source_name(settings.model)} ({comparison.parameters:,} parameters) on {source_name(settings.data)}; "
@@ -201,6 +219,7 @@ def markdown(comparison: Comparison) -> str:
         "Per key head; losses are shares of the squared norm of the layer's output, with the features and with the "
         "window alone.",
         _markdown_table(calibration_table(comparison)),
+        *_curve_section(comparison),
         *(["![Far tokens that each head kept](kept_tokens.png)"] if comparison.kept is not None else []),
         "![Perplexity against context](perplexity.png)",
         "![Prefill time and cache memory against context](cost.png)",
@@ -208,6 +227,24 @@ def markdown(comparison: Comparison) -> str:
         '(`hf_rfa.from_pretrained("model")`).',
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _curve_section(comparison: Comparison) -> list[str]:
+    """The curve that led to the heads of the conversion, if calibration chose any."""
+    table, conversion = curve_table(comparison), comparison.settings.conversion
+    if len(table) == 1:
+        return []
+    if conversion.budget is not None:
+        end = f"until a budget of {conversion.budget} at {conversion.budget_context:,} tokens was spent"
+    else:
+        end = f"until the other heads cost {conversion.loss_budget} nats/token, or a quarter of all heads was exact"
+    return [
+        "## What the bytes bought",
+        f"Exact heads and kept keys were bought where a byte lowers the estimated cost most, {end}. Bytes of exact "
+        f"heads are those at {conversion.budget_context:,} tokens. All steps are in report.json (`calibration.curve`).",
+        _markdown_table(table),
+        "![Estimated cost against bytes](curve.png)",
+    ]
 
 
 def _definitions(comparison: Comparison) -> list[str]:

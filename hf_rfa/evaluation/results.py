@@ -72,7 +72,10 @@ class CompareSettings(Settings):
     seed: int = option("Seed of omega, of calibration and of training batches.", 0, least=0)
     conversion: RFAConfig = part(  # of the last column, whose exact heads the one before does without
         RFAConfig(softmax_heads="auto"),
-        only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "softmax_heads", "seed"),
+        only=(
+            *("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "softmax_heads", "loss_budget"),
+            *("budget", "budget_context", "seed"),
+        ),
         group="Conversion",
     )
     columns: tuple[str, ...] = option(COLUMNS_HELP, DEFAULT_COLUMNS, group=_MEASUREMENT)

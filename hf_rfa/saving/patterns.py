@@ -27,7 +27,7 @@ def save_pattern(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         UnsupportedModelError: The model is not converted.
-        ConfigError: Its exact heads are not decided yet ('auto', a fraction or a budget, without calibration).
+        ConfigError: Its heads are not decided yet ('auto', a fraction or a budget, without calibration).
 
     Example:
         >>> import tempfile, hf_rfa
@@ -44,10 +44,10 @@ def save_pattern(model: nn.Module, path: str | Path) -> None:
     config, base = conversion_config(model), base_model(model)
     heads: Any = config.softmax_heads or ()
     numbers: Any = config.head_kept_keys or ()
-    if not isinstance(heads, tuple):
+    if not isinstance(heads, tuple) or config.kept_keys == "auto":
         raise ConfigError(
-            f"The exact heads of this model are not decided yet. Got softmax_heads={heads!r}. Calibrate it first: "
-            "`hf_rfa.calibrate(model, batches)`."
+            f"The heads of this model are not decided yet. Got softmax_heads={heads!r}, kept_keys="
+            f"{config.kept_keys!r}. Calibrate it first: `hf_rfa.calibrate(model, batches)`."
         )
     values = {
         "pattern_version": PATTERN_VERSION,

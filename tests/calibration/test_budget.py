@@ -1,5 +1,7 @@
 """A budget in bytes is spent along the hull of nats against bytes; patterns carry the choice to another model."""
 
+import copy
+import dataclasses
 import itertools
 import json
 
@@ -11,6 +13,7 @@ from trained_on_topics import topical, trained
 
 import hf_rfa
 from hf_rfa import CheckpointError, ConfigError
+from hf_rfa.budget_curve import summary
 from hf_rfa.calibration.budget import Way, spend
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.record import conversion_config
@@ -43,6 +46,93 @@ def test_no_other_choice_of_the_same_bytes_costs_less_on_convex_curves():
         assert sum(way.cost for way in chosen.values()) == pytest.approx(best)
         assert curve[-1].nats == pytest.approx(best)
         assert [step.bytes for step in curve] == sorted(step.bytes for step in curve)
+
+
+def test_the_walk_ends_once_the_cost_is_small():
+    ways = {(0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1), Way(None, 90, 0.0)], (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0)]}
+    whole = spend(ways)[1]
+    assert [step.nats for step in whole] == [0.7, 0.3, 0.1, 0.0]
+    for number, step in enumerate(whole):  # the same steps, whatever ends them
+        assert spend(ways, loss=step.nats)[1] == spend(ways, step.bytes)[1] == whole[: number + 1]
+    assert spend(ways, loss=0.2)[1][-1].nats == 0.1
+
+
+def test_few_heads_may_become_exact():
+    ways = {(0, head): [Way(0, 10, head + 1), Way(32, 20, head + 0.5), Way(None, 40, 0.0)] for head in range(4)}
+    chosen, curve = spend(ways, most_exact=1)
+    assert [head for head, way in chosen.items() if way.kept_keys is None] == [(0, 3)]
+    assert all(chosen[0, head].kept_keys == 32 for head in range(3))
+    assert curve[-1].nats == sum(head + 0.5 for head in range(3))
+    assert all(way.kept_keys == 32 for way in spend(ways, most_exact=0)[0].values())
+
+
+def test_where_an_exact_head_is_the_cheaper_one_still_only_the_costliest_become_exact():
+    """In short contexts the state of a linear head may take more bytes than all keys."""
+    ways = {(0, head): [Way(4, 50, float(head)), Way(None, 40, 0.0)] for head in range(4)}
+    assert spend(ways, loss=3.0, most_exact=4)[0][0, 3].kept_keys is None
+    assert [step.nats for step in spend(ways, loss=3.0, most_exact=4)[1]] == [6, 3]
+    assert {way.kept_keys for way in spend(ways, 1000)[0].values()} == {None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_budget_and_a_loss_budget_agree_on_the_curve(family):
+    """Whoever asks for a loss gets bytes; whoever asks for these bytes gets the same heads, and the same loss."""
+    original, texts = trained(family), topical(4, 200, seed=1)
+    own = {name: value for name, value in BUDGET.items() if name != "budget"}
+
+    def choice(**settings):
+        model = hf_rfa.convert(copy.deepcopy(original), hf_rfa.RFAConfig(**own | settings), calibrate=texts)
+        config, curve = conversion_config(model), hf_rfa.calibration_report(model).curve
+        return (config.softmax_heads, config.kept_keys, config.head_kept_keys), curve
+
+    whole = choice(budget=1.0)[1]
+    by_loss, curve = choice(softmax_heads="auto", kept_keys="auto", loss_budget=whole[4].nats + 1e-9)  # it is rounded
+    assert curve == whole[:5]
+    token = sum(2 * a.omega.shape[2] * 4 * a.key_heads for a in adapters(converted(copy.deepcopy(original))))
+    by_bytes, same = choice(budget=(curve[-1].bytes + 0.5) / (token * 400))
+    assert same == curve
+    assert by_bytes == by_loss
+    assert by_loss[2]
+
+
+def test_auto_alone_leaves_the_kept_keys_as_they_are():
+    config = hf_rfa.RFAConfig(window=8, sink_tokens=2, kept_keys=3, softmax_heads="auto", loss_budget=0.0)
+    model = hf_rfa.convert(build("llama"), config, calibrate=token_ids(2, 200))
+    got, report = conversion_config(model), hf_rfa.calibration_report(model)
+    assert (got.kept_keys, got.head_kept_keys, len(got.softmax_heads)) == (3, None, 1)
+    assert got.softmax_heads == (report.ranking[0][:2],)
+    assert [step.kept_keys for step in report.curve] == [None, None]
+    assert report.curve[0].nats == pytest.approx(sum(head.cost for head in report.heads), abs=2e-9)
+    assert report.curve[1].nats == pytest.approx(report.curve[0].nats - report.ranking[0][2], abs=2e-9)
+
+
+def test_kept_keys_alone_are_chosen_beside_the_exact_heads_that_are_listed():
+    config = hf_rfa.RFAConfig(window=8, sink_tokens=2, kept_keys="auto", softmax_heads=[(1, 1)], loss_budget=0.0)
+    undecided = hf_rfa.convert(build("llama"), config, calibrate=False)
+    assert hf_rfa.RFAConfig.from_dict(conversion_config(undecided).to_dict()).kept_keys == "auto"
+    with pytest.raises(ConfigError, match="not decided yet.*kept_keys='auto'"):
+        hf_rfa.save_pattern(undecided, "never written")
+    hf_rfa.calibrate(undecided, token_ids(2, 200))
+    got, curve = conversion_config(undecided), hf_rfa.calibration_report(undecided).curve
+    assert got.softmax_heads == ((1, 1),)
+    assert {head for head, _ in got.head_kept_keys} == {(0, 0), (0, 1), (1, 0)}
+    assert curve[-1].nats < curve[0].nats
+    assert all(step.kept_keys for step in curve[1:])
+    assert isinstance(got.kept_keys, int)
+
+
+def test_the_report_shows_what_bytes_bought():
+    model = hf_rfa.convert(trained("llama"), hf_rfa.RFAConfig(**BUDGET), calibrate=topical(4, 200, seed=1))
+    report = hf_rfa.calibration_report(model)
+    rows = summary(report.curve, rows=3)
+    assert len(rows) == 5
+    assert rows[-1][1] == f"{report.curve[-1].nats:.5f}"
+    bought = "; ".join(row[2] for row in rows)
+    for layer, head in report.softmax_heads:
+        assert f"{layer}.{head}" in bought.split("exact:", 1)[1]
+    assert "what bytes buy" in str(report)
+    assert "what bytes buy" not in str(dataclasses.replace(report, curve=[]))
+    assert summary([]) == [rows[0]]
 
 
 def test_a_budget_decides_the_heads_of_a_model(tmp_path):

@@ -135,6 +135,35 @@ def test_without_fine_tuning_the_report_says_so(comparison, tmp_path):
     assert "adds the far keys through" in text
 
 
+CURVE = [
+    {"bytes": 2**20, "nats": 0.5, "layer": None, "key_head": None, "kept_keys": None},
+    {"bytes": 2**21, "nats": 0.25, "layer": 0, "key_head": 1, "kept_keys": 64},
+    {"bytes": 2**22, "nats": 0.004, "layer": 3, "key_head": 1, "kept_keys": None},
+]
+
+
+def test_the_curve_joins_the_report(comparison, tmp_path):
+    comparison.calibration |= {"curve": CURVE, "unit": "nats/token", "kept_keys": 64}
+    paths = report.write_report(comparison, tmp_path)
+    text = paths[0].read_text()
+    assert "| 1.000 | 0.50000 |  |" in text
+    assert "| 2.000 | 0.25000 | 64 kept keys in 1 head |" in text
+    assert "| 4.000 | 0.00400 | exact: 3.1 |" in text
+    assert "until the other heads cost 0.005 nats/token" in text
+    assert "(curve.png)" in text
+    assert "keeps up to 64 far keys" in text
+    assert paths[-1].name == "curve.png"
+    with Image.open(paths[-1]) as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+    assert json.loads(paths[1].read_text())["calibration"]["curve"] == CURVE
+
+
+def test_without_a_choice_of_heads_there_is_no_curve(comparison, tmp_path):
+    paths = report.write_report(comparison, tmp_path)
+    assert "bytes bought" not in paths[0].read_text()
+    assert not (tmp_path / "curve.png").exists()
+
+
 def test_kept_keys_join_the_report(comparison, tmp_path):
     comparison.kept = hf_rfa.kept_tokens(converted(kept_keys=3), token_ids())
     settings = comparison.settings
