@@ -110,7 +110,7 @@ class RFAConfig:
         "Far keys that each linear key head goes on seeing exactly: those that took the largest share of attention, "
         "chosen anew each time a chunk leaves the window (layers that see both sides: once, by queries from all over "
         "the text). All others go through the features. Needs a window: by default 128, and 0 if window = 0. 'auto': "
-        "`calibrate` gives each head as many as it needs, see `loss_budget`. `hf_rfa.kept_tokens` shows which they are.",
+        "`calibrate` decides for each head, see `loss_budget`. `hf_rfa.kept_tokens` shows which they are.",
         None,
     )
     head_kept_keys: HeadNumbers = _help(

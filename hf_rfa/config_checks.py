@@ -43,7 +43,8 @@ def check_kept(kept_keys: Any, head_kept_keys: Any, window: int) -> None:
         )
     if kept_keys == "auto" and head_kept_keys:
         raise ConfigError(
-            f"With kept_keys='auto' calibration decides `head_kept_keys`. Got {head_kept_keys!r}. Leave one of them out."
+            f"With kept_keys='auto' calibration decides `head_kept_keys`. Got {head_kept_keys!r}. Leave one of them "
+            "out."
         )
 
 

@@ -8,8 +8,9 @@
 
 Columns: original, window only, every head linear, retrieval heads exact (nothing trained; `--columns` chooses, and has
 what else the bytes of the conversion could hold), then the checkpoints, converted or not, named by the text before the
-equals sign. `--tasks` adds RULER-style tasks, judged by what is generated. Writes report.json, report.md and plots
-(perplexity by position; prefill, decoding and cache against length).
+equals sign. `--tasks` adds RULER-style tasks, judged by what is generated. `--budget 0.25 --budget_context 8192` converts
+at a quarter of the KV bytes. Writes report.json, report.md and plots (perplexity by position; prefill, decoding and
+cache against length; what the bytes of the conversion bought).
 """
 
 import copy
@@ -29,6 +30,7 @@ from matplotlib.ticker import LogLocator
 from transformers import AutoTokenizer
 
 import hf_rfa
+from hf_rfa.budget_curve import plot_curve, summary
 from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
 from hf_rfa.config import seen_exactly
@@ -67,7 +69,10 @@ class Options(Settings):
 
     conversion: hf_rfa.RFAConfig = part(
         hf_rfa.RFAConfig(softmax_heads="auto"),
-        only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "seed"),
+        only=(
+            *("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "softmax_heads", "loss_budget"),
+            *("budget", "budget_context", "seed"),
+        ),
         group="Conversion of the untrained columns",
     )
 
@@ -106,17 +111,21 @@ def main(arguments: list[str]) -> None:
 
     seen = seen_exactly(config.window, config.sink_tokens)
     caption = f"Window {config.window}: a query of an untrained conversion sees {seen} exactly."
-    table = f"{markdown_table(columns)}\n{speed_rows(speeds, list(models))}\n{caption}\n"
+    curve = hf_rfa.calibration_report(calibrated).curve
+    table = f"{markdown_table(columns)}\n{speed_rows(speeds, list(models))}\n{curve_rows(curve)}{caption}\n"
     (given.output / "report.md").write_text(table, encoding="utf-8")
     report = {
         "settings": given.to_dict()
         | {name: source_name(getattr(given, name)) for name in ("original", "data", "output")}
         | {"checkpoints": list(checkpoints)},
         "columns": [column.to_dict() for column in columns],
+        "curve": [dataclasses.asdict(step) for step in curve],
         "speed": {n: {name: dataclasses.asdict(s) for name, s in by_name.items()} for n, by_name in speeds.items()},
     }
     (given.output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     plot(columns, speeds, given.output)
+    if curve:
+        plot_curve(curve, given.output / "curve.png")
     print(table)
 
 
@@ -142,6 +151,15 @@ def speed_rows(speeds, names) -> str:
         ):
             rows.append(f"| {title} | " + " | ".join(value(by_name[name]) for name in names) + " |")
     return "\n".join(rows) + "\n"
+
+
+def curve_rows(curve) -> str:
+    """What the bytes of the conversion bought, if calibration chose any heads."""
+    head, *rows = summary(curve)
+    if not rows:
+        return ""
+    lines = [head, ["---:", "---:", "---"], *rows]
+    return "What the bytes bought:\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in lines) + "\n"
 
 
 def plot(columns, speeds, output: Path) -> None:

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from families import llama
+from PIL import Image
 from tokenizers_of_tests import byte_tokenizer
 from transformers import AutoTokenizer
-from PIL import Image
 from typer.testing import CliRunner
 
 import hf_rfa
@@ -18,6 +18,8 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation import compare, perplexity
 from hf_rfa.evaluation.results import EXACT, LINEAR, ORIGINAL, VARIANTS, WINDOW_ONLY, CompareSettings
 from hf_rfa.options import options_of
+from hf_rfa.runtime.arguments import cache_of
+from hf_rfa.runtime.record import conversion_config
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,10 @@ def test_the_converted_model_is_written_as_it_was_measured(run, figures, data_fo
 
 
 def test_what_a_budget_bought_is_shown(model_folder, data_folder, tmp_path):
-    arguments = f"""compare --model {model_folder} --data {data_folder} --output {tmp_path} --num-features 2 --window 16
-        --sink-tokens 2 --budget 0.9 --budget-context 600 --contexts 256 --eval-windows 2 --copy-gaps 100 --columns linear,exact
-        --speed-contexts 64 --speed-repeats 1 --new-tokens 2 --calibration-batches 1 --steps 0 --batch-size 1 --device cpu
-        --threads 1"""
+    arguments = f"""compare --model {model_folder} --data {data_folder} --output {tmp_path} --num-features 2
+        --window 16 --sink-tokens 2 --budget 0.9 --budget-context 600 --contexts 256 --eval-windows 2 --copy-gaps 100
+        --columns linear,exact --speed-contexts 64 --speed-repeats 1 --new-tokens 2 --calibration-batches 1 --steps 0
+        --batch-size 1 --device cpu --threads 1"""
     result = CliRunner().invoke(cli.app, arguments.split(), catch_exceptions=False, env={"COLUMNS": "160"})
     figures, text = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
     curve = figures["calibration"]["curve"]

@@ -29,7 +29,6 @@ from hf_rfa.calibration.outputs import OutputReader, Outputs
 from hf_rfa.calibration.processes import sum_over_processes
 from hf_rfa.calibration.progress import Progress, progress_bar
 from hf_rfa.calibration.texts import Text, count, texts_of
-from hf_rfa.config import RFAConfig
 from hf_rfa.errors import ConfigError
 from hf_rfa.report import NATS, CalibrationReport, HeadCalibration
 from hf_rfa.runtime.adapter import RFAAdapter

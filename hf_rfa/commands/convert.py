@@ -45,9 +45,11 @@ def convert_folder(settings: ConvertSettings, say: Callable[[str], None]) -> Pre
         batches = _batches(settings, model, tokenizer)
     shown = f"{type(model).__name__} of {model.num_parameters() / 1e6:.1f}M parameters"
     tell(f"Converting a {shown}, calibrating on {settings.data or 'a text that it writes itself'}")
-    hf_rfa.convert(model, settings.conversion, calibrate=batches)
+    hf_rfa.convert(model, settings.conversion, calibrate=batches, pattern=settings.pattern)
     tell(f"Saving to {output}")
     hf_rfa.save_pretrained(model, output)
+    if settings.save_pattern is not None:
+        hf_rfa.save_pattern(model, settings.save_pattern)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
     write_card(model, output, name=output.name)

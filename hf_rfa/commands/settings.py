@@ -21,7 +21,14 @@ class ConvertSettings(Settings):
 
     model: str = option("Folder or hub id of the model to convert.")
     output: str = option("Folder for the converted model and its tokenizer; new, or empty.")
+    save_pattern: str | None = option(
+        "File for the choice of heads, which `--pattern` applies to another copy of the model.", None
+    )
     conversion: RFAConfig = part(RFAConfig(softmax_heads="auto"), group="Conversion")
+    pattern: str | None = option(
+        "File of `--save-pattern`: its exact heads and numbers of kept keys are taken, and no head is ranked.", None,
+        group="Conversion",
+    )  # fmt: skip
     data: str | None = option(
         f"Texts to calibrate on. {SOURCE_HELP} By default a text that the model writes itself.", None,
         group=_CALIBRATION,

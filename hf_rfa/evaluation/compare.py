@@ -193,7 +193,7 @@ def _conversions(
 
 
 def _only_linear(model: PreTrainedModel, converted: PreTrainedModel) -> None:
-    """Make an uncalibrated conversion the calibrated one without its exact heads; these keep the usual number of keys."""
+    """Make an uncalibrated conversion the calibrated one without exact heads; those keep the usual number of keys."""
     config = conversion_config(converted)
     hf_rfa.set_kept_keys(model, config.usual_kept_keys, dict(config.head_kept_keys or ()))
     model.load_state_dict(converted.state_dict())

@@ -241,7 +241,7 @@ def _curve_section(comparison: Comparison) -> list[str]:
     return [
         "## What the bytes bought",
         f"Exact heads and kept keys were bought where a byte lowers the estimated cost most, {end}. Bytes of exact "
-        f"heads are those at {conversion.budget_context:,} tokens. All steps are in report.json (`calibration.curve`).",
+        f"heads are those at {conversion.budget_context:,} tokens. All steps: `calibration.curve` in report.json.",
         _markdown_table(table),
         "![Estimated cost against bytes](curve.png)",
     ]

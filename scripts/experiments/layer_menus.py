@@ -191,7 +191,10 @@ def _counts(values: Sequence[int]) -> dict[int, int]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Nats/token on the passage that decided, on the other; and how many layers have which window and features."""
-    lines = ["| menu | budget | nats/token | on the other passage | windows | features |", "|---|---:|---:|---:|---|---|"]
+    lines = [
+        "| menu | budget | nats/token | on the other passage | windows | features |",
+        "|---|---:|---:|---:|---|---|",
+    ]
     for row in rows:
         cells = ["—" if row[name] is None else f"{row[name]:.5f}" for name in ("nats", "held_out")]
         cells += [", ".join(f"{key}: {n}" for key, n in row[name].items()) for name in ("windows", "features")]

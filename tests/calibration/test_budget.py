@@ -49,7 +49,10 @@ def test_no_other_choice_of_the_same_bytes_costs_less_on_convex_curves():
 
 
 def test_the_walk_ends_once_the_cost_is_small():
-    ways = {(0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1), Way(None, 90, 0.0)], (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0)]}
+    ways = {
+        (0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1), Way(None, 90, 0.0)],
+        (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0)],
+    }
     whole = spend(ways)[1]
     assert [step.nats for step in whole] == [0.7, 0.3, 0.1, 0.0]
     for number, step in enumerate(whole):  # the same steps, whatever ends them

@@ -60,9 +60,21 @@ def test_texts_of_ones_own_calibrate(original, tmp_path):
     assert hf_rfa.calibration_report(hf_rfa.from_pretrained(tmp_path / "converted")).tokens == 3 * 80
 
 
+def test_a_pattern_is_written_and_applied(original, tmp_path):
+    pattern = tmp_path / "pattern.json"
+    assert run(original, tmp_path / "first", *SMALL.split(), "--save-pattern", pattern).exit_code == 0
+    other = "--window 16 --num-features 8 --sink-tokens 2 --softmax-heads auto"
+    result = run(original, tmp_path / "second", *other.split(), "--pattern", pattern)
+    assert result.exit_code == 0, result.output
+    config = conversion_config(hf_rfa.from_pretrained(tmp_path / "second"))
+    assert (config.softmax_heads, config.head_kept_keys) == (((0, 1),), (((1, 0), 3),))
+    assert config.layer_features is None  # a pattern says nothing of features
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--pattern", "none.json"], "Cannot read the pattern 'none.json'"),
         (["--context", "200", "--data", "stdlib"], "positions end at 96.*--context 96"),
         (["--feature-map", "cubic"], "`feature_map` must be one of"),
         (["--head-kept-keys", "1:3"], "`--head-kept-keys` must be"),

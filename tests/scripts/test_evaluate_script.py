@@ -133,7 +133,10 @@ def test_the_table_and_the_plots_show_the_same(setting, report):
     assert table.endswith(
         "\nWindow 16: a query of an untrained conversion sees 16 to 32 tokens and the first 4 exactly.\n"
     )
-    for name in ("perplexity_by_position.png", "cost.png"):
+    curve = report["curve"]  # of softmax_heads="auto"
+    assert len(curve) > 1
+    assert f"| {curve[-1]['bytes'] / 2**20:.3f} | {curve[-1]['nats']:.5f} | exact: " in table
+    for name in ("perplexity_by_position.png", "cost.png", "curve.png"):
         assert (setting / "report" / name).read_bytes().startswith(PNG)
 
 
