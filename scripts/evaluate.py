@@ -8,9 +8,9 @@
 
 Columns: original, window only, every head linear, retrieval heads exact (nothing trained; `--columns` chooses, and has
 what else the bytes of the conversion could hold), then the checkpoints, converted or not, named by the text before the
-equals sign. `--tasks` adds RULER-style tasks, judged by what is generated. `--budget 0.25 --budget_context 8192` converts
-at a quarter of the KV bytes. Writes report.json, report.md and plots (perplexity by position; prefill, decoding and
-cache against length; what the bytes of the conversion bought).
+equals sign. `--tasks` adds RULER-style tasks, judged by what is generated. `--budget 0.25 --budget_context 8192`
+converts at a quarter of the KV bytes. Writes report.json, report.md and plots (perplexity by position; prefill,
+decoding and cache against length; what the bytes of the conversion bought).
 """
 
 import copy

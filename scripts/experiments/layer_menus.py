@@ -2,11 +2,11 @@
 
     python scripts/experiments/layer_menus.py --model MODEL --data DATA --output RESULT.json [--context 2048]
 
-For each window, number of features and number of kept keys, each key head's cost in nats (`hf_rfa.head_costs`) is worked
-out from one backward pass, as in `kept_keys_table.py`: the far kernel of each number of features is fitted on the
-calibration passage, gamma chosen again for each window and K. A menu says which windows and features a layer may have;
-its heads share them, and each has its own kept keys or is exact. For a price lambda of a byte every layer takes what is
-cheapest,
+For each window, number of features and number of kept keys, each key head's cost in nats (`hf_rfa.head_costs`) is
+worked out from one backward pass, as in `kept_keys_table.py`: the far kernel of each number of features is fitted on
+the calibration passage, gamma chosen again for each window and K. A menu says which windows and features a layer may
+have; its heads share them, and each has its own kept keys or is exact. For a price lambda of a byte every layer takes
+what is cheapest,
 
     min over (window, features) of  sum over its heads of min over (kept keys, exact) of  nats + lambda bytes
 

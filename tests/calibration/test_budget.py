@@ -113,7 +113,7 @@ def test_kept_keys_alone_are_chosen_beside_the_exact_heads_that_are_listed():
     config = hf_rfa.RFAConfig(window=8, sink_tokens=2, kept_keys="auto", softmax_heads=[(1, 1)], loss_budget=0.0)
     undecided = hf_rfa.convert(build("llama"), config, calibrate=False)
     assert hf_rfa.RFAConfig.from_dict(conversion_config(undecided).to_dict()).kept_keys == "auto"
-    with pytest.raises(ConfigError, match="not decided yet.*kept_keys='auto'"):
+    with pytest.raises(ConfigError, match=r"not decided yet.*kept_keys='auto'"):
         hf_rfa.save_pattern(undecided, "never written")
     hf_rfa.calibrate(undecided, token_ids(2, 200))
     got, curve = conversion_config(undecided), hf_rfa.calibration_report(undecided).curve
