@@ -53,7 +53,7 @@ class Options(Settings):
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formula reads of a model; `converted` layers see everything, the others `sliding` tokens (None: all)."""
+    """What the formula reads of a model; `converted` layers see everything, the others `sliding` tokens."""
 
     layers: int
     converted: int

@@ -36,17 +36,17 @@ def test_every_point_is_the_best_choice_of_its_bytes(menus, costs):
     windows, features = (32, 64), (64, 128)
     points = menus.curve(costs, windows, features)
     places = [(menus.WINDOWS.index(w), menus.FEATURES.index(f)) for w in windows for f in features]
-    ways = range(costs.price.shape[2])
-    layers = [  # all that a layer may be: (bytes, nats)
-        [
-            (sum(costs.price[w, f, k].item() for k in kept), sum(costs.nats[0, w, f, k, h].item() for k, h in zip(kept, heads, strict=True)))
-            for w, f in places for kept in itertools.product(ways, repeat=2)
-        ]
-        for heads in ((0, 1), (2, 3))
-    ]  # fmt: skip
+
+    def all_of_layer(heads):
+        """(bytes, nats) of all that a layer may be."""
+        for (w, f), kept in itertools.product(places, itertools.product(range(costs.price.shape[2]), repeat=2)):
+            nats = sum(costs.nats[0, w, f, k, head].item() for k, head in zip(kept, heads, strict=True))
+            yield costs.price[w, f, list(kept)].sum().item(), nats
+
+    both = [(a[0] + b[0], a[1] + b[1]) for a, b in itertools.product(*map(list, map(all_of_layer, ((0, 1), (2, 3)))))]
     assert len(points) > 3
     for point in points:
-        best = min(a[1] + b[1] for a, b in itertools.product(*layers) if a[0] + b[0] <= point.bytes + 1e-9)
+        best = min(nats for size, nats in both if size <= point.bytes + 1e-9)
         assert point.nats == pytest.approx(best, abs=1e-12)
         assert point.held_out == pytest.approx(2 * point.nats, abs=1e-12)
 
@@ -54,12 +54,8 @@ def test_every_point_is_the_best_choice_of_its_bytes(menus, costs):
 def test_with_one_window_and_number_of_features_it_is_the_curve_of_a_budget(menus, costs):
     points = menus.curve(costs, (64,), (64,))
     place = menus.WINDOWS.index(64), menus.FEATURES.index(64)
-    ways = {
-        (int(costs.layer[head]), head): [
-            Way(n, costs.price[(*place, n)].item(), costs.nats[(0, *place, n, head)].item()) for n in range(costs.price.shape[2])
-        ]
-        for head in range(4)
-    }  # fmt: skip
+    price, nats = costs.price[place], costs.nats[(0, *place)]
+    ways = {(0, head): [Way(n, price[n].item(), nats[n, head].item()) for n in range(len(price))] for head in range(4)}
     steps = {round(step.bytes, 6): step.nats for step in spend(ways)[1]}
     for point in points:
         assert steps[round(point.bytes, 6)] == pytest.approx(point.nats, abs=1e-8)
