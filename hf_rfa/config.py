@@ -133,7 +133,8 @@ class RFAConfig:
     budget: float | str | None = _help(
         "Cache bytes to spend, by `calibrate`, where they lower the divergence most, on kept keys and exact heads: a "
         "share of the original's KV bytes at `budget_context` tokens in the converted layers, or 'N tokens' per key "
-        "head whatever the length (then no head is exact). Decides `softmax_heads` and `head_kept_keys`.",
+        "head whatever the length (then no head is exact). Decides `softmax_heads` and `head_kept_keys`. Windows and "
+        "features stay as they are: as a choice of each layer they save little (scripts/experiments/README.md).",
         None,
     )
     budget_context: int = _help(

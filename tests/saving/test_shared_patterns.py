@@ -38,7 +38,6 @@ SHARED = sorted(path.stem for path in PATTERNS.glob("*.json"))
 
 
 def test_every_pattern_is_tested():
-    assert SHARED
     assert set(SHARED) <= set(MODELS)
 
 
