@@ -8,7 +8,8 @@
 `--measure` converts a model as it is by default and calibrates it on random tokens (the time does not depend on
 them). From its stages follow two rates: of matrix products, in the model's own passes, and of trying candidates, whose
 sums and exponentials are float32. `--check` predicts the stages of another measured model from the rates of the first.
-docs/calibration.md explains the formula.
+docs/calibration.md explains the formula. Where far parts are switched off, which random tokens make likelier, the
+result is measured more often than twice; `runs` says how often.
 """
 
 import json
@@ -121,10 +122,18 @@ LLAMA_8B = Shape(32, 32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 LLAMA_70B = Shape(80, 80, 8192, 28672, 64, 8, 128, 128256, tied=False)
 
 
-def operations(shape: Shape, texts: int, length: int) -> dict[str, dict[str, float]]:
-    """Operations of each stage: {"products": in the model's passes, "candidates": for them}."""
+def measured_tokens(texts: int, length: int) -> int:
+    """How many tokens the result is measured on: whole texts."""
+    return min(texts, -(-MEASURED_TOKENS // length)) * length
+
+
+def operations(shape: Shape, texts: int, length: int, runs: float = 2) -> dict[str, dict[str, float]]:
+    """Operations of each stage: {"products": in the model's passes, "candidates": for them}.
+
+    runs: Of the result while it is measured: with its far parts and without; more where some are switched off.
+    """
     total = texts * length
-    first, measured = min(total, MOMENT_TOKENS), min(total, MEASURED_TOKENS)
+    first, measured = min(total, MOMENT_TOKENS), measured_tokens(texts, length)
     every = min(EVERY, max(1, total // TRIED_QUERIES), hf_rfa.RFAConfig().window)
     forward = shape.forward(length)
     # The backward pass runs each block again; parameters get no gradient, so that going back takes as much as going
@@ -136,9 +145,9 @@ def operations(shape: Shape, texts: int, length: int) -> dict[str, dict[str, flo
         "fitting": {
             "products": total * back + (total - first) * forward, "candidates": total * shape.candidates(every)
         },
-        # With the far part and without; the logits of both and of the original.
+        # Each time the logits of the original, too.
         "measuring": {
-            "products": 2 * measured * (forward - shape.attention(length) + shape.near() + 2 * shape.logits),
+            "products": runs * measured * (forward - shape.attention(length) + shape.near() + 2 * shape.logits),
             "candidates": 0.0,
         },
     }  # fmt: skip
@@ -161,10 +170,16 @@ def seconds(work: Mapping[str, Mapping[str, float]], rates: Mapping[str, float])
     return {stage: sum(number / rates[kind] for kind, number in each.items()) for stage, each in work.items()}
 
 
+def work_of(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The operations of what was measured."""
+    shape = Shape(**measured["shape"])
+    return operations(shape, measured["texts"], measured["tokens"], measured["runs"])
+
+
 def rates_of(measured: Mapping[str, Any]) -> dict[str, float]:
     """Operations per second: of products from the first stage, of candidates from what that leaves of the second."""
-    shape, found = Shape(**measured["shape"]), measured["seconds"]
-    work = operations(shape, measured["texts"], measured["tokens"])
+    found = measured["seconds"]
+    work = work_of(measured)
     products = work["statistics"]["products"] / found["statistics"]
     left = found["fitting"] - work["fitting"]["products"] / products
     if left <= 0:
@@ -176,16 +191,20 @@ def rates_of(measured: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Stages(Progress):
-    """CPU seconds between the stages that calibration announces."""
+    """CPU seconds between the stages that calibration announces, and the tokens of forwards done in each."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, float] = {}
         self._now, self._since = "", time.process_time()
 
     def stage(self, name: str, units: float = 0) -> None:
         self.end()
         self._now = name.removeprefix("calibrating: ")
+
+    def done(self, units: float) -> None:
+        self.tokens[self._now] = self.tokens.get(self._now, 0.0) + units
 
     def end(self) -> None:
         """Count the stage that runs."""
@@ -206,6 +225,7 @@ def measure(model_id: str, texts: int, tokens: int) -> dict[str, Any]:
     stages.end()
     return {
         "model": Path(model_id).name, "texts": texts, "tokens": tokens, "seconds": stages.seconds,
+        "runs": stages.tokens["measuring"] / measured_tokens(texts, tokens),
         "threads": torch.get_num_threads(), "shape": vars(shape),
     }  # fmt: skip
 
@@ -245,7 +265,7 @@ def main(arguments: list[str]) -> None:
         print(table(options, rates))
         return
     other = json.loads(options.check.read_text(encoding="utf-8"))
-    predicted = seconds(operations(Shape(**other["shape"]), other["texts"], other["tokens"]), rates)
+    predicted = seconds(work_of(other), rates)
     for stage in STAGES:
         print(f"{stage}: {predicted[stage]:.1f} s predicted, {other['seconds'][stage]:.1f} s measured")
     print(f"all: {sum(predicted.values()):.1f} s predicted, {sum(other['seconds'].values()):.1f} s measured")
