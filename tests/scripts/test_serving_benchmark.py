@@ -6,6 +6,7 @@ import pytest
 from servers import tiny_model, tokenizer
 
 import hf_rfa
+from hf_rfa.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def folders(tmp_path_factory):
 
 
 def test_both_models_answer_every_load_that_fits(imported, folders, tmp_path, capsys):
-    serving = imported("benchmarks.serving")
+    serving = imported("benchmark_serving")
     original, converted = folders
     # The original takes 2 layers x 2 key heads x 8 dims x (key, value) x 4 bytes a token.
     limit = 100 * 2 * 2 * 8 * 2 * 4 / 2**30
@@ -37,6 +38,32 @@ def test_both_models_answer_every_load_that_fits(imported, folders, tmp_path, ca
     for row in rows:
         if "seconds" in row:
             assert row["tokens_per_second"] == pytest.approx(3 * row["requests"] / row["seconds"])
+            assert row["prompt_tokens_per_second"] == pytest.approx(row["requests"] * row["prompt"] / row["seconds"])
             assert row["first_token"] > 0
     assert "does not fit" in (tmp_path / "serving.md").read_text()
     assert capsys.readouterr().out.count("| original |") == 4
+
+
+def test_a_run_in_parts_gives_one_table_and_other_settings_are_refused(imported, folders, tmp_path, capsys):
+    benchmark = imported("benchmark_serving")
+    command = f"--model {folders[0]} --converted {folders[1]} --new-tokens 3 --clock cpu --output {tmp_path}"
+    for loads in ("--prompts 20 --concurrent 2", "--prompts 9 --concurrent 1,2", "--prompts 20 --concurrent 2"):
+        benchmark.main(f"{command} {loads}".split())
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert [(row["prompt"], row["requests"], row["model"]) for row in found["rows"]] == [
+        (prompt, requests, model)
+        for prompt, requests in ((9, 1), (9, 2), (20, 2))
+        for model in ("original", "converted")
+    ]
+    assert [row["command"][-30:] for row in found["rows"]][-1].endswith("--prompts 20 --concurrent 2")
+    page = (tmp_path / "serving.md").read_text()
+    assert page.count("python scripts/") == 2
+    assert page.count("| original |") == 3
+    with pytest.raises(ConfigError, match="other settings"):
+        benchmark.main(f"{command} --prompts 20 --concurrent 2 --new-tokens 4".split())
+
+
+def test_seconds_of_a_step_are_those_in_which_all_requests_are_there(imported):
+    together = imported("benchmark_serving").together
+    assert together([[1.0, 2.0, 3.0, 4.0, 5.0], [2.5, 4.5, 6.5]]) == pytest.approx((5 - 2.5) / 3)
+    assert together([[1.0, 2.0], [3.0, 4.0]]) is None

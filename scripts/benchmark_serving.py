@@ -1,17 +1,23 @@
 """A server under load: the original and the converted model in one run, one after the other for each load.
 
-    python scripts/benchmarks/serving.py --model FOLDER                          converts it first, calibrated
-    python scripts/benchmarks/serving.py --model FOLDER --converted RFA_FOLDER   or takes what is there
-    python scripts/benchmarks/serving.py --model FOLDER --prompts 2048,8000 --concurrent 1,8,32 --output figures
-    python scripts/benchmarks/serving.py --clock cpu --prompts 512 --concurrent 1,4 --new-tokens 16    small
+    python scripts/benchmark_serving.py --model FOLDER                          converts it first, calibrated
+    python scripts/benchmark_serving.py --model FOLDER --converted RFA_FOLDER   or takes what is there
+    python scripts/benchmark_serving.py --model FOLDER --prompts 2048,8000 --concurrent 1,8,32 --output figures
+    python scripts/benchmark_serving.py --clock cpu --prompts 512 --concurrent 1,4 --new-tokens 16    small
+
+A long run can be made of parts: with the same `--output` and settings, each adds its loads to the figures there, which
+are written after every row.
 
 Both models run in the engine of `hf-rfa serve`, behind HTTP, in this process; as many clients as `--concurrent` says
 each send one prompt at the same moment, of random tokens, and stream the answer, greedily and without an end of the
 text before `--new-tokens`. The original has Transformers' `DynamicCache`. Figures of one row:
 
 - seconds: from the first request to the last answer's end, prompts included; the median of `--repeats` runs in turn
-- tokens/s: generated tokens of all requests / seconds
-- first token, per token: seconds on the wall until a request's first token, and between two of its tokens; means
+- prompt tokens/s, tokens/s: tokens of all prompts, and generated tokens of all requests / seconds
+- per token, all together: seconds of a step that gives every request one token, from the last request's first token
+  until the first request's end; empty where they never were all in the batch (more `--new-tokens`, or more
+  `--prefill-tokens`, which are the tokens of prompts that are read before the others get their next token)
+- first token, wall: seconds on the wall until a request's first token, the mean
 - KiB a sequence: of the cache after the prompt
 
 On a machine that others use too, `--clock cpu` counts the processor time of the process. Loads whose cache would
@@ -20,6 +26,7 @@ take more than `--limit-gib` are left out; a batch is copied when it is joined, 
 
 import concurrent.futures
 import copy
+import dataclasses
 import json
 import platform
 import shlex
@@ -38,6 +45,7 @@ import httpx
 import torch
 import transformers
 import uvicorn
+from benchmarks.serving_figures import Figures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_rfa
@@ -78,8 +86,8 @@ class Run:
     """One load, once; seconds."""
 
     seconds: float
+    together: float | None
     first_token: float
-    per_token: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,18 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.eos_token = None  # an answer ends at its length
+    command = shlex.join(["python", "scripts/benchmark_serving.py", *arguments])
+    figures = Figures(None if options.output is None else Path(options.output), measured_with(options), command)
     models = load(options)
-    rows, lines = [], []
-
-    def put(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    put(f"{platform.processor() or platform.machine()}, {options.device}, {options.threads} threads, torch "
-        f"{torch.__version__}, Transformers {transformers.__version__}, clock {options.clock}")  # fmt: skip
-    put("")
-    put("| prompt | requests | | seconds | tokens/s | first token, s | per token, s | KiB a sequence |")
-    put("|---:|---:|---|---:|---:|---:|---:|---:|")
+    print(figures.head(), flush=True)
     sizes = {name: {n: bytes_after(model, n) for n in options.prompts} for name, model in models.items()}
     with (
         serving(models[ORIGINAL], tokenizer, options) as first,
@@ -109,14 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for prompt in options.prompts:
             for clients in options.concurrent:
                 for row in measure(ports, sizes, prompt, clients, models[ORIGINAL].config.vocab_size, options):
-                    rows.append(row)
-                    put(_line(row))
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        command = shlex.join(["python", "scripts/benchmarks/serving.py", *arguments])
-        (folder / "serving.md").write_text("\n".join([f"`{command}`", "", *lines, ""]))
-        (folder / "serving.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+                    figures.add(row)
+
+
+def measured_with(options: Options) -> dict[str, Any]:
+    """What rows must have in common to stand in one table."""
+    loads = ("prompts", "concurrent", "output", "limit_gib")
+    chosen = {key: value for key, value in options.to_dict().items() if key not in loads}
+    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__,
+               "Transformers": transformers.__version__}  # fmt: skip
+    return json.loads(json.dumps(chosen | machine))
 
 
 def load(options: Options) -> dict[str, Any]:
@@ -179,10 +181,11 @@ def measure(
             if fits[name]:
                 runs[name].append(run(port, prompts, options.new_tokens, clock))
     for name in ports:
-        row = {"prompt": prompt, "requests": clients, "model": name, "bytes": sizes[name][prompt]}
+        row: dict[str, Any] = {"prompt": prompt, "requests": clients, "model": name, "bytes": sizes[name][prompt]}
         if fits[name]:
-            median = {key: statistics.median(getattr(each, key) for each in runs[name]) for key in Run.__annotations__}
-            row |= {**median, "tokens_per_second": clients * options.new_tokens / median["seconds"]}
+            row |= dataclasses.asdict(sorted(runs[name], key=lambda each: each.seconds)[(len(runs[name]) - 1) // 2])
+            row["prompt_tokens_per_second"] = clients * prompt / row["seconds"]
+            row["tokens_per_second"] = clients * options.new_tokens / row["seconds"]
         yield row
 
 
@@ -190,18 +193,20 @@ def run(port: int, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Cal
     """All prompts at once."""
     barrier = threading.Barrier(len(prompts) + 1)
 
-    def client(prompt: Sequence[int]) -> list[float]:
+    def client(prompt: Sequence[int]) -> tuple[float, list[float]]:
+        """Seconds on the wall until the first token, and the clock's time at each."""
         body = {"model": NAME, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
         barrier.wait()
-        began, times, end = time.perf_counter(), [], None
+        began, first, times, end = time.perf_counter(), 0.0, [], None
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=None) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
-                    times.append(time.perf_counter() - began)
+                    first = first or time.perf_counter() - began
+                    times.append(clock())
                     end = json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"]
         assert end == "length", end
-        return [times[0], (times[-1] - times[0]) / (new_tokens - 1)]
+        return first, times
 
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         futures = [pool.submit(client, prompt) for prompt in prompts]
@@ -209,18 +214,17 @@ def run(port: int, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Cal
         barrier.wait()
         found = [future.result() for future in futures]
         seconds = clock() - began
-    first, per = (statistics.mean(column) for column in zip(*found, strict=True))
-    return Run(seconds, first, per)
+    return Run(seconds, together([times for _, times in found]), statistics.mean(first for first, _ in found))
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    cells = [row["prompt"], row["requests"], row["model"]]
-    if "seconds" in row:
-        cells += [f"{row['seconds']:.1f}", f"{row['tokens_per_second']:.1f}", f"{row['first_token']:.2f}",
-                  f"{row['per_token']:.3f}"]  # fmt: skip
-    else:
-        cells += ["does not fit", "", "", ""]
-    return "| " + " | ".join(map(str, [*cells, f"{row['bytes'] / 1024:.0f}"])) + " |"
+def together(times: Sequence[Sequence[float]]) -> float | None:
+    """Seconds of a step while all requests were in the batch; `times` at which the pieces of each answer came.
+
+    A piece is a token or, where its bytes are no whole character yet, several: so the pieces of all are counted.
+    """
+    first, last = max(own[0] for own in times), min(own[-1] for own in times)
+    steps = max(sum(first < each <= last for each in own) for own in times)
+    return (last - first) / steps if steps >= 2 else None
 
 
 if __name__ == "__main__":
