@@ -151,21 +151,28 @@ async def _refused(_: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-async def _malformed(_: Request, error: Exception) -> Response:
+async def _malformed(request: Request, error: Exception) -> Response:
     """The first field of a body that is no request; of a field with several kinds, the one that fits best."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
     first = max((fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]), key=lambda x: len(x["loc"]))
-    place = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
+    place = [
+        str(part) for part in first["loc"] if part not in ("body", "str", "constrained-str") and "[" not in str(part)
+    ]
     field = ".".join(place) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         message, field = f"The body is no JSON: {first.get('ctx', {}).get('error', message)}.", None
+    elif first["type"] == "model_attributes_type" and not field:
+        message = (
+            "The body must be a JSON object, sent with the header `Content-Type: application/json`. Got the content "
+            f"type {request.headers.get('content-type', 'none')!r}."
+        )
     elif first["type"] == "extra_forbidden":
         message = f"`{field}` is unknown. Leave it out."
     elif first["type"] != "value_error":
         message = f"`{field or 'body'}`: {message}."
-    return await _refused(_, invalid(message, field))
+    return await _refused(request, invalid(message, field))
 
 
 async def _unknown(_: Request, error: Exception) -> Response:

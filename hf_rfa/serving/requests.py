@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 #: Fields that this server does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -16,7 +16,22 @@ _IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
 
+#: Stop strings of a request, and characters of each: every token looks for all of them.
+_STOPS, _STOP_LENGTH = 16, 1000
+
+
+def _of_characters(text: str) -> str:
+    """JSON may hold halves of characters (`\\ud800`), which are no text and which no tokenizer takes."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("A text holds half of a character (a lone surrogate, \\ud800 to \\udfff). Leave it out.")
+    return text
+
+
+String = Annotated[str, AfterValidator(_of_characters)]
+Stop = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
 Tokens = list[Annotated[int, Field(ge=0)]]
+#: Fields of a message that say nothing where they are empty.
+_EMPTY = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
 
 
 class StreamOptions(BaseModel):
@@ -39,12 +54,12 @@ class AnyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str
+    model: String
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -79,7 +94,7 @@ class AnyRequest(BaseModel):
 class CompletionRequest(AnyRequest):
     """The body of POST /v1/completions; one prompt, as text or as token ids."""
 
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: String | Tokens | list[String] | list[Tokens]
 
 
 class TextPart(BaseModel):
@@ -88,7 +103,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: String
 
 
 class Message(BaseModel):
@@ -97,8 +112,16 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    content: String | list[TextPart] | None = None
+    name: String | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        """What answers of this and other servers carry and is empty, so that they can be sent back as they came."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in _EMPTY or value not in (None, [])}
 
     def for_template(self) -> dict[str, str]:
         """As chat templates read it; they know no developers, whose word is that of the system."""

@@ -70,6 +70,22 @@ def test_a_chat(client, model):
     assert answer.usage.prompt_tokens == 45
 
 
+def test_an_answer_is_sent_back_as_it_came(client, model):
+    messages = [{"role": "user", "content": "w20"}]
+    first = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4, temperature=0)
+    messages += [first.choices[0].message, {"role": "user", "content": "w21"}]
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4, temperature=0)
+    said = first.choices[0].message.content
+    assert words(answer.choices[0].message.content) == generated(model, f"w9 w20 w9 {said} w9 w21 w10", 4)
+
+
+def test_a_body_without_its_content_type_is_told_so(server):
+    with server.http() as client:
+        answer = client.post("/v1/completions", content=json.dumps(COMPLETION), headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 400
+    assert "`Content-Type: application/json`. Got the content type 'text/plain'" in answer.json()["error"]["message"]
+
+
 def test_content_in_parts_and_developers(client, model):
     parts = [{"type": "text", "text": "w30 "}, {"type": "text", "text": "w31"}]
     messages = [{"role": "developer", "content": parts}]
@@ -248,7 +264,12 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tok
         ({"echo": True}, 400, "`echo` is not supported"),
         ({"logit_bias": {"3": 1}}, 400, "`logit_bias` is not supported"),
         ({"top_k": 5}, 400, "`top_k` is unknown"),
-        ({"stop": ""}, 400, "`stop"),
+        ({"stop": ""}, 400, "`stop`"),
+        ({"stop": 17 * ["w3"]}, 400, "`stop`: List should have at most 16 items"),
+        ({"stop": 1001 * "w"}, 400, "`stop`: String should have at most 1000 characters"),
+        ({"prompt": "w3 \ud800"}, 400, "half of a character"),
+        ({"prompt": ["\udfff"]}, 400, "half of a character"),
+        ({"model": "\ud800"}, 400, "half of a character"),
         ({"stream_options": {"include_usage": True}}, 400, "`stream_options` belongs to streamed answers"),
         ({"model": "another"}, 404, "no model 'another' here. Ask for 'tiny'"),
         ({"model": None}, 400, "`model`"),
@@ -272,6 +293,9 @@ def test_requests_that_are_refused(server, changes, status, message):
         ({"messages": [{"role": "tool", "content": "w3"}]}, "chat template refuses these messages: No tools here"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "`messages.0.content"),
         ({"messages": [{"role": "user", "content": prompt_of(POSITIONS)}]}, "context is 512 tokens. Got 514"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a character"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "half of a character"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "`messages.0.tool_calls` is unknown"),
         ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
         ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
         ({"max_completion_tokens": 3}, "old name of `max_completion_tokens`"),
