@@ -167,6 +167,22 @@ def load_any(folder_or_id: str | Path, **kwargs: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder_or_id, **kwargs).eval()
 
 
+def load_tokenizer(folder_or_id: str | Path, **kwargs: Any) -> Any:
+    """The tokenizer beside a model; `kwargs` go to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        CheckpointError: There is none; `hf_rfa.save_pretrained` writes the model alone.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder_or_id, **kwargs)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{Source.of(folder_or_id, kwargs)} has no tokenizer that can be loaded, so that it reads no text. Got: "
+            f"{str(error).strip().splitlines()[0]} Save the original's beside the model: "
+            "`AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`."
+        ) from error
+
+
 def _converted(model: PreTrainedModel, saved: SavedConversion, source: Source) -> PreTrainedModel:
     try:
         given = saved.scope.get("example_inputs")

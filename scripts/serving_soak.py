@@ -140,12 +140,12 @@ class Client:
     """One client after another request."""
 
     def __init__(self, url: str, asked: Sequence[Question], wrong: Sequence[Malformed], outcome: Outcome) -> None:
-        self._http = httpx.Client(base_url=url, timeout=600)
+        self.http = httpx.Client(base_url=url, timeout=600)
         self._questions, self._wrong, self._outcome = asked, wrong, outcome
 
     def work(self, end: threading.Event, chance: random.Random) -> None:
         """Until `end` is set; a fault is noted, and the next request follows."""
-        with self._http:
+        with self.http:
             while not end.is_set():
                 kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
                 try:
@@ -156,26 +156,26 @@ class Client:
 
     def ask(self, chance: random.Random) -> None:
         question = chance.choice(self._questions)
-        question.check(question.text(self._http.post(question.path, json=question.body)))
+        question.check(question.text(self.http.post(question.path, json=question.body)))
 
     def stream(self, chance: random.Random) -> None:
         question = chance.choice(self._questions)
-        with self._http.stream("POST", question.path, json={**question.body, "stream": True}) as answer:
+        with self.http.stream("POST", question.path, json={**question.body, "stream": True}) as answer:
             question.check(question.streamed(answer))
 
     def go(self, chance: random.Random) -> None:
-        with self._http.stream("POST", "/v1/completions", json={**GOING, "stream": True}) as answer:
+        with self.http.stream("POST", "/v1/completions", json={**GOING, "stream": True}) as answer:
             for _ in zip(range(chance.randrange(6)), answer.iter_lines(), strict=False):
                 pass
 
     def go_whole(self, chance: random.Random) -> None:
         try:
-            self._http.post("/v1/completions", json=GOING, timeout=chance.uniform(0.01, 0.3))
+            self.http.post("/v1/completions", json=GOING, timeout=chance.uniform(0.01, 0.3))
         except httpx.TimeoutException:
             return
 
     def confuse(self, chance: random.Random) -> None:
-        chance.choice(self._wrong).send(self._http)
+        chance.choice(self._wrong).send(self.http)
 
 
 def soak(options: Options) -> Outcome:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
-from hf_rfa.checkpoint import load_any
+from hf_rfa.checkpoint import load_any, load_tokenizer
 from hf_rfa.commands.settings import ChatSettings, device_of
 from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.arguments import cache_argument, cache_of
@@ -127,7 +127,7 @@ def chat(settings: ChatSettings, say: Callable[[str], None]) -> None:
     """
     code = {"trust_remote_code": settings.trust_remote_code}
     model = load_any(settings.folder, dtype=settings.dtype, **code).eval().to(device_of(settings.device))
-    tokenizer = AutoTokenizer.from_pretrained(settings.folder, **code)
+    tokenizer = load_tokenizer(settings.folder, **code)
     options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
     if settings.greedy:
         options |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}

@@ -155,7 +155,8 @@ async def _malformed(request: Request, error: Exception) -> Response:
     """The first field of a body that is no request; of a field with several kinds, the one that fits best."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
-    first = max((fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]), key=lambda x: len(x["loc"]))
+    kinds = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
+    first = max(kinds, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
     place = [
         str(part) for part in first["loc"] if part not in ("body", "str", "constrained-str") and "[" not in str(part)
     ]

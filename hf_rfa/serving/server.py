@@ -6,9 +6,8 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoTokenizer
 
-from hf_rfa.checkpoint import load_any
+from hf_rfa.checkpoint import load_any, load_tokenizer
 from hf_rfa.serving.app import create_app
 from hf_rfa.serving.engine import Engine
 from hf_rfa.serving.metrics import Metrics
@@ -21,7 +20,7 @@ def serve(settings: ServeSettings) -> None:
     """Serve a model until SIGTERM or Ctrl-C; running requests may then end, new ones are not accepted.
 
     Raises:
-        CheckpointError: The model cannot be loaded.
+        CheckpointError: The model or its tokenizer cannot be loaded.
         UnsupportedModelError: Its texts cannot share a batch.
         ConfigError: An option does not fit the model.
     """
@@ -35,12 +34,12 @@ def app_of(settings: ServeSettings) -> FastAPI:
     """The application for a folder, its model loaded and tried."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    tokenizer = AutoTokenizer.from_pretrained(settings.folder)
+    code = {"trust_remote_code": settings.trust_remote_code}
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_any(settings.folder, dtype=settings.dtype).to(device)
-    return app_for(model, tokenizer, settings)
+    model = load_any(settings.folder, dtype=settings.dtype, **code).to(device)
+    return app_for(model, load_tokenizer(settings.folder, **code), settings)
 
 
 def app_for(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:

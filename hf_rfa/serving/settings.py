@@ -32,4 +32,5 @@ class ServeSettings(Settings):
         "Of the weights; 'auto' is what they were saved in.", "auto", group=_RUN
     )
     device: str = option("'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.", "auto", group=_RUN)
+    trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
     threads: int | None = option("CPU threads; by default PyTorch's number.", None, group=_RUN, least=1)

@@ -9,7 +9,11 @@ import pytest
 from families import llama
 from servers import NAME, POSITIONS, generated, prompt_of, serving, tiny_model, tokenizer, words
 
+import hf_rfa
+from hf_rfa.errors import CheckpointError
 from hf_rfa.serving.batch import Batch
+from hf_rfa.serving.server import app_of
+from hf_rfa.serving.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,19 @@ def test_the_token_that_ends_a_text_ends_an_answer(model):
     assert words(answer.choices[0].text) == expected[: expected.index(last)]
 
 
+def test_a_folder_without_a_tokenizer_says_so(model, tmp_path):
+    hf_rfa.save_pretrained(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that can be loaded.*Save the original's beside"):
+        app_of(ServeSettings(folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_without_a_model_says_so(there, tmp_path):
+    folder = tmp_path if there else tmp_path / "nothing"
+    with pytest.raises((ValueError, CheckpointError), match=r"Unrecognized model in|is not a folder"):
+        app_of(ServeSettings(folder=str(folder)))
+
+
 # --- what else there is ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +258,7 @@ def slow_down(monkeypatch, seconds=0.02):
 # --- requests that are refused ---------------------------------------------------------------------------------------
 
 COMPLETION = {"model": NAME, "prompt": "w3", "max_tokens": 2}
+JSON = {"Content-Type": "application/json"}  # httpx cannot write halves of characters
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tokens": 2}
 
 
@@ -277,7 +295,7 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tok
 )
 def test_requests_that_are_refused(server, changes, status, message):
     with server.http() as client:
-        answer = client.post("/v1/completions", json=COMPLETION | changes)
+        answer = client.post("/v1/completions", content=json.dumps(COMPLETION | changes), headers=JSON)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -303,7 +321,7 @@ def test_requests_that_are_refused(server, changes, status, message):
 )
 def test_chats_that_are_refused(server, changes, message):
     with server.http() as client:
-        answer = client.post("/v1/chat/completions", json=CHAT | changes)
+        answer = client.post("/v1/chat/completions", content=json.dumps(CHAT | changes), headers=JSON)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
 
@@ -320,7 +338,7 @@ def test_fields_that_ask_for_nothing_are_taken(server):
 @pytest.mark.parametrize("body", ["", "{", "[]", "3", '{"model": "tiny"'])
 def test_bodies_that_are_no_request(server, body):
     with server.http() as client:
-        answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        answer = client.post("/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
