@@ -1,10 +1,11 @@
 """Answer the prompts of prompts.py by an original and its conversions.
 
     python scripts/benchmarks/peers/ours.py --prompts prompts.json --original MODEL --output ours.json
-        [--models "ours at 25 %=FOLDER" "ours at 10 %=FOLDER"]
+        [--models "ours at 25 %=FOLDER" "ours at 10 %=FOLDER"] [--original_answers false]
 
 Each column has the bytes of its cache after each document, the divergence of its continuations from the original, and
-its greedy answers. The original itself is the first column.
+its greedy answers. The original itself is the first column, unless `--original_answers false` leaves it out:
+kvpress_answers.py has the same one, as *full cache*.
 """
 
 import json
@@ -20,8 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
-from hf_rfa.evaluation.continuation import continuation_kl
-from hf_rfa.evaluation.equal_bytes import bytes_after
+from hf_rfa.evaluation.continuation import divergence, logits_behind
 from hf_rfa.evaluation.tasks.asking import greedy_answers
 from hf_rfa.evaluation.tasks.prompts import Question, TaskDocument
 from hf_rfa.options import Settings, option
@@ -35,38 +35,38 @@ class Options(Settings):
     original: str = option("Folder or hub id of the original.")
     output: Path = option("File of the answers, JSON.")
     models: tuple[str, ...] = option("Converted models, each NAME=FOLDER.", ())
+    original_answers: bool = option("Whether the original answers the tasks, too.", True)
 
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(Options, arguments, __doc__)
     prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
     original = load_any(options.original, dtype=torch.float32)
-    full = [full_bytes(original, each) for each in prompts["continuations"]]
-    columns = {}
-    for text in (f"original={options.original}", *options.models):
+    behind = [read(original, each) for each in prompts["continuations"]]
+    columns = {"original": answered(original, prompts, behind)} if options.original_answers else {}
+    for text in options.models:
         name, _, folder = text.partition("=")
-        model = original if name == "original" else load_any(folder, dtype=torch.float32)
-        columns[name] = answered(original, model, prompts, full)
+        columns[name] = answered(load_any(folder, dtype=torch.float32), prompts, behind)
     environment = {"torch": torch.__version__, "transformers": transformers.__version__}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"environment": environment, "columns": columns}), encoding="utf-8")
 
 
-def full_bytes(original: PreTrainedModel, given: dict[str, Any]) -> int:
-    return bytes_after(original, torch.tensor(given["ids"]))
+def read(model: PreTrainedModel, given: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Logits of a continuation, and the bytes of the cache after its document."""
+    return logits_behind(model, torch.tensor(given["ids"]), torch.tensor(given["continuation"]))
 
 
 def answered(
-    original: PreTrainedModel, model: PreTrainedModel, prompts: dict[str, Any], full: list[int]
+    model: PreTrainedModel, prompts: dict[str, Any], original: list[tuple[torch.Tensor, int]]
 ) -> dict[str, Any]:
-    """One column; `shares` are those of the original's bytes after the documents of the continuations."""
+    """One column; `share` is that of the original's bytes after the documents of the continuations."""
     started = time.process_time()
     shares, divergences = [], []
-    for given, size in zip(prompts["continuations"], full, strict=True):
-        document, continuation = torch.tensor(given["ids"]), torch.tensor(given["continuation"])
-        shares.append(bytes_after(model, document) / size)
-        same = model is original
-        divergences.append(0.0 if same else continuation_kl(original, model, document, continuation))
+    for given, (logits, size) in zip(prompts["continuations"], original, strict=True):
+        own_logits, own_size = read(model, given)
+        shares.append(own_size / size)
+        divergences.append(divergence(logits, own_logits))
     answers = [greedy_answers(model, task_document(each)) for each in prompts["documents"]]
     return {
         "share": sum(shares) / len(shares) if shares else None,
