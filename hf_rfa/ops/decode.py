@@ -8,6 +8,7 @@ import torch
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
+from hf_rfa.ops.dispatch import decoding_form
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.recurrent import RecurrentHeads
 from hf_rfa.ops.settings import AttentionSettings
@@ -50,18 +51,28 @@ class Decoder:
         """
         call = OperatorCall.of(query, key, value, kernel, settings, TokenLayout(), state)
         wide = accumulation_dtype(query.dtype)
-        self._groups, parts = [], []
-        for heads, group in call.groups():
+        self._groups: list[RecurrentHeads] = []
+        self._fused: Any = None
+        groups = call.groups()
+        parts = [heads for heads, _ in groups]
+        for _, group in groups:
             group.check_state()
-            group = group.to(wide)
-            self._groups.append(RecurrentHeads(group, group.state or group.empty_state(), prepare=True))
-            parts.append(heads)
+        wide_groups = [(heads, group.to(wide)) for heads, group in groups]
+        if groups and decoding_form(call) == "triton":
+            # Imported here: not every machine has Triton, and the import takes a second.
+            from hf_rfa.ops.triton.decoding import FusedHeads
+
+            self._fused = FusedHeads(wide_groups)
+        else:
+            self._groups = [
+                RecurrentHeads(group, group.state or group.empty_state(), prepare=True) for _, group in wide_groups
+            ]
         self._exact = None
         if call.softmax_heads:
             exact = call.heads(call.softmax_heads).replace(state=None)
             self._exact = _ExactPart(exact, ExactCache.of_state(state))
             parts.append(list(call.softmax_heads))
-        self._key_heads, self._wide = key.shape[1], wide
+        self._key_heads, self._wide, self._exact_heads = key.shape[1], wide, list(call.softmax_heads)
         self._kernel, self._settings, self._kinds = kernel, settings, _kinds(query, key, value)
         self._split = _Split(parts, query.device) if len(parts) > 1 else None
 
@@ -80,6 +91,8 @@ class Decoder:
         """The output (B, H, 1, M) for one more token; see `rfa_attention` for the arguments."""
         layout = layout or TokenLayout()
         tokens = query.unflatten(1, (self._key_heads, -1)), key, value
+        if self._fused is not None:
+            return self._step_fused(tokens, layout, statistics).flatten(1, 2)
         if self._split is None:
             return self._linear(self._groups[0], tokens, layout, statistics).flatten(1, 2).to(value.dtype)
         of_parts = self._split.apart(tokens)
@@ -91,16 +104,29 @@ class Decoder:
 
     def state(self) -> RFAState:
         """The state after the last token."""
-        first, *others = (group.state() for group in self._groups)
-        state = dataclasses.replace(first, beside=tuple(others)) if others else first
+        if self._fused is None:
+            first, *others = (group.state() for group in self._groups)
+            state = dataclasses.replace(first, beside=tuple(others)) if others else first
+        else:
+            state = self._fused.state()
         return state if self._exact is None or self._exact.cache is None else self._exact.cache.into(state)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Continue with these rows (n,) int64 of the batch."""
-        for group in self._groups:
+        for group in (*self._groups, *(() if self._fused is None else (self._fused,))):
             group.select_rows(rows)
         if self._exact is not None:
             self._exact.select_rows(rows)
+
+    def _step_fused(
+        self, tokens: Tokens, layout: TokenLayout, statistics: FarStatistics | None
+    ) -> torch.Tensor:  # fmt: skip
+        """The output (B, Hk, G, 1, M) of all key heads, with the linear ones in two launches."""
+        output: torch.Tensor = self._fused.step(*tokens, layout.token_mask, statistics)
+        if self._exact is not None:
+            exact = self._exact.step(*(x[:, self._exact_heads] for x in tokens), layout)
+            output[:, self._exact_heads] = exact.to(output.dtype)
+        return output
 
     def _linear(
         self, group: RecurrentHeads, tokens: Tokens, layout: TokenLayout, statistics: FarStatistics | None

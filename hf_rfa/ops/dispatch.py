@@ -2,12 +2,16 @@
 
 | a call with            | runs                                                                             |
 |------------------------|----------------------------------------------------------------------------------|
-| one token, causal      | `recurrent`, always: one read of the state                                       |
+| one token, causal      | `recurrent`: one read of the state; in a `Decoder` `triton`, all heads at once   |
 | both sides (encoders)  | `bidirectional`, always                                                          |
 | more tokens, causal    | `triton` or `chunked`: the one requested, or the choice of `auto`                |
 
-In every form, documents short enough to need no running sums are computed separately, see `ops.linear`. If the
-requested backend cannot run, that is an error with the reason; no other backend takes its place.
+One token by itself is always `recurrent`; so is decoding without a window, whatever is requested.
+
+`auto` is `triton` on GPUs where the kernels can run the call, agree with `chunked` and are faster, which is checked at
+first use, see `ops.first_use`; else `chunked`. In every form, documents short enough to need no running sums are
+computed separately, see `ops.linear`. If the requested backend cannot run, that is an error with the reason; no other
+backend takes its place.
 """
 
 import importlib.util
@@ -19,36 +23,48 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import PURE_CHUNK
+from hf_rfa.ops.first_use import decision
 from hf_rfa.ops.triton.fold import FORMS
 
-#: Whether 'auto' picks the Triton kernels where they can run. They agree with the reference in Triton's interpreter
-#: and compile for GPUs, but no GPU has run them yet.
-AUTO_PICKS_TRITON = False
 #: Largest head dim, chunk, and size of the far sums (features x value dim, both powers of two) per program.
 LARGEST_DIM, LARGEST_CHUNK, LARGEST_SUMS = 256, 128, 128 * 128
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def form_of_call(call: OperatorCall) -> str:
-    """'recurrent', 'bidirectional', 'triton' or 'chunked'; raises `ConfigError` if the requested one cannot run."""
+    """'recurrent', 'bidirectional' or 'causal'; raises `ConfigError` if the requested backend cannot run the call."""
     if call.causal and call.query.shape[3] == 1 and call.layout.segment_ids is None:
         return "recurrent"
     if not call.causal:
         if call.backend == "triton":
             raise _cannot("the layer sees both sides, and the kernels are causal")
         return "bidirectional"
-    tokens = call.query.device, call.query.dtype, call.value.shape[-1]
-    return pick(call.backend, call.far, *tokens, call.window)
+    if call.backend == "triton":
+        require_triton(*_asked(call))
+    return "causal"
 
 
-def pick(backend: str, far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int) -> str:
-    """'triton' or 'chunked' for causal calls of more than one token."""
-    if backend == "chunked" or (backend == "auto" and not AUTO_PICKS_TRITON):
-        return "chunked"
+def causal_form(call: OperatorCall) -> str:
+    """'triton' or 'chunked' for a causal call of more than one token; the first one of its kind may be checked."""
+    if call.backend != "auto":
+        return call.backend
+    can = why_not_triton(*_asked(call)) is None
+    return "triton" if can and decision.KERNELS.serve(call) else "chunked"
+
+
+def decoding_form(call: OperatorCall) -> str:
+    """'triton' or 'recurrent' for a decoder of such calls; the first one of its kind may be checked."""
+    can = call.causal and bool(call.window) and why_not_triton(*_asked(call)) is None
+    if call.backend == "chunked" or not can:
+        return "recurrent"
+    return "triton" if call.backend == "triton" or decision.KERNELS.serve(call, "decode") else "recurrent"
+
+
+def require_triton(far: FarKernel, device: torch.device, dtype: torch.dtype, value_dim: int, window: int) -> None:
+    """Raise `ConfigError` with the reason if the kernels cannot compute such calls."""
     reason = why_not_triton(far, device, dtype, value_dim, window)
-    if reason is not None and backend == "triton":
+    if reason is not None:
         raise _cannot(reason)
-    return "chunked" if reason is not None else "triton"
 
 
 def why_not_triton(
@@ -77,6 +93,11 @@ def why_not_triton(
     if _power(rows) * _power(value_dim) > LARGEST_SUMS:
         return f"{rows} rows of omega x value dim {value_dim} are more than a program of the kernels can hold"
     return None
+
+
+def _asked(call: OperatorCall) -> tuple[FarKernel, torch.device, torch.dtype, int, int]:
+    """The arguments of `why_not_triton`."""
+    return call.far, call.query.device, call.query.dtype, call.value.shape[-1], call.window
 
 
 def _power(size: int) -> int:

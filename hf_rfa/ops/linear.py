@@ -6,7 +6,7 @@ from hf_rfa.ops.bidirectional import chunked_bidirectional
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.chunked import chunked_causal
 from hf_rfa.ops.chunks import PURE_CHUNK
-from hf_rfa.ops.dispatch import form_of_call
+from hf_rfa.ops.dispatch import causal_form, form_of_call
 from hf_rfa.ops.recurrent import RecurrentHeads
 from hf_rfa.ops.short_documents import short_documents
 from hf_rfa.ops.short_estimates import short_estimates
@@ -45,13 +45,13 @@ def linear_heads(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
 
 def _run_form(form: str, call: OperatorCall, short: ShortRule | None) -> tuple[torch.Tensor, RFAState | None]:
     """`linear_heads` for all documents except the short ones, whose output is zero."""
-    if form == "triton":
+    wide = accumulation_dtype(call.query.dtype)
+    if form == "bidirectional":
+        call = call.to(wide).replace(state=call.state or call.empty_state())
+        return chunked_bidirectional(call, short)
+    if causal_form(call) == "triton":
         # Imported here: not every machine has Triton, and the import takes a second.
         from hf_rfa.ops.triton.causal import triton_causal
 
         return triton_causal(call.replace(far=call.far.to(torch.float32)), short)
-    wide = accumulation_dtype(call.query.dtype)
-    if form == "chunked":
-        return chunked_causal(call.replace(far=call.far.to(wide)), short)
-    call = call.to(wide).replace(state=call.state or call.empty_state())
-    return chunked_bidirectional(call, short)
+    return chunked_causal(call.replace(far=call.far.to(wide)), short)

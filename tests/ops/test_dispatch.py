@@ -8,9 +8,7 @@ from operator_inputs import random_inputs
 
 import hf_rfa
 from hf_rfa import ConfigError
-from hf_rfa.ops import dispatch
-from hf_rfa.ops.arguments import operator_arguments
-from hf_rfa.ops.call import OperatorCall
+from hf_rfa.ops import dispatch, linear
 
 
 @pytest.fixture
@@ -92,24 +90,9 @@ def test_what_was_chosen_is_what_runs(tiny_llama, monkeypatch):
     hf_rfa.set_backend(model, "triton")
     assert set(hf_rfa.backend(model).values()) == {"triton"}
     asked = []
-    pick = dispatch.pick
-    monkeypatch.setattr(
-        dispatch, "pick", lambda name, *rest, **named: asked.append(name) or pick("chunked", *rest, **named)
-    )
+    monkeypatch.setattr(linear, "causal_form", lambda call: asked.append(call.backend) or "chunked")
     model(torch.ones(1, 40, dtype=torch.int64))
     assert asked == ["triton"] * len(hf_rfa.backend(model))
-
-
-@pytest.mark.usefixtures("kernels_can_run")
-def test_auto_picks_the_kernels_once_it_may(monkeypatch):
-    inputs = random_inputs(40, dim=16, dtype=torch.float32)
-    objects = operator_arguments(**inputs, feature_map="hyperbolic", window=16, sink_tokens=0)
-    call = OperatorCall.of(*(inputs[name] for name in ("query", "key", "value")), *objects)
-    assert dispatch.form_of_call(call) == "chunked"
-    monkeypatch.setattr(dispatch, "AUTO_PICKS_TRITON", True)
-    assert dispatch.form_of_call(call) == "triton"
-    assert dispatch.form_of_call(call.replace(backend="chunked")) == "chunked"
-    assert dispatch.form_of_call(call.to(torch.float64)) == "chunked"
 
 
 def test_encoders_and_layers_that_stay_softmax_are_named():

@@ -46,25 +46,58 @@ def form_of(far: FarKernel) -> str:
 
 def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
     """Fold queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf for heads without a far part."""
-    side = _fold(query, far, far.query_center, far.key_center, far.query_transform, far.query_radius, scaling, False)
+    side = _fold(query, far, scaling, keys=False)
     log_scale = side.log_scale + far.log_gamma().view(-1, 1, 1)
     return Side(side.weight, side.bias, side.shift, side.r, log_scale)
 
 
 def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
     """Fold keys (B, Hk, T, D)."""
-    return _fold(key, far, far.key_center, far.query_center, far.key_transform, far.key_radius, scaling, True)
+    return _fold(key, far, scaling, keys=True)
 
 
-def _fold(
-    x: torch.Tensor, far: FarKernel, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
-    radius: torch.Tensor | None, scaling: float, keys: bool,
-) -> Side:  # fmt: skip
+@dataclass(frozen=True)
+class Affine:
+    """What a side has per head, whatever the token: W (Hk, P, D), b and shift (Hk, P), the sign of |t r y|^2 / 2 and
+    the constants of the log-scale (Hk,), t = alpha sqrt(scaling) (Hk,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shift: torch.Tensor
+    sign: torch.Tensor
+    constant: torch.Tensor
+    size: torch.Tensor
+
+
+def affine(far: FarKernel, scaling: float, keys: bool) -> Affine:
+    """The affine map of queries, or of keys; gamma is not part of it."""
+    center, transform = (far.key_center, far.key_transform) if keys else (far.query_center, far.query_transform)
     size = far.alpha * math.sqrt(scaling)
     weight = far.omega * size.view(-1, 1, 1)
     if transform is not None:
         weight = weight @ transform
     bias = -torch.einsum("hmd,hd->hm", weight, center)
+    device, dtype = far.omega.device, far.omega.dtype
+    sign, constant = _constants(far.feature_maps, far.omega.shape[1], device, dtype)
+    shift = torch.zeros_like(bias)
+    if "optimal_positive" in far.feature_maps:  # the positive map is the case of proposal 0
+        optimal = _is(far.feature_maps, "optimal_positive", device, dtype)
+        proposal = far.proposal * optimal
+        shrink = 1 - 4 * proposal
+        weight, bias = weight * shrink.sqrt().view(-1, 1, 1), bias * shrink.sqrt().view(-1, 1)
+        shift = proposal.view(-1, 1) * far.omega.square().sum(-1)
+        constant = constant + far.omega.shape[2] / 4 * shrink.log()
+    elif keys and "clustered" in far.feature_maps:
+        shift = -far.omega.square().sum(-1) / 2
+    return Affine(weight, bias, shift, sign, constant, size)
+
+
+def _fold(x: torch.Tensor, far: FarKernel, scaling: float, keys: bool) -> Side:
+    center, other = (far.key_center, far.query_center) if keys else (far.query_center, far.key_center)
+    transform, radius = (
+        (far.key_transform, far.key_radius) if keys else (far.query_transform, far.query_radius)
+    )  # fmt: skip
+    side = affine(far, scaling, keys)
     heads = (-1, *(1,) * (x.dim() - 3))  # broadcasts against (B, Hk, ..., T), one number per token
     wide = x.to(far.omega.dtype)
     centred = wide - center.view(*heads, x.shape[-1])
@@ -73,21 +106,10 @@ def _fold(
     r = torch.ones_like(square)
     if radius is not None:
         r = pull_in(square, squared_bound(radius).view(heads))
-    square = square * (size.view(heads) * r).square() / 2
+    square = square * (side.size.view(heads) * r).square() / 2
     exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
-    sign, constant = _constants(far.feature_maps, far.omega.shape[1], x.device, wide.dtype)
-    shift = torch.zeros_like(bias)
-    if "optimal_positive" in far.feature_maps:  # the positive map is the case of proposal 0
-        optimal = _is(far.feature_maps, "optimal_positive", x.device, wide.dtype)
-        proposal = far.proposal * optimal
-        shrink = 1 - 4 * proposal
-        weight, bias = weight * shrink.sqrt().view(-1, 1, 1), bias * shrink.sqrt().view(-1, 1)
-        shift = proposal.view(-1, 1) * far.omega.square().sum(-1)
-        constant = constant + x.shape[-1] / 4 * shrink.log()
-    elif keys and "clustered" in far.feature_maps:
-        shift = -far.omega.square().sum(-1) / 2
-    log_scale = sign.view(heads) * square + exact * scaling + constant.view(heads)
-    return Side(weight, bias, shift, r, log_scale)
+    log_scale = side.sign.view(heads) * square + exact * scaling + side.constant.view(heads)
+    return Side(side.weight, side.bias, side.shift, r, log_scale)
 
 
 @functools.lru_cache(maxsize=64)
