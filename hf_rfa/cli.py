@@ -1,4 +1,4 @@
-"""The command line: `hf-rfa convert`, `compare`, `chat`, `serve` and `supported`, also `python -m hf_rfa ...`."""
+"""The command line: `hf-rfa convert`, `compare`, `chat`, `serve`, `supported`, `doctor`; also `python -m hf_rfa`."""
 
 import inspect
 import sys
@@ -15,7 +15,8 @@ from rich.table import Table
 import hf_rfa
 from hf_rfa.commands.chat import chat
 from hf_rfa.commands.convert import convert_folder, how_to_load
-from hf_rfa.commands.settings import ChatSettings, ConvertSettings
+from hf_rfa.commands.doctor import examine
+from hf_rfa.commands.settings import ChatSettings, ConvertSettings, DoctorSettings
 from hf_rfa.config import seen_exactly
 from hf_rfa.errors import ConfigError, RFAError
 from hf_rfa.evaluation import report
@@ -171,6 +172,20 @@ def serve_command(given: dict[str, Any]) -> None:
     except ImportError as error:
         raise ImportError(f"{error}. The server needs `pip install 'hf_rfa[serve]'`") from error
     serve(settings)
+
+
+@app.command("doctor")
+@_takes(DoctorSettings)
+def doctor_command(given: dict[str, Any]) -> None:
+    """Print what this machine has and what computes converted layers on it: versions, devices, checks, times.
+
+    Every form that can run is compared with the definition or with PyTorch's, and timed; what is missing is named with
+    the command that installs it. The exit status is 1 if a check fails.
+    """
+    console = Console()
+    settings = DoctorSettings.from_dict(given, source="The command line", dashes=True)
+    if not examine(settings, lambda line: console.print(escape(line), soft_wrap=True, highlight=False)):
+        raise typer.Exit(1)
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -2,11 +2,14 @@
 
     python scripts/triton_resources.py
     python scripts/triton_resources.py --kept_keys 128
+    python scripts/triton_resources.py --kept_keys 128 --decode
     python scripts/triton_resources.py --capability 80 --head_dim 64 --dtype float16 --window 0
 
 Needs triton, whose wheel brings the compiler and the tool that reads its output. Prints a Markdown table: registers of
-a thread (at most 255), bytes that did not fit into them and are kept in local memory (spills cost time), and shared
-memory of a program (an H100 or H200 has 227 KiB). The kernels are those that a forward and a backward pass launch.
+a thread (at most 255), bytes that did not fit into them and are kept in local memory (spills cost time), shared memory
+of a program (an H100 or H200 has 227 KiB, an A100 163), and how many programs fit on a processor at once, with the
+share of its warps that they are (occupancy). The kernels are those that a forward and a backward pass launch, or with
+`--decode` those of a decoding step.
 """
 
 import argparse
@@ -24,18 +27,23 @@ from triton.compiler import ASTSource
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
-from hf_rfa.ops.triton import causal, forward, kept, launch_exact, launch_gradients
+from hf_rfa.ops.state import RFAState
+from hf_rfa.ops.triton import causal, decoding, forward, kept, launch_exact, launch_gradients
 
 HEADS, KEY_HEADS, LENGTH, NUM_FEATURES, SINKS = 8, 8, 1024, 64, 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-         torch.uint8: "*u8"}  # fmt: skip
+         torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
 KERNELS = {
     kept: ("choose",),
     launch_exact: ("exact_outputs", "exact_query_gradients", "exact_key_gradients"),
     forward: ("block_sums", "scan_sums", "block_outputs"),
     launch_gradients: ("inner_products", "block_flows", "scan_flows", "query_gradients", "key_gradients"),
+    decoding: ("decode_step", "end_of_chunk"),
 }
+#: Of a processor: registers, warps, programs, and KiB of shared memory by compute capability, 1 of which each program
+#: needs for the system.
+REGISTERS, WARPS, PROGRAMS, SHARED = 65536, 64, 32, {80: 164, 86: 100, 89: 100, 90: 228}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -46,16 +54,35 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--kept_keys", type=int, default=0)
     parser.add_argument("--feature_map", default="hyperbolic")
+    parser.add_argument("--decode", action="store_true", help="the kernels of a decoding step")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args()
     target = GPUTarget("cuda", options.capability, 32)
-    print("| kernel | warps | registers | spilled bytes | shared memory (KiB) |\n|---|---:|---:|---:|---:|")
+    titles = ("kernel", "warps", "registers", "spilled bytes", "shared memory (KiB)", "programs at once", "occupancy")
+    print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}")
     for kernel, arguments, settings in launches(options):
         compiled = triton.compile(source(kernel, arguments, settings), target=target, options=warps(settings))
         registers, spilled = usage(compiled.asm["cubin"])
-        shared = compiled.metadata.shared / 1024
-        name, count = kernel.__name__, settings.get("num_warps", 4)
-        print(f"| {name} | {count} | {registers} | {spilled} | {shared:.0f} |", flush=True)
+        shared, count = compiled.metadata.shared / 1024, settings.get("num_warps", 4)
+        programs = at_once(registers, count, shared, SHARED.get(options.capability, 100))
+        cells = (
+            kernel.__name__,
+            count,
+            registers,
+            spilled,
+            f"{shared:.0f}",
+            programs,
+            f"{programs * count / WARPS:.0%}",
+        )
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def at_once(registers: int, warps_of_program: int, shared: float, available: int) -> int:
+    """Programs that a processor runs at once: registers are given out by 256 a warp, shared memory by KiB."""
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(
+        REGISTERS // (of_warp * warps_of_program), WARPS // warps_of_program, PROGRAMS, int(available // (shared + 1))
+    )
 
 
 class Recorder:
@@ -69,7 +96,7 @@ class Recorder:
 
 
 def launches(options: argparse.Namespace) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, arguments, settings) of the launches of one forward and backward pass."""
+    """(kernel, arguments, settings) of the launches of one forward and backward pass, or of one decoding step."""
     dtype, dim = DTYPES[options.dtype], options.head_dim
     tensors = [torch.randn(1, heads, LENGTH, dim, dtype=dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     omega = draw_omega(KEY_HEADS, NUM_FEATURES, dim, kind="sphere", seed=0, layer=0, draw=0)
@@ -79,12 +106,19 @@ def launches(options: argparse.Namespace) -> list[tuple[Any, tuple[Any, ...], di
         sink_tokens=SINKS if options.window else 0, kept_keys=options.kept_keys, alpha=0.25,
     )  # fmt: skip
     call = OperatorCall.of(*tensors, *objects)
+    wide = call.to(torch.float32)
     noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     kernels = {(module, name): getattr(module, name) for module, names in KERNELS.items() for name in names}
     for (module, name), kernel in kernels.items():
         setattr(module, name, Recorder(kernel, noted))
     try:
-        causal.triton_causal(call)[0].sum().backward()
+        if options.decode:
+            query, key, value = (x.detach()[..., :1, :] for x in (call.query, call.key, call.value))
+            state = RFAState.empty(1, key, value, call.far.num_components, call.window, SINKS, call.kept_keys)
+            heads = decoding.FusedHeads([(list(range(KEY_HEADS)), wide.replace(state=state))])
+            heads.step(query, key, value, None, None)
+        else:
+            causal.triton_causal(call)[0].sum().backward()
     finally:
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)

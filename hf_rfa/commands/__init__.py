@@ -1,1 +1,1 @@
-"""What the commands `hf-rfa convert` and `hf-rfa chat` do."""
+"""What the commands `hf-rfa convert`, `hf-rfa chat` and `hf-rfa doctor` do."""

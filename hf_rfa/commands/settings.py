@@ -1,4 +1,4 @@
-"""Options of `hf-rfa convert` and `hf-rfa chat`."""
+"""Options of `hf-rfa convert`, `hf-rfa chat` and `hf-rfa doctor`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from hf_rfa.config import RFAConfig
 from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.options import Settings, option, part
 
-_CALIBRATION, _RUN = "Calibration", "Run"
+_CALIBRATION, _RUN, _LAYER = "Calibration", "Run", "Layer"
 _DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_HELP = "Precision of the weights; 'auto': as they were saved."
@@ -53,6 +53,20 @@ class ChatSettings(Settings):
     dtype: DType = option(_DTYPE_HELP, "auto", group=_RUN)
     device: str = option(_DEVICE_HELP, "auto", group=_RUN)
     trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
+
+
+@dataclass(frozen=True)
+class DoctorSettings(Settings):
+    """Settings of `examine`, and the options of `hf-rfa doctor`."""
+
+    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    dtype: DType = option("Of the tokens; 'auto': bfloat16 on a GPU, else float32.", "auto", group=_RUN)
+    heads: int = option("Query heads, each with a key head.", 8, group=_LAYER, least=1)
+    head_dim: int = option("Numbers per head.", 64, group=_LAYER, least=1)
+    num_features: int = option("Random features per head.", 64, group=_LAYER, least=1)
+    window: int = option("Chunk size, tokens.", 64, group=_LAYER, least=1)
+    kept_keys: int = option("Far keys per head that stay exact, in one of two layers.", 128, group=_LAYER, least=1)
+    length: int = option("Tokens of the calls that are timed.", 4096, group=_LAYER, least=2)
 
 
 def device_of(name: str) -> str:

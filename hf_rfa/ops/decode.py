@@ -124,7 +124,8 @@ class Decoder:
         """The output (B, Hk, G, 1, M) of all key heads, with the linear ones in two launches."""
         output: torch.Tensor = self._fused.step(*tokens, layout.token_mask, statistics)
         if self._exact is not None:
-            exact = self._exact.step(*(x[:, self._exact_heads] for x in tokens), layout)
+            query, key, value = (x[:, self._exact_heads] for x in tokens)
+            exact = self._exact.step(query, key, value, layout)
             output[:, self._exact_heads] = exact.to(output.dtype)
         return output
 

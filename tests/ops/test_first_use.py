@@ -138,7 +138,7 @@ def test_kernels_that_do_not_compile_are_not_used(folder, checks, monkeypatch):
 
 
 @pytest.mark.usefixtures("times")
-@pytest.mark.parametrize("form", ["_chunked", "_triton"])
+@pytest.mark.parametrize("form", ["chunked_form", "triton_form"])
 def test_without_memory_to_check_them_they_are_not_used_this_time(folder, checks, monkeypatch, form):
     def full(call):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")

@@ -157,16 +157,19 @@ def test_narrow_types_differ_by_their_rounding(dtype, tolerance):
     compare(inputs, tolerance, feature_map="hyperbolic", window=16, sink_tokens=3, alpha=0.4)
 
 
-@pytest.mark.parametrize(("kept_keys", "kernels"), [(0, 8), (128, 12)])
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(kept_keys, kernels):
+@pytest.mark.parametrize(
+    ("options", "kernels"), [("--kept_keys 0", 8), ("--kept_keys 128", 12), ("--kept_keys 128 --decode", 2)]
+)
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(options, kernels):
     """The interpreter lets pass what the compiler refuses, and does not count shared memory."""
     script = paths.SCRIPTS / "triton_resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, script, "--kept_keys", str(kept_keys)]
+    command = [sys.executable, script, *options.split()]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in printed.stdout.splitlines()[2:]]
     assert len(rows) == kernels
-    assert all(float(shared) <= 227 for *_, shared in rows)  # KiB that a program may have on an H100
+    assert all(float(row[4]) <= 227 for row in rows)  # KiB that a program may have on an H100
+    assert all(int(row[5]) >= 1 for row in rows)
 
 
 def test_dropped_far_parts_are_counted_as_the_chunked_form_counts_them():

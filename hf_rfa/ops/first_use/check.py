@@ -1,6 +1,7 @@
 """The check of the Triton kernels on one kind of calls: do they compile, are their numbers right, are they faster?"""
 
 import concurrent.futures
+import functools
 import time
 from collections.abc import Callable, Mapping
 
@@ -52,17 +53,21 @@ def _check(kind: Kind, call: OperatorCall) -> Verdict:
 
 def _causal_verdict(kind: Kind, call: OperatorCall, device: torch.device) -> Verdict:
     small = small_problem(kind, device)
-    want = _with_gradients(_chunked, small)
-    got = _compiled(lambda: _with_gradients(_triton, small), device)
+    want = output_and_gradients(chunked_form, small)
+    got = _compiled(lambda: output_and_gradients(triton_form, small), device)
     if isinstance(got, Verdict):
         return got
     error, verdict = compared(got, want, limit_of(kind))
     if verdict is not None:
         return verdict
     timed = timed_problem(kind, call)
-    forward = [seconds(lambda form=form: _forward(form, timed), device) for form in (_chunked, _triton)]
-    both = [seconds(lambda form=form: _with_gradients(form, timed), device) for form in (_chunked, _triton)]
-    return Verdict(error=error, speed=min(forward[0] / forward[1], both[0] / both[1]))
+    speeds = []
+    for passes in (output_alone, output_and_gradients):
+        pytorch, kernels = (
+            seconds(functools.partial(passes, form, timed), device) for form in (chunked_form, triton_form)
+        )  # fmt: skip
+        speeds.append(pytorch / kernels)
+    return Verdict(error=error, speed=min(speeds))
 
 
 def _decoding_verdict(kind: Kind, call: OperatorCall, device: torch.device) -> Verdict:
@@ -137,23 +142,26 @@ def _compiled(run: Callable[[], dict[str, torch.Tensor]], device: torch.device) 
         return Verdict("compiling", f"{type(error).__name__}: {_cause(error)}")
 
 
-def _chunked(call: OperatorCall) -> torch.Tensor:
+def chunked_form(call: OperatorCall) -> torch.Tensor:
+    """The output (B, Hk, G, N, M) by PyTorch."""
     return chunked_causal(call)[0]
 
 
-def _triton(call: OperatorCall) -> torch.Tensor:
+def triton_form(call: OperatorCall) -> torch.Tensor:
+    """The output (B, Hk, G, N, M) by the kernels."""
     from hf_rfa.ops.triton.causal import triton_causal  # not every machine has Triton
 
     return triton_causal(call)[0]
 
 
-def _forward(form: Form, problem: Problem) -> torch.Tensor:
+def output_alone(form: Form, problem: Problem) -> torch.Tensor:
+    """The output of a form, without gradients."""
     with torch.no_grad():
         return form(problem.call)
 
 
-def _with_gradients(form: Form, problem: Problem) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of all leaves for a fixed gradient of the output."""
+def output_and_gradients(form: Form, problem: Problem) -> dict[str, torch.Tensor]:
+    """The output of a form, and the gradients of all leaves for a fixed gradient of the output."""
     output = form(problem.call)
     generator = torch.Generator(output.device).manual_seed(1)
     above = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)

@@ -19,10 +19,13 @@ from hf_rfa.ops.state import RFAState
 from hf_rfa.ops.triton.decode import decode_step, end_of_chunk
 from hf_rfa.ops.triton.fold import affine, form_of
 from hf_rfa.ops.triton.launch import FORM_CODES
-from hf_rfa.ops.triton.sizes import on_device, precision, tile_size, token_rows
+from hf_rfa.ops.triton.sizes import on_device, tile_size, token_rows
 
 #: Exact keys that a program of `decode_step` reads at a time.
 KEY_TILE = 32
+#: How the products at a chunk's end are computed, once in many steps: three TF32 products are as good as float32 ones,
+#: which tensor cores do not have.
+PRECISION = "tf32x3"
 #: Warps of the programs.
 STEP_WARPS, END_WARPS = 4, 8
 
@@ -95,7 +98,7 @@ class FusedHeads:
             end_of_chunk[(len(self._counts),)](
                 present, *tables, self._sums, self._peaks, *self._keys, self._map_codes, self._lists, self._linear,
                 groups, *sizes, BC=tile_size(self._window), BR=self._lists.shape[-1],
-                PRECISION=precision(torch.float32), **tiles, num_warps=END_WARPS, num_stages=1,
+                PRECISION=PRECISION, **tiles, num_warps=END_WARPS, num_stages=1,
             )  # fmt: skip
         if statistics is not None:
             statistics.add(self._fate == 2, self._fate > 0)
