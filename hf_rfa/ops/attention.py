@@ -134,7 +134,7 @@ def rfa_attention(
         output_final_state: Also return the state after the last token.
         statistics: Counts how often the far part was dropped.
         backend: The implementation for causal calls of more than one token: 'chunked' (PyTorch), 'triton' (fused
-            kernels for GPUs) or 'auto', see `hf_rfa.ops.dispatch`.
+            kernels for GPUs) or 'auto': the kernels where they are right and faster, see `hf_rfa.ops.dispatch`.
 
     Returns:
         The output (B, H, N, M) in value's dtype, or (output, RFAState) if `output_final_state`.

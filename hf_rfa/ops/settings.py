@@ -24,7 +24,7 @@ class AttentionSettings:
         softmax_heads: Key heads computed by exact softmax.
         sliding_window: The layer's own sliding window, tokens; only where every key head is exact, and causal.
         sink_logits: (H,) learned logits that add exp(logit) to the denominator, or None.
-        backend: The implementation for causal calls of more than one token, one of `BACKENDS`.
+        backend: The implementation of causal calls, one of `BACKENDS`; see `ops.dispatch`.
     """
 
     window: int = 64
