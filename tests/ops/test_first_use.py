@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import paths
 import pytest
 import torch
 from operator_inputs import random_inputs
@@ -188,7 +189,7 @@ def test_two_processes_at_once(tmp_path):
         "    folder.write(kind, Verdict(error=1e-6, speed=2.0 + speed))\n"
         "    assert folder.read(kind).passed\n"
     )
-    path = os.pathsep.join([os.getcwd(), *sys.path])
+    path = os.pathsep.join([str(paths.ROOT), *sys.path])
     environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-c", "from pathlib import Path\n" + text, str(tmp_path)]
     running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
