@@ -84,6 +84,18 @@ def narrowed(state: RFAState, like: RFAState) -> RFAState:
     return dataclasses.replace(state, **cast, beside=beside)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_limit_of_the_far_part(sinks):
+    inputs = small(heads=4, key_heads=2) | {"gamma": torch.full((2,), 3.0)}
+    if sinks:
+        inputs["sink_logits"] = torch.linspace(-1, 1, 4)
+    limit = torch.tensor([0.02, 0.0])
+    compare(inputs, 9, far_limit=limit)
+    free = hf_rfa.rfa_attention(**inputs, **OPTIONS)
+    limited = hf_rfa.rfa_attention(**inputs, **OPTIONS, far_limit=limit)
+    assert (free - limited)[:, :2, 9:].abs().max() > 1e-3  # it has something to do
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 13, 16])
 def test_from_any_state_on(start):
     compare(small(), start)

@@ -95,8 +95,8 @@ def decode_step(
             rows = tl.load(transform + (linear * D + some)[:, None] * D + dims[None, :], mask=inside, other=0.0)
             length = tl.sum(rows * moved[None, :], 1)
             square += tl.sum(length * length, 0)
-    size, sign = tl.load(figures + linear * 4), tl.load(figures + linear * 4 + 1)
-    constant, bound = tl.load(figures + linear * 4 + 2), tl.load(figures + linear * 4 + 3)
+    size, sign = tl.load(figures + linear * 5), tl.load(figures + linear * 5 + 1)
+    constant, bound = tl.load(figures + linear * 5 + 2), tl.load(figures + linear * 5 + 3)
     r = tl.sqrt(bound / tl.maximum(square, bound))
     inside = in_p[:, None] & in_d[None, :]
     rows = tl.load(w + (linear * P + features_of)[:, None] * D + dims[None, :], mask=inside, other=0.0)
@@ -119,10 +119,16 @@ def decode_step(
     exists = log_far > float("-inf")
     used = exists & (den > TINY)
     log_far = tl.where(used, log_far, float("-inf"))
-    height = tl.maximum(top, log_far + tl.log(tl.where(used, den, 1.0)))
-    logit = top
+    logit, allowed = top, top + tl.log(total)
     if LOGITS:
         logit = tl.load(logits + linear * groups + g)
+        highest = tl.maximum(allowed, logit)
+        allowed = highest + tl.log(tl.exp(allowed - highest) + tl.exp(logit - highest))
+    log_mass = log_far + tl.log(tl.where(used, den, 1.0))
+    above = tl.maximum(log_mass - (allowed + tl.load(figures + linear * 5 + 4)), 0.0)
+    log_far, log_mass = log_far - above, log_mass - above
+    height = tl.maximum(top, log_mass)
+    if LOGITS:
         height = tl.maximum(height, logit)
     far_weight, exact_weight = tl.exp(log_far - height), tl.exp(top - height)
     whole = far_weight * tl.where(used, den, 0.0) + exact_weight * total

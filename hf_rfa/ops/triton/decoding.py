@@ -232,8 +232,8 @@ def _joined(kernels: Sequence[FarKernel]) -> FarKernel:
 def _prepared(far: FarKernel, scaling: float, keys: bool) -> tuple[torch.Tensor, ...]:
     """Of queries or keys, as the kernels read it: W, b, the shifts, both centres, the change of variable, figures.
 
-    The figures (Hl, 4): t = alpha sqrt(scaling), the sign of |t r y|^2 / 2, the constants of the log-scale (gamma's
-    with the queries'), and the bound of |y|^2.
+    The figures (Hl, 4 or 5): t = alpha sqrt(scaling), the sign of |t r y|^2 / 2, the constants of the log-scale
+    (gamma's with the queries'), and the bound of |y|^2; of queries also the log of the far part's limit.
     """
     side = affine(far, scaling, keys)
     centers = (far.key_center, far.query_center) if keys else (far.query_center, far.key_center)
@@ -243,5 +243,9 @@ def _prepared(far: FarKernel, scaling: float, keys: bool) -> tuple[torch.Tensor,
     bound = squared_bound(torch.zeros_like(far.alpha) if radius is None else radius)
     constant = side.constant if keys else side.constant + far.log_gamma()
     figures = torch.stack([side.size, side.sign, constant, bound], dim=1)
+    if not keys:
+        limit = far.log_limit()
+        limit = torch.full_like(far.alpha, torch.inf) if limit is None else limit
+        figures = torch.cat([figures, limit.unsqueeze(1)], dim=1)
     found = (side.weight, side.bias, side.shift, *centers, figures if transform is None else transform, figures)
     return tuple(x.detach().float().contiguous() for x in found)
