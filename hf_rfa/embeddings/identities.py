@@ -33,7 +33,7 @@ class PassageSettings(Settings):
         "What two passages have in common to be a pair; a document without headings is one chapter.", "chapter"
     )
     passage_characters: int = option("Length of a passage.", 500, least=20)
-    identity_passages: int = option("Passages of an identity, at most, evenly over it.", 8, least=2)
+    identity_passages: int = option("Passages of an identity, at most, evenly over it.", 4, least=2)
     text_column: str = option("Column of the text in .jsonl and .parquet.", "text")
     label_column: str | None = option(
         "Column of the identity in .jsonl and .parquet, whose rows are whole texts then; by default, documents.",

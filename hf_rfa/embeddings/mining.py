@@ -47,7 +47,8 @@ def count_triplets(embeddings: torch.Tensor, labels: torch.Tensor, margin: float
         TripletCounts(hard=1, semi_hard=1, easy=0, spread=0.44...)
     """
     unit = F.normalize(embeddings.double(), dim=-1)
-    distances = (2 - 2 * unit @ unit.T).clamp_min(0)
+    norms = unit.square().sum(1)  # 1, or 0 of zeros, which are all alike
+    distances = (norms[:, None] + norms - 2 * unit @ unit.T).clamp_min(0)
     same = labels[:, None] == labels
     negatives = distances.masked_fill(same, torch.inf).sort(dim=1).values
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from sentence_encoders import load_encoder, save_encoder, words
+from sentence_encoders import load_encoder, words
 
 import hf_rfa
 from hf_rfa import ConfigError, RFAConfig, UnsupportedModelError
@@ -17,23 +17,13 @@ CONFIG = RFAConfig(num_features=16, window=16, sink_tokens=2, softmax_heads=0.25
 TEXTS = [words(90, 0), words(70, 1), words(12, 2)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_encoder(tmp_path / "encoder")
-
-
-@pytest.fixture
-def encoder(folder):
-    return load_encoder(folder)
-
-
 def embed(model, **options):
     return torch.as_tensor(model.encode(TEXTS, **options))
 
 
-def test_it_is_converted_like_its_inner_model_and_reverted(encoder, folder):
+def test_it_is_converted_like_its_inner_model_and_reverted(encoder, encoder_folder):
     before = embed(encoder)
-    inner = load_encoder(folder)
+    inner = load_encoder(encoder_folder)
     rows = [dict(inner.tokenizer(text, return_tensors="pt")) for text in TEXTS[:2]]
     hf_rfa.convert(inner[0].model, CONFIG, calibrate=rows)
     assert hf_rfa.convert(encoder, CONFIG, calibrate=TEXTS[:2]) is encoder
