@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     vectors = {"old": encode(old, held_out), "new": encode(new, held_out)}
     found: dict[str, Any] = {
         "settings": options.to_dict()
-        | {name: source_name(getattr(options, name)) for name in ("output", "original", "new", "data")},
+        | {name: source_name(getattr(options, name) or "none") for name in ("output", "original", "new", "data")},
         "texts": len(held_out.texts),
         "identities": len(held_out.names),
         "encoders": {name: encoder_figures(v, vectors["old"], held_out, options) for name, v in vectors.items()},

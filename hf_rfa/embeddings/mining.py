@@ -44,7 +44,7 @@ def count_triplets(embeddings: torch.Tensor, labels: torch.Tensor, margin: float
         >>> from hf_rfa.embeddings import count_triplets
         >>> f = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
         >>> count_triplets(f, torch.tensor([0, 0, 1]), margin=0.5)  # (0, 1, 2): .4 < .8 < .9; (1, 0, 2): .08 < .4
-        TripletCounts(hard=1, semi_hard=1, easy=0, spread=0.44...)
+        TripletCounts(hard=1, semi_hard=1, easy=0, spread=0.4...)
     """
     unit = F.normalize(embeddings.double(), dim=-1)
     norms = unit.square().sum(1)  # 1, or 0 of zeros, which are all alike
