@@ -16,7 +16,7 @@ Precision = Literal["float32", "int8"]
 class EmbeddingIndex:
     """Exact search by cosine over unit vectors.
 
-    With `precision="int8"` a vector takes d bytes instead of 4 d (FaceNet, section 5.3: 128 bytes are enough), each
+    With `precision="int8"` a vector takes d bytes instead of 4 d (FaceNet: 128 bytes lose nothing), each
     dimension in 256 steps of its own range; queries stay in float32.
 
     Args:

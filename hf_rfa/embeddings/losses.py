@@ -1,10 +1,10 @@
 """The losses, each from sentence-transformers, on embeddings that may come from several processes and two encoders.
 
-FaceNet's triplet loss (equation 2) over unit vectors f, with squared distances:
+FaceNet's triplet loss (its equation 3) over unit vectors f, with squared distances:
 
     L = mean over anchor-positive pairs (a, p) of max(0, |f_a - f_p|^2 - |f_a - f_n|^2 + margin)
 
-`triplet` takes for each pair the semi-hard negative (equation 4) that is nearest: the least |f_a - f_n|^2 above
+`triplet` takes for each pair the semi-hard negative (its equation 4) that is nearest: the least |f_a - f_n|^2 above
 |f_a - f_p|^2; beyond the margin it costs nothing, and where no negative is farther than the positive it is the
 farthest one. `batch_hard` (Hermans et al. 2017) takes the farthest positive and nearest negative of each anchor.
 `multiple_negatives` is the cross-entropy of each first text's partner among all second ones, at scale 20. `harmonic`

@@ -84,7 +84,7 @@ def retrieve(queries: np.ndarray, index: np.ndarray, labels: Sequence[int]) -> R
 def clustering(embeddings: np.ndarray, labels: Sequence[int]) -> float:
     """V-measure of agglomerative clusters (average linkage, cosine), as many as there are identities.
 
-    FaceNet's section 5.6 clusters so (its figure 7). 1 where each cluster is one identity.
+    FaceNet clusters so too (its figure 7). 1 where each cluster is one identity.
     """
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import v_measure_score
