@@ -15,7 +15,14 @@ from hf_rfa.conversion.attach import swap_attention
 from hf_rfa.conversion.example_inputs import rebuild
 from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.runtime.devices import execution_device
-from hf_rfa.runtime.record import CONFIG_FIELD, RECORD, base_model, conversion_config
+from hf_rfa.runtime.record import (
+    CONFIG_FIELD,
+    RECORD,
+    base_model,
+    conversion_config,
+    is_sentence_transformer,
+    wrapped_models,
+)
 from hf_rfa.saving.adapter_loading import load_adapters
 from hf_rfa.saving.base_model import describe_base, load_base, not_in_base, saved_nowhere
 from hf_rfa.saving.conversion_files import SavedConversion, read_conversion, write_conversion
@@ -28,6 +35,9 @@ def save_pretrained(
     model: nn.Module, folder: str | Path, *, adapter_only: bool = False, base_revision: str | None = None
 ) -> None:
     """Save a converted model so that `hf_rfa.from_pretrained(folder)` gives identical logits.
+
+    A SentenceTransformer is saved whole, and `SentenceTransformer(folder)` loads it with its conversion
+    (`from_pretrained` the Transformers model in it).
 
     Files of hf_rfa or PEFT in the folder that do not belong to this model are removed or refused.
 
@@ -67,9 +77,12 @@ def save_pretrained(
     if adapter_only:
         _save_conversion_alone(base, folder, base_revision)
         return
+    pipeline: Any = next((m for m in wrapped_models(model) if is_sentence_transformer(m)), None)
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if peft is None:
+        if pipeline is not None:
+            pipeline.save_pretrained(str(folder))
+        elif peft is None:
             base.save_pretrained(folder)
         else:
             save_peft(peft, folder, base_revision)

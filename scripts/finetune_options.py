@@ -1,17 +1,17 @@
 """Options of scripts/finetune.py, from a YAML file and the command line, checked before any work."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import run_folder
+
 import hf_rfa
 from hf_rfa.data.documents import SOURCE_HELP
-from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.errors import ConfigError
 from hf_rfa.options import Settings, option, part
 from hf_rfa.training import FinetuneConfig
 
-SETTINGS_FILE = "settings.json"
 #: Options that may change when a run is resumed: its length, what it shows and what it saves.
 MAY_CHANGE = frozenset(
     "output stages steps distill_steps save_every evaluate_every evaluation_windows resume trackers progress "
@@ -107,33 +107,7 @@ class Options(Settings):
 
 
 def settle(options: Options, output: Path) -> None:
-    """Writes the settings to `output/settings.json`; settings that are there already must be those of the same run.
-
-    Raises:
-        ConfigError: another run lies in the folder, or this one and `resume` was not set.
-        CheckpointError: the folder cannot be written.
-    """
-    path, settings = output / SETTINGS_FILE, options.to_dict()
-    if path.exists():
-        if not options.finetuning.resume:
-            raise ConfigError(
-                f"{str(output)!r} holds a run already. Go on with it by resume=true, or choose another `output`."
-            )
-        # An option that the version of that run did not have was at its default, and no keys were kept. Strings are
-        # read.
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        before = Options.from_dict({"model": "", "output": "", "kept_keys": 0} | saved, source=str(path)).to_dict()
-        other = {name: before[name] for name in settings if name not in MAY_CHANGE}
-        other = {name: value for name, value in other.items() if value != settings[name]}
-        if other:
-            raise ConfigError(
-                f"{str(output)!r} holds a run with other settings: {other}. Got "
-                f"{ {name: settings[name] for name in other} }. Resume with its own, or choose another `output`."
-            )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot write to {str(output)!r}: {error}. Choose another `output` or get the permission."
-        ) from error
+    """Write the settings of the run; see `run_folder.settle`."""
+    # A run of a version without kept keys kept none.
+    missing = {"model": "", "output": "", "kept_keys": 0}
+    run_folder.settle(options, output, resume=options.finetuning.resume, may_change=MAY_CHANGE, missing=missing)

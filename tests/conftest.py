@@ -1,7 +1,9 @@
 """Fixtures that several test files share. Nothing here needs a network."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from families import build, llama
+from sentence_encoders import identity_texts, save_encoder
 from transformers import LlamaForCausalLM
 
 import hf_rfa
@@ -59,3 +62,18 @@ def base(tmp_path) -> Callable[[], LlamaForCausalLM]:
     """A function that loads the same Llama from the same folder every time."""
     build("llama").save_pretrained(tmp_path / "base")
     return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+
+@pytest.fixture
+def encoder_folder(tmp_path) -> Path:
+    """A folder with a tiny encoder for sentence-transformers."""
+    return save_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """A .jsonl file of 60 identities with four texts each."""
+    path = tmp_path / "labelled.jsonl"
+    rows = ({"who": who, "text": text} for who, text in identity_texts(60, 4))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

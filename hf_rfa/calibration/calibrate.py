@@ -28,6 +28,7 @@ from hf_rfa.calibration.layer_gradients import LayerGradients
 from hf_rfa.calibration.outputs import OutputReader, Outputs
 from hf_rfa.calibration.processes import sum_over_processes
 from hf_rfa.calibration.progress import Progress, progress_bar
+from hf_rfa.calibration.strings import read_texts
 from hf_rfa.calibration.texts import Text, count, texts_of
 from hf_rfa.errors import ConfigError
 from hf_rfa.report import NATS, CalibrationReport, HeadCalibration
@@ -49,7 +50,12 @@ MEASURED_TOKENS = 2048
 
 
 def calibrate(
-    model: nn.Module, batches: Any, *, plant_repeats: bool = True, progress: bool | None = None
+    model: nn.Module,
+    batches: Any,
+    *,
+    plant_repeats: bool = True,
+    progress: bool | None = None,
+    tokenizer: Any = None,
 ) -> CalibrationReport:
     """Fit the far kernel of every key head of a converted model, rank the heads, pick the exact ones.
 
@@ -58,19 +64,20 @@ def calibrate(
     Args:
         model: A converted model; its adapters are changed.
         batches: A few thousand tokens of the text that the model is meant for: token ids (batch, seq), an iterable
-            of such batches or of single rows, a dataset with a column `input_ids`, or dictionaries of the model's
-            arguments (see `hf_rfa.calibration.batches.batches_of`). Rows should be as long as the later contexts, and
-            must be longer than two windows: shorter ones have no far keys.
+            of such batches or of single rows, a dataset with a column `input_ids`, dictionaries of the model's
+            arguments (see `hf_rfa.calibration.batches.batches_of`), or a list of texts. Rows should be as long as the
+            later contexts, and must be longer than two windows: shorter ones have no far keys.
         plant_repeats: Repeat an early span of each row of plain token ids at its end, which shows the heads that look
             up single tokens.
         progress: Whether to show a progress bar; None: if stderr is a terminal.
+        tokenizer: Reads the texts; None: the model's own, which lies where the model was loaded from.
 
     Returns:
         The far kernel and the cost of each head; `softmax_heads="auto"` or a fraction of the config is resolved. The
         model keeps it: `hf_rfa.calibration_report(model)`.
 
     Raises:
-        ConfigError: No batch, something else than batches (texts, a single row, ids that the model does not have), or
+        ConfigError: No batch, something else than batches (a single text or row, ids that the model does not have), or
             no token that is far from another.
         UnsupportedModelError: The model is not converted, or no gradient flows through it.
 
@@ -88,7 +95,8 @@ def calibrate(
     """
     conversion_config(model)  # refuses a model that is not converted
     with plain_torch(), progress_bar(progress) as bar:
-        return calibrate_on(model, list(batches_of(batches, base_model(model), name="batches")), plant_repeats, bar)
+        read = read_texts(batches, model, tokenizer, name="batches")
+        return calibrate_on(model, list(batches_of(read, base_model(model), name="batches")), plant_repeats, bar)
 
 
 def calibrate_on(

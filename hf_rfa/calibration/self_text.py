@@ -37,7 +37,7 @@ def check_can_write(model: PreTrainedModel, window: int, kept_keys: int = 0) -> 
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ConfigError(
             f"{name} cannot write a text to calibrate itself on. Pass texts of your own, "
-            "`convert(model, config, calibrate=batches)`, or `calibrate=False` and call `hf_rfa.calibrate` later."
+            "`convert(model, config, calibrate=[text, ...])`, or `calibrate=False` and call `hf_rfa.calibrate` later."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     length = min(max(LENGTH, EXACT_SHARE * (2 * window + kept_keys)), LONGEST, longest)

@@ -13,6 +13,7 @@ from hf_rfa.calibration.batches import batches_of
 from hf_rfa.calibration.calibrate import calibrate_on
 from hf_rfa.calibration.progress import Progress, progress_bar
 from hf_rfa.calibration.self_text import check_can_write, write_text
+from hf_rfa.calibration.strings import read_texts
 from hf_rfa.config import RFAConfig
 from hf_rfa.conversion.attach import revert, swap_attention
 from hf_rfa.errors import ConfigError
@@ -37,6 +38,7 @@ def convert(
     parts: Sequence[str] | None = None,
     progress: bool | None = None,
     pattern: str | Path | None = None,
+    tokenizer: Any = None,
 ) -> ModelT:
     """Convert a loaded model from softmax to random-feature attention, in place; it stays an instance of its class.
 
@@ -51,12 +53,12 @@ def convert(
     `model.config` from then on, not a reference that was kept from before.
 
     Args:
-        model: A loaded Transformers model (or a PEFT model around one).
+        model: A loaded Transformers model (or a PEFT model or a `SentenceTransformer` around one).
         config: None = `RFAConfig()`.
         calibrate: True: on two to four texts of 1,024 to 2,048 tokens (eight times what a query sees exactly, fewer if
             the model's context ends before) that the model writes itself, whatever its `generation_config` says.
-            Batches of your own, as long as the contexts to come (see `hf_rfa.calibrate`), are better, and encoders
-            need them.
+            Batches of your own or a list of texts, as long as the contexts to come (see `hf_rfa.calibrate`), are
+            better, and encoders need them.
             False leaves it out: the far part then has the config's alpha and gamma on every head.
         example_inputs: A small batch for the dry run, for models whose inputs cannot be guessed from the config, or
             to reach parts that text alone does not. Saved with the conversion (of images and sounds only the shape).
@@ -66,6 +68,7 @@ def convert(
         progress: Whether to show a progress bar, with its stages and the time left; None: if stderr is a terminal.
         pattern: A file of `hf_rfa.save_pattern`: its exact heads and numbers of kept keys are taken, and no head is
             ranked. It must be of the same model.
+        tokenizer: Reads the texts of `calibrate`; None: the model's own, which lies where the model was loaded from.
 
     Returns:
         The same model.
@@ -100,9 +103,11 @@ def convert(
     with plain_torch():
         # Arguments are checked before anything is changed.
         if calibrate is True and isinstance(config, RFAConfig):
+            read_texts(calibrate, model, tokenizer, name="calibrate")  # refuses a tokenizer without texts
             check_can_write(base_model(model), config.window, config.most_kept_keys)
         elif not isinstance(calibrate, bool):
-            batches = list(batches_of(calibrate, base_model(model), name="calibrate"))
+            read = read_texts(calibrate, model, tokenizer, name="calibrate")
+            batches = list(batches_of(read, base_model(model), name="calibrate"))
         swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
         try:
             if pattern is not None:

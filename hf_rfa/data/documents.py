@@ -12,9 +12,10 @@ Datasets of the hub that load without scripts: "emozilla/pg19" (books), "ccdv/go
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ from hf_rfa.data.stdlib_corpus import stdlib_documents
 from hf_rfa.errors import ConfigError
 
 SPLITS = ("train", "validation")
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".py", *ROW_SUFFIXES)
 HELD_OUT_SHARE = 0.1
 
 #: The help text of every option that names a source.
@@ -116,36 +118,49 @@ def _looks_like_path(source: str | Path) -> bool:
 
 
 def _local_documents(path: Path, split: str, text_column: str) -> list[Document]:
+    files, root, apart = local_files(path, split)
+    documents = _read_files(files, root, text_column)
+    return documents if apart else _hold_out(documents, split)
+
+
+def local_files(path: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> tuple[list[Path], Path, bool]:
+    """The files of a file or folder, the folder that they are named from, and whether they are of that split alone."""
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in suffixes:
             raise ConfigError(
-                f"Cannot read {str(path)!r} as text. Got {path.suffix!r}, supported: {', '.join(SUFFIXES)}."
+                f"Cannot read {str(path)!r} as text. Got {path.suffix!r}, supported: {', '.join(suffixes)}."
             )
         files, root = [path], path.parent
     else:
-        files, root = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()), path
+        files, root = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file()), path
         if not files:
-            raise FileNotFoundError(f"The folder {str(path)!r} has no file ending in {', '.join(SUFFIXES)}.")
+            raise FileNotFoundError(f"The folder {str(path)!r} has no file ending in {', '.join(suffixes)}.")
     apart = [file for file in files if Path(file.relative_to(root).parts[0]).stem == "validation"]
     if apart and len(apart) < len(files):
-        files = apart if split == "validation" else [file for file in files if file not in apart]
-        return _read_files(files, root, text_column)
-    return _hold_out(_read_files(files, root, text_column), split)
+        return (apart if split == "validation" else [file for file in files if file not in apart]), root, True
+    return files, root, False
 
 
 def _read_files(files: Iterable[Path], root: Path, text_column: str) -> list[Document]:
     documents: list[Document] = []
     for file in files:
         name = file.relative_to(root).as_posix()
-        if file.suffix == ".jsonl":
-            documents += _rows_to_documents(_jsonl_rows(file), name, text_column)
-        elif file.suffix == ".parquet":
-            # Streaming leaves no copy in the datasets cache.
-            rows = _datasets().load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-            documents += _rows_to_documents(rows, name, text_column)
+        if file.suffix in ROW_SUFFIXES:
+            documents += _rows_to_documents(rows_of(file), name, text_column)
         else:
             documents.append(Document(name, file.read_text("utf-8", "replace")))
     return [document for document in documents if document.text.strip()]
+
+
+def rows_of(file: Path) -> Iterable[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file."""
+    if file.suffix == ".jsonl":
+        return _jsonl_rows(file)
+    # Streaming leaves no copy in the datasets cache.
+    rows: Iterable[dict[str, Any]] = _datasets().load_dataset(
+        "parquet", data_files=str(file), split="train", streaming=True
+    )
+    return rows
 
 
 def _datasets():

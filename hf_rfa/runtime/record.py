@@ -1,5 +1,6 @@
 """A model's record of its conversion: the config, the attention it had before, the calibration report."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,22 +42,64 @@ class Conversion:
     packs: bool = True
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside `torch.compile`, PEFT or distributed wrappers."""
-    while not isinstance(model, PreTrainedModel):
+def wrapped_models(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what it wraps, from the outside in: `torch.compile`, PEFT, distributed wrappers, a
+    SentenceTransformer; the last one is the Transformers model.
+
+    Raises:
+        ConfigError: There is no Transformers model in it.
+        UnsupportedModelError: A SentenceTransformer that computes with another backend than torch, or with several
+            Transformers models.
+    """
+    while True:
+        yield model
+        if isinstance(model, PreTrainedModel):
+            return
         unwrap: Any = getattr(model, "get_base_model", None)
         # `torch.compile(model)` holds the model as its one submodule, and hands on every other attribute of it.
         inner: Any = model._modules.get("_orig_mod") if isinstance(model, nn.Module) else None
+        if inner is None and is_sentence_transformer(model):
+            inner = _inside_sentence_transformer(model)
         if inner is None:
             inner = unwrap() if unwrap is not None else getattr(model, "module", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-        else:
+        if not isinstance(inner, nn.Module):
             raise ConfigError(
                 f"`model` must be a loaded Transformers model. Got {type(model).__name__}. Load it with "
-                "`from_pretrained`."
+                "`from_pretrained`, or pass a SentenceTransformer that holds one."
             )
-    return model
+        model = inner
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside `torch.compile`, PEFT, distributed wrappers or a SentenceTransformer."""
+    *_, base = wrapped_models(model)
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def is_sentence_transformer(model: Any) -> bool:
+    """Whether it is a model of sentence-transformers, which need not be installed."""
+    return isinstance(model, nn.Module) and hasattr(type(model), "transformers_model")
+
+
+def _inside_sentence_transformer(model: Any) -> nn.Module | None:
+    """The one Transformers model (or a PEFT model around it); None if it has none."""
+    if model.get_backend() != "torch":
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} computes with {model.get_backend()}, outside of Transformers. Got "
+            f"backend={model.get_backend()!r}. Load it with backend='torch'; after the conversion there is no export "
+            "to ONNX or OpenVINO, nor a quantised one."
+        )
+    modules = list(model.modules())
+    inside = {id(part) for m in modules if isinstance(m, PreTrainedModel) for part in m.modules() if part is not m}
+    outermost = [m for m in modules if isinstance(m, PreTrainedModel) and id(m) not in inside]
+    if len(outermost) > 1:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} holds {len(outermost)} Transformers models (a router). Convert each by "
+            "itself, as `hf_rfa.convert(module.model)` of the modules that hold them."
+        )
+    inner = model.transformers_model
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def original_class(model: nn.Module) -> Any:

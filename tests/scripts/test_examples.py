@@ -1,6 +1,7 @@
 """The examples run as they are written, to their end, from a folder of their own."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -28,3 +29,12 @@ def test_an_example_trains_and_its_result_loads(name, tmp_path):
     assert "kept as" in shown  # the calibration report of the model that was loaded again
     trained = hf_rfa.from_pretrained(tmp_path / "run" / "final").lm_head.weight
     assert not torch.equal(trained, AutoModelForCausalLM.from_pretrained(default_model()).lm_head.weight)
+
+
+def test_a_converted_encoder_goes_on_searching_its_old_index(encoder_folder):
+    for name in ("sentence_transformers", "faiss"):
+        pytest.importorskip(name)
+    script = str(ROOT / "examples" / "embeddings.py")
+    shown = launch([script, "--model", str(encoder_folder), "--texts", "40", "--window", "4"]).stdout
+    assert re.search(r"converted: R@1 \d\.\d{3} on the old index of 20 texts", shown)
+    assert "of 20 queries" in shown
