@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from families import build, llama
-from sentence_encoders import identity_texts, save_encoder
+from sentence_encoders import identity_texts, load_encoder, save_encoder
 from transformers import LlamaForCausalLM
 
 import hf_rfa
@@ -68,6 +68,13 @@ def base(tmp_path) -> Callable[[], LlamaForCausalLM]:
 def encoder_folder(tmp_path) -> Path:
     """A folder with a tiny encoder for sentence-transformers."""
     return save_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def encoder(encoder_folder):
+    """The encoder in `encoder_folder`."""
+    pytest.importorskip("sentence_transformers")
+    return load_encoder(encoder_folder)
 
 
 @pytest.fixture
