@@ -33,16 +33,14 @@ def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[t
     form = form_of(call.far)
     inputs = Inputs(
         x.query, x.key, x.value, x.sink_key, x.sink_value, x.sink_logits, x.kv_state, x.log_max, *vars(query).values(),
-        *vars(key).values(),
+        *vars(key).values(), log_limit=call.far.log_limit(),
     )  # fmt: skip
     if choice is not None:
         inputs = dataclasses.replace(
             inputs, kept_key=x.kept_key, kept_value=x.kept_value, listed=choice.listed, evicted=choice.evicted
         )
-    limit = call.far.log_limit()
-    limit = torch.full_like(call.far.gamma, torch.inf) if limit is None else limit
     settings = Settings(
-        plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device), limit.detach(),
+        plan, call.window, call.scaling, form, _map_codes(call.far.feature_maps, x.query.device),
         _block(plan.token_mask.shape[1], x.key.shape[0] * x.key.shape[1], x.query.device), call.statistics,
     )  # fmt: skip
     output, kv_state, peak = causal_attention(inputs, settings)

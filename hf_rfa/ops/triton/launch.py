@@ -28,7 +28,6 @@ class Settings:
         scaling: Factor of q.k.
         form: See `fold.form_of`.
         map_codes: (Hk,) int32, 1 for trigonometric heads in a layer that mixes them with hyperbolic ones.
-        log_limit: (Hk,) log of the kernel's `far_limit`, inf for none.
         block: L, the chunks per program.
         statistics: Counts dropped far parts.
     """
@@ -38,7 +37,6 @@ class Settings:
     scaling: float
     form: str
     map_codes: torch.Tensor
-    log_limit: torch.Tensor
     block: int
     statistics: FarStatistics | None
 
@@ -47,6 +45,7 @@ class Settings:
 class Inputs:
     """Tensors with gradients. query (B, Hk, G, T, D); key, value (B, Hk, T, D or M); sinks of the state (B, Hk, s, D
     or M); sink_logits (Hk, G) or None; kv_state (B, Hk, F, M + 1) and its peak (B, Hk); then both `fold.Side`s.
+    Without gradients log_limit (Hk,), log of the kernel's `far_limit`, or None.
 
     With kept keys, kept_key, kept_value (B, Hk, K, D or M), those of the state, and the lists of `kept.Choice`; r and
     the log-scale of the keys are then those of the `evicted` ones."""
@@ -69,6 +68,7 @@ class Inputs:
     key_shift: torch.Tensor
     key_r: torch.Tensor
     key_scale: torch.Tensor
+    log_limit: torch.Tensor | None = None
     kept_key: torch.Tensor | None = None
     kept_value: torch.Tensor | None = None
     listed: torch.Tensor | None = None
@@ -143,10 +143,11 @@ class Launch:
             self.log_total, self.log_weight = new(tokens), new(tokens)
             self.peaks = new(every, self.chunks + 1)
             logits = x.kv_state if x.sink_logits is None else x.sink_logits
+            limit = new(self.heads).fill_(torch.inf) if x.log_limit is None else x.log_limit
             near = launch_exact.outputs(self) if self.keeps else (x.kv_state, x.kv_state)
             forward.block_outputs[(blocks, every)](
                 x.query, self.far_key, self.far_value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(),
-                self.settings.log_limit, logits, x.sink_key, x.sink_value, self.far_codes, self.flags,
+                limit, logits, x.sink_key, x.sink_value, self.far_codes, self.flags,
                 self.sink_chunks, self.states, block_peaks, *near, output, self.log_total, self.log_weight, self.peaks,
                 *x.query.stride()[:4],
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], *output.stride()[:4], self.code_row,
