@@ -108,7 +108,14 @@ def convert(
         elif not isinstance(calibrate, bool):
             read = read_texts(calibrate, model, tokenizer, name="calibrate")
             batches = list(batches_of(read, base_model(model), name="calibrate"))
-        swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
+        try:
+            swap_attention(model, config, example_inputs=example_inputs, submodels=submodels)
+        except ConfigError as error:
+            if pattern is None:
+                raise
+            raise ConfigError(
+                f"{str(pattern)!r} is of another model, or `layers` leaves out its layers: {error}"
+            ) from error
         try:
             if pattern is not None:
                 check_pattern(model, pattern)

@@ -16,7 +16,7 @@ from hf_rfa.runtime.adapters import require_adapters
 from hf_rfa.runtime.record import conversion_config
 
 PATTERNS = ROOT / "examples" / "patterns"
-SMALL = {"hidden_size": 16, "intermediate_size": 8, "vocab_size": 32, "head_dim": 4}
+SMALL = {"hidden_size": 36, "intermediate_size": 8, "vocab_size": 32, "head_dim": 4}  # Llama's: a multiple of 9 heads
 
 
 def like_smollm2():

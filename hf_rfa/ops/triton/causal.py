@@ -33,8 +33,9 @@ def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[t
     form = form_of(call.far)
     inputs = Inputs(
         x.query, x.key, x.value, x.sink_key, x.sink_value, x.sink_logits, x.kv_state, x.log_max, *vars(query).values(),
-        *vars(key).values(), log_limit=call.far.log_limit(),
+        *vars(key).values(),
     )  # fmt: skip
+    inputs = dataclasses.replace(inputs, log_limit=call.far.log_limit())
     if choice is not None:
         inputs = dataclasses.replace(
             inputs, kept_key=x.kept_key, kept_value=x.kept_value, listed=choice.listed, evicted=choice.evicted
