@@ -191,7 +191,7 @@ class RFAAdapter(Float32Module):
         if "calibrated" not in self._python:
             eye = torch.eye(self.omega.shape[2], device=self.omega.device)
             identity = all(bool((m == eye).all()) for m in (self.query_transform, self.key_transform))
-            free = not any(bool(r.any()) for r in (self.query_radius, self.key_radius))
+            free = not any(bool(r.any()) for r in (self.query_radius, self.key_radius, self.far_limit))
             self._python["calibrated"] = not (identity and free)
         return self._python["calibrated"]
 

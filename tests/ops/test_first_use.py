@@ -3,6 +3,7 @@
 The times are made up, since the interpreter's say nothing.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -86,6 +87,28 @@ def test_kernels_that_are_slower_are_not_used_and_nobody_is_warned(folder, check
     assert not asked(folder).serve(call_of())
     assert not asked(folder).serve(call_of())
     assert len(checks) == 1
+
+
+@pytest.mark.usefixtures("times")
+@pytest.mark.parametrize("task", ["causal", "decode"])
+def test_kernels_that_forget_the_limit_of_the_far_part_are_not_used(folder, monkeypatch, task):
+    """Every calibrated model has one, so that the check must look at it."""
+    from hf_rfa.ops.triton import causal, decoding
+
+    call = call_of(far_limit=torch.tensor([0.2]))
+    assert asked(folder).serve(call, task)
+    for module in (causal, decoding):
+        name = "triton_causal" if module is causal else "_prepared"
+        right = getattr(module, name)
+
+        def without(given, *rest, right=right, module=module):
+            far = given.far if module is causal else given
+            far = dataclasses.replace(far, far_limit=None)
+            return right(given.replace(far=far) if module is causal else far, *rest)
+
+        monkeypatch.setattr(module, name, without)
+    with pytest.warns(UserWarning, match="output: relative error"):
+        assert not asked(VerdictFolder(folder.file(Kind.of(call, task)).parent / "new")).serve(call, task)
 
 
 @pytest.mark.usefixtures("times")

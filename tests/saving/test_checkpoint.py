@@ -18,6 +18,7 @@ from hf_rfa import CheckpointError, UnsupportedModelError
 from hf_rfa.conversion.implementation import IMPLEMENTATION
 from hf_rfa.runtime.record import conversion_config
 from hf_rfa.saving.marks import MARK
+from hf_rfa.saving.saved_files import digest
 
 NAMES = ["llama", "gpt2", "gemma3", "gpt_oss", "deepseek_v3", "jamba", "bert", "vit", "bart"]
 FAMILIES = pytest.mark.parametrize("family", NAMES)
@@ -371,6 +372,23 @@ def test_damage_is_named_with_what_to_do(damage, message, folder):
 def test_the_undamaged_folder_loads(folder):
     """Else the test above could pass for another reason."""
     hf_rfa.from_pretrained(folder)
+
+
+def test_a_conversion_from_before_far_parts_had_a_limit_attends_as_it_did(tmp_path):
+    model = altered()
+    hf_rfa.save_pretrained(model, tmp_path)
+    tensors = {key: t for key, t in load_file(tmp_path / PAIR[1]).items() if not key.endswith("far_limit")}
+    assert len(tensors) < len(load_file(tmp_path / PAIR[1]))
+    save_file(tensors, tmp_path / PAIR[1], metadata={"format": "pt"})
+    rewrite(tmp_path / PAIR[0], digest=digest(tensors))
+    config = json.loads((tmp_path / "config.json").read_text())
+    rewrite(tmp_path / "config.json", rfa_config={**config["rfa_config"], "pair": digest(tensors)})
+    loaded = hf_rfa.from_pretrained(tmp_path)
+    assert_same_model(loaded, model)
+    for module in attention_modules(model):
+        module.rfa.set_kernel(module.rfa.feature_maps, far_limit=torch.full_like(module.rfa.gamma, 1e-3))
+    inputs = inputs_for(model)
+    assert (outputs_of(model, inputs) - outputs_of(loaded, inputs)).abs().max() > 1e-5  # a limit would show
 
 
 def test_the_conversion_of_a_copy_is_its_own(tmp_path):

@@ -72,7 +72,7 @@ class Kind:
             maps=tuple(sorted(set(call.far.feature_maps))), window=call.window,
             sink_tokens=call.sink_tokens if call.window else 0, kept_keys=max(call.kept_of_heads, default=0),
             groups=groups, sink_logits=call.sink_logits is not None,
-            options=tuple(sorted(name for name in tensors if name.endswith(("_transform", "_radius")))),
+            options=tuple(sorted(name for name in tensors if name.endswith(("_transform", "_radius", "_limit")))),
             learned=any(tensor.requires_grad for tensor in tensors.values()), size=size_class(size),
         )  # fmt: skip
 

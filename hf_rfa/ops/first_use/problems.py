@@ -16,6 +16,8 @@ from hf_rfa.ops.layout import TokenLayout
 TOKEN_SIZE = 0.5
 #: Tempering of the far kernel, for the same reason.
 ALPHA = 0.25
+#: Limit of the far part's weight where the kernel has one: many queries of these tokens are above it, others below.
+FAR_LIMIT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def problem(kind: Kind, device: torch.device, *, batch: int, heads: int, length:
     }
     far = _far_kernel(kind, heads, draw)
     if kind.learned:
-        leaves |= far
+        leaves |= {name: tensor for name, tensor in far.items() if name != "far_limit"}  # which has no gradient
     if kind.sink_logits:
         leaves["sink_logits"] = draw(heads, kind.groups, size=0.1)
     for leaf in leaves.values():
@@ -83,7 +85,9 @@ def _far_kernel(kind: Kind, heads: int, draw: Callable[..., torch.Tensor]) -> di
         "query_center": draw(heads, dim, size=0.1), "key_center": draw(heads, dim, size=0.1),
     }  # fmt: skip
     for name in kind.options:
-        if name.endswith("_transform"):
+        if name == "far_limit":
+            tensors[name] = FAR_LIMIT * ones
+        elif name.endswith("_transform"):
             tensors[name] = torch.eye(dim, device=ones.device) + draw(heads, dim, dim, size=0.1 * dim**-0.5)
         else:
             tensors[name] = TOKEN_SIZE * dim**0.5 * ones  # about half of the tokens are longer
