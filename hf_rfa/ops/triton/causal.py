@@ -11,7 +11,8 @@ from hf_rfa.ops.causal.keeping import with_kept_keys
 from hf_rfa.ops.chunks import tokens_of
 from hf_rfa.ops.state import RFAState
 from hf_rfa.ops.tiles import ShortRule
-from hf_rfa.ops.triton.fold import fold_keys, fold_queries, form_of
+from hf_rfa.ops.triton.fold import form_of
+from hf_rfa.ops.triton.fold_tokens import fold_keys, fold_queries
 from hf_rfa.ops.triton.function import Inputs, Settings, causal_attention
 from hf_rfa.ops.triton.kept import choose_keys, fold_evicted
 

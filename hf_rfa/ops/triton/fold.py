@@ -8,9 +8,8 @@ and the log-scale of psi (without the maximum of the exponents) is
 
     +-(t r |y|)^2 / 2  +  (exact part of the kernel)  +  (constants of the map)
 
-W and b are small tensors per head; r and the log-scale are one number each per token. All of them are computed in
-plain differentiable torch, so that gradients of alpha, gamma, centres, transforms and radii follow from those that the
-kernels return.
+W and b are small tensors per head, computed here in plain differentiable torch; r and the log-scale are one number
+each per token, see `fold_tokens`. Gradients of alpha, gamma, centres, transforms and radii follow from theirs.
 """
 
 import functools
@@ -19,41 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
+from hf_rfa.features.far_kernel import FarKernel
 
 #: Form of the components, see `pieces`.
 FORMS = {"positive": "EXP", "optimal_positive": "EXP", "hyperbolic": "PAIR", "trigonometric": "WAVE",
          "clustered": "CLUSTER"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Side:
-    """The far kernel for queries, or for keys: weight (Hk, P, D), bias and shift (Hk, P) of the arguments
-    r (W x + b) + shift; r and log_scale (B, Hk, ..., T) per token, float32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    shift: torch.Tensor
-    r: torch.Tensor
-    log_scale: torch.Tensor
-
-
 def form_of(far: FarKernel) -> str:
     """The kernels' name for a layer's feature maps; `dispatch` sends maps they do not cover elsewhere."""
     forms = {FORMS[name] for name in far.feature_maps}
     return "MIXED" if len(forms) > 1 else forms.pop()
-
-
-def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
-    """Fold queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf for heads without a far part."""
-    side = _fold(query, far, scaling, keys=False)
-    log_scale = side.log_scale + far.log_gamma().view(-1, 1, 1)
-    return Side(side.weight, side.bias, side.shift, side.r, log_scale)
-
-
-def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
-    """Fold keys (B, Hk, T, D)."""
-    return _fold(key, far, scaling, keys=True)
 
 
 @dataclass(frozen=True)
@@ -90,26 +65,6 @@ def affine(far: FarKernel, scaling: float, keys: bool) -> Affine:
     elif keys and "clustered" in far.feature_maps:
         shift = -far.omega.square().sum(-1) / 2
     return Affine(weight, bias, shift, sign, constant, size)
-
-
-def _fold(x: torch.Tensor, far: FarKernel, scaling: float, keys: bool) -> Side:
-    center, other = (far.key_center, far.query_center) if keys else (far.query_center, far.key_center)
-    transform, radius = (
-        (far.key_transform, far.key_radius) if keys else (far.query_transform, far.query_radius)
-    )  # fmt: skip
-    side = affine(far, scaling, keys)
-    heads = (-1, *(1,) * (x.dim() - 3))  # broadcasts against (B, Hk, ..., T), one number per token
-    wide = x.to(far.omega.dtype)
-    centred = wide - center.view(*heads, x.shape[-1])
-    moved = centred if transform is None else torch.einsum("bh...d,hed->bh...e", centred, transform)
-    square = moved.square().sum(-1)
-    r = torch.ones_like(square)
-    if radius is not None:
-        r = pull_in(square, squared_bound(radius).view(heads))
-    square = square * (side.size.view(heads) * r).square() / 2
-    exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
-    log_scale = side.sign.view(heads) * square + exact * scaling + side.constant.view(heads)
-    return Side(side.weight, side.bias, side.shift, r, log_scale)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from hf_rfa.ops.causal.rivals import mass_so_far, places_of_rivals, value_length
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.triton.choice import choose
-from hf_rfa.ops.triton.fold import Side, fold_keys
+from hf_rfa.ops.triton.fold_tokens import Side, fold_keys
 from hf_rfa.ops.triton.launch_exact import LIST_TILE
 from hf_rfa.ops.triton.sizes import on_device, precision, tile_size, token_rows
 

@@ -1,0 +1,169 @@
+"""The size r and the log-scale of each token (see `fold`): one kernel that reads a token once.
+
+Its backward pass is that of the same formula in plain torch, recomputed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
+from hf_rfa.ops.recomputing import Flags, recomputing
+from hf_rfa.ops.triton.fold import affine
+from hf_rfa.ops.triton.pieces import put_numbers, tile
+from hf_rfa.ops.triton.sizes import on_device, tile_size, token_rows
+
+#: Tokens per program, and rows of the change of variable that it multiplies at a time.
+TOKEN_TILE, ROW_TILE = 64, 64
+#: How tokens are multiplied by the change of variable: |y|^2 stands in an exponent. Three TF32 products are as good as
+#: float32 ones, which tensor cores do not have.
+PRECISION = "tf32x3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The far kernel for queries, or for keys: weight (Hk, P, D), bias and shift (Hk, P) of the arguments
+    r (W x + b) + shift; r and log_scale (B, Hk, ..., T) per token, float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shift: torch.Tensor
+    r: torch.Tensor
+    log_scale: torch.Tensor
+
+
+def fold_queries(query: torch.Tensor, far: FarKernel, scaling: float) -> Side:
+    """Fold queries (B, Hk, G, T, D); gamma is part of their log-scale, which is -inf for heads without a far part."""
+    return _fold(query, far, scaling, keys=False)
+
+
+def fold_keys(key: torch.Tensor, far: FarKernel, scaling: float) -> Side:
+    """Fold keys (B, Hk, T, D)."""
+    return _fold(key, far, scaling, keys=True)
+
+
+def _fold(x: torch.Tensor, far: FarKernel, scaling: float, keys: bool) -> Side:
+    center, other = (far.key_center, far.query_center) if keys else (far.query_center, far.key_center)
+    transform, radius = (
+        (far.key_transform, far.key_radius) if keys else (far.query_transform, far.query_radius)
+    )  # fmt: skip
+    side = affine(far, scaling, keys)
+    constant = side.constant if keys else side.constant + far.log_gamma()
+    recipe = _Recipe(scaling, keys)
+    r, log_scale = recomputing(recipe, x, center, other, transform, radius, side.size, side.sign, constant)
+    return Side(side.weight, side.bias, side.shift, r, log_scale)
+
+
+def token_numbers_in_torch(
+    x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, transform: torch.Tensor | None,
+    radius: torch.Tensor | None, size: torch.Tensor, sign: torch.Tensor, constant: torch.Tensor, *, scaling: float,
+    keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """r and the log-scale (B, Hk, ..., T) of tokens x (B, Hk, ..., T, D), which are differentiable.
+
+    center, other: (Hk, D) the side's own centre, and the other side's; transform (Hk, D, D) and radius (Hk,) or None;
+    size t, sign and constant (Hk,) as in `fold.Affine`.
+    """
+    heads = (-1, *(1,) * (x.dim() - 3))  # broadcasts against (B, Hk, ..., T), one number per token
+    wide = x.to(center.dtype)
+    centred = wide - center.view(*heads, x.shape[-1])
+    moved = centred if transform is None else torch.einsum("bh...d,hed->bh...e", centred, transform)
+    square = moved.square().sum(-1)
+    r = torch.ones_like(square)
+    if radius is not None:
+        r = pull_in(square, squared_bound(radius).view(heads))
+    square = square * (size.view(heads) * r).square() / 2
+    exact = ((centred if keys else wide) * other.view(*heads, x.shape[-1])).sum(-1)
+    return r, sign.view(heads) * square + exact * scaling + constant.view(heads)
+
+
+@triton.jit
+def token_numbers(
+    x, center, other, transform, figures, r, log_scale, x_b, x_h, x_g, x_t, heads, groups, length, scaling,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr,
+    TRANSFORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of T, B * Hk * G). figures (Hk, 4): t, sign, constant, and the bound of |y|^2."""
+    part, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    a, g = each // groups, each % groups
+    row, head = a // heads, a % heads
+    rows, dims, start = tl.arange(0, BT), tl.arange(0, BD), part * BT
+    in_d = dims < D
+    own_center = tl.load(center + head * D + dims, mask=in_d, other=0.0)
+    other_center = tl.load(other + head * D + dims, mask=in_d, other=0.0)
+    figures += head * 4
+    size, sign, constant, bound = (
+        tl.load(figures), tl.load(figures + 1), tl.load(figures + 2), tl.load(figures + 3),
+    )  # fmt: skip
+    tokens = tile(x + row * x_b + head * x_h + g * x_g, start, rows, length, x_t, D, BD, BT).to(tl.float32)
+    centred = tokens - own_center[None, :]
+    if TRANSFORM:
+        square = tl.zeros((BT,), tl.float32)
+        for first in range(0, D, BE):
+            rows_of = first + tl.arange(0, BE)
+            pointers = transform + head * D * D + rows_of[None, :] * D + dims[:, None]
+            matrix = tl.load(pointers, mask=(rows_of < D)[None, :] & in_d[:, None], other=0.0)
+            moved = tl.dot(centred, matrix, input_precision=PRECISION)
+            square += tl.sum(moved * moved, 1)
+    else:
+        square = tl.sum(centred * centred, 1)
+    clipped = tl.sqrt(bound / tl.maximum(square, bound))
+    factor = size * clipped
+    exact = tl.sum((centred if KEYS else tokens) * other_center[None, :], 1)
+    put_numbers(r + each * length, start, rows, length, clipped, BT)
+    result = sign * (square * (factor * factor) / 2) + exact * scaling + constant
+    put_numbers(log_scale + each * length, start, rows, length, result, BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """See `ops.recomputing`; the tensors are those of `token_numbers_in_torch`."""
+
+    scaling: float
+    keys: bool
+    outputs: int = 2
+    constant: tuple[int, ...] = ()
+    forward_only: tuple[int, ...] = ()
+
+    def forward(
+        self, tensors: Sequence[torch.Tensor | None], followed: Flags
+    ) -> tuple[torch.Tensor, ...]:
+        x, center, other, transform, radius, size, sign, constant = tensors
+        assert x is not None and center is not None and other is not None
+        assert size is not None and sign is not None and constant is not None
+        x = token_rows(x)
+        tokens = x if x.dim() == 5 else x.unsqueeze(2)
+        batch, heads, groups, length, dim = tokens.shape
+        bound = squared_bound(torch.zeros_like(size) if radius is None else radius)
+        figures = torch.stack([size, sign, constant, bound], dim=1)
+        center, other = center.contiguous(), other.contiguous()
+        matrix = center if transform is None else transform.contiguous()
+        r, log_scale = (center.new_empty(x.shape[:-1]) for _ in range(2))
+        with on_device(x):
+            token_numbers[(triton.cdiv(length, TOKEN_TILE), batch * heads * groups)](
+                tokens, center, other, matrix, figures, r, log_scale, *tokens.stride()[:4], heads, groups, length,
+                self.scaling, D=dim, BD=tile_size(dim), BT=TOKEN_TILE, BE=min(ROW_TILE, tile_size(dim)),
+                KEYS=int(self.keys), TRANSFORM=int(transform is not None), PRECISION=PRECISION,
+            )  # fmt: skip
+        return r, log_scale
+
+    def backward(
+        self, tensors: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None],
+        kept: Sequence[torch.Tensor | None], above: Sequence[torch.Tensor | None], followed: Flags,
+    ) -> Sequence[torch.Tensor | None]:  # fmt: skip
+        """The gradients of the followed tensors, by way of the formula in torch."""
+        asked = [index for index, follow in enumerate(followed) if follow]
+
+        def formula(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            whole = list(tensors)
+            for index, tensor in zip(asked, given, strict=True):
+                whole[index] = tensor
+            return token_numbers_in_torch(*whole, scaling=self.scaling, keys=self.keys)  # type: ignore[arg-type]
+
+        (r, log_scale), pull_back = torch.func.vjp(formula, *(tensors[index] for index in asked))
+        given = (torch.zeros_like(x) if up is None else up for x, up in zip((r, log_scale), above, strict=True))
+        found = dict(zip(asked, pull_back(tuple(given)), strict=True))
+        return [found.get(index) for index in range(len(tensors))]
