@@ -28,13 +28,14 @@ from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.state import RFAState
-from hf_rfa.ops.triton import causal, decoding, forward, kept, launch_exact, launch_gradients
+from hf_rfa.ops.triton import causal, decoding, fold_tokens, forward, kept, launch_exact, launch_gradients
 
 HEADS, KEY_HEADS, LENGTH, NUM_FEATURES, SINKS = 8, 8, 1024, 64, 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+TYPES = {torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
          torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
 KERNELS = {
+    fold_tokens: ("token_numbers",),
     kept: ("choose",),
     launch_exact: ("exact_outputs", "exact_query_gradients", "exact_key_gradients"),
     forward: ("block_sums", "scan_sums", "block_outputs"),
@@ -60,7 +61,11 @@ def main() -> None:
     target = GPUTarget("cuda", options.capability, 32)
     titles = ("kernel", "warps", "registers", "spilled bytes", "shared memory (KiB)", "programs at once", "occupancy")
     print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}")
+    printed = set()
     for kernel, arguments, settings in launches(options):
+        if kernel.__name__ in printed:  # for queries and for keys
+            continue
+        printed.add(kernel.__name__)
         compiled = triton.compile(source(kernel, arguments, settings), target=target, options=warps(settings))
         registers, spilled = usage(compiled.asm["cubin"])
         shared, count = compiled.metadata.shared / 1024, settings.get("num_warps", 4)

@@ -2,8 +2,12 @@
 
 The rule is that of `ops.kept_keys`. Everything is indexed by entries of the pool (see `exact`), so that a key keeps
 its entry, and with it the attention that it received, for as long as it is exact. Two passes over the exact keys of a
-chunk: the normaliser of each query, then what each key receives. The keys that stay are those with the K largest
-(score, place) among the kept ones and the chunk before.
+chunk: the normaliser of each query, then what each key receives; where all kept keys fit into one tile, their scores
+stay in registers in between. The keys that stay are those with the K largest (score, place) among the kept ones and
+the chunk before.
+
+Since chunks follow one another, what counts is the time that a chunk takes, which is mostly waiting: for memory,
+for other threads. So a chunk's keys are loaded once for all query heads, and the next one's while it is computed.
 """
 
 import triton
@@ -12,6 +16,8 @@ import triton.language as tl
 from hf_rfa.ops.triton.exact import pool_places, pool_tile
 from hf_rfa.ops.triton.pieces import ADVANCES, ASKED, FOLLOWS, near_masks, slot_codes, tile
 
+#: At most so many rivals are ordered by counting, for each, those above it; more are sorted.
+COUNTED = tl.constexpr(512)
 #: Scores above it are equal: the largest float32.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -30,9 +36,9 @@ def widen(scores, top, total):
 
 
 @triton.jit
-def receive(mass, index, scores, log_total, counts):
-    """Add to each key's mass its weights from the queries that count for it."""
-    given = tl.sum(tl.where(counts, tl.exp(scores - log_total[:, None]), 0.0), 0)
+def receive(mass, index, weights, counts, share):
+    """Add to each key's mass its weights from the queries that count for it, each times its `share`."""
+    given = tl.sum(tl.where(counts, weights * share[:, None], 0.0), 0)
     there = index >= 0
     tl.store(mass + index, tl.load(mass + index, mask=there, other=0.0) + given, mask=there)
 
@@ -49,24 +55,27 @@ def order(score, there, places):
 
 @triton.jit
 def choose(
-    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted,
+    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted, scratch,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, code_row, flag_row, heads, groups, length, chunks, E,
     entries, scaling, least,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (A,). Fills `listed` (A, chunks + 1, S + K) behind its first chunk and `evicted` (A, chunks, C), which
     come filled with the sinks and -1; adds to mass (A, G, entries). evicted[i] are the keys that leave after chunk
     i + 1, position and size (A, entries) are each key's number in its document and its |v|."""
     a = tl.program_id(0).to(tl.int64)
     N: tl.constexpr = S + K
+    ONE: tl.constexpr = BN >= K
     row, head = a // heads, a % heads
     rows, slots, places = tl.arange(0, BC), tl.arange(0, BN), tl.arange(0, BR)
+    sink_slots = tl.arange(0, BS)
     query, key = query + row * query_b + head * query_h, key + row * key_b + head * key_h
     state_key, codes = state_key + a * E * D, codes + row * code_row
     flags, ranks = flags + row * flag_row, ranks + row * flag_row
     position, size, mass = position + a * entries, size + a * entries, mass + a * groups * entries
     listed, evicted = listed + a * (chunks + 1) * N, evicted + a * chunks * C
+    scratch += a * BR
     distance = rows[:, None] - rows[None, :]
     for step in range(chunks):
         flag, start = tl.load(flags + step), step * C
@@ -79,63 +88,88 @@ def choose(
         own_places, before_places = (
             pool_places(start, rows, length, E, C), pool_places(start - C, rows, length, E, C),
         )  # fmt: skip
+        sinks = tl.load(listed + step * N + sink_slots, mask=sink_slots < S, other=-1)
+        sink_keys = pool_tile(state_key, key, sinks, E, key_t, D, BD)
+        if ONE:
+            index = tl.load(listed + step * N + S + slots, mask=slots < K, other=-1)
+            kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
         for g in range(groups):
             queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
             own = scores_of(queries, own_key, sees_own, scaling, PRECISION)
             before = scores_of(queries, before_key, sees_before, scaling, PRECISION)
-            top = tl.max(own, 1)
-            total = tl.sum(tl.exp(own - top[:, None]), 1)
-            top, total = widen(before, top, total)
-            for part in range(0, N, BN):
-                index = tl.load(listed + step * N + part + slots, mask=part + slots < N, other=-1)
-                keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-                top, total = widen(scores_of(queries, keys, (index >= 0)[None, :], scaling, PRECISION), top, total)
+            sink = scores_of(queries, sink_keys, (sinks >= 0)[None, :], scaling, PRECISION)
+            top = tl.maximum(tl.maximum(tl.max(own, 1), tl.max(before, 1)), tl.max(sink, 1))
+            if ONE:
+                kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                top = tl.maximum(top, tl.max(kept, 1))
+                kept = tl.exp(kept - top[:, None])
+                total = tl.sum(kept, 1)
+            else:
+                found, total = top, tl.zeros_like(top)
+                for first in range(0, K, BN):
+                    index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
+                    kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                    kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                    found, total = widen(kept, found, total)
+                top = found
+            own, before = tl.exp(own - top[:, None]), tl.exp(before - top[:, None])
+            total += tl.sum(own, 1) + tl.sum(before, 1) + tl.sum(tl.exp(sink - top[:, None]), 1)
             if LOGITS:
                 total += tl.exp(tl.load(logits + head * groups + g) - top)
-            log_total = top + tl.log(total)
+            share = 1 / total
             received = mass + g * entries
-            receive(received, own_places, own, log_total, asked & (distance >= least))
-            receive(received, before_places, before, log_total, asked & (distance + C >= least))
-            for part in range(0, N, BN):
-                index = tl.load(listed + step * N + part + slots, mask=part + slots < N, other=-1)
-                keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-                # The sinks, which are always seen, have no mass.
-                scores = scores_of(queries, keys, (index >= 0)[None, :], scaling, PRECISION)
-                receive(received, tl.where(part + slots >= S, index, -1), scores, log_total, asked)
+            receive(received, own_places, own, asked & (distance >= least), share)
+            receive(received, before_places, before, asked & (distance + C >= least), share)
+            if ONE:
+                receive(received, index, kept, asked, share)
+            else:
+                for first in range(0, K, BN):
+                    index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
+                    kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                    kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                    receive(received, index, tl.exp(kept - top[:, None]), asked, share)
         # What this program wrote to memory is read by other threads than those that wrote it.
         tl.debug_barrier()
         next_list = listed + (step + 1) * N + S
-        kept = tl.load(listed + step * N + S + places, mask=places < K, other=-1)
+        old = tl.load(listed + step * N + S + places, mask=places < K, other=-1)
         if (flag & ADVANCES) != 0:
             left = tl.full((), 0, tl.int32)
             if step > 0:
                 left = tl.load(flags + step - 1) & ADVANCES
             leaving = (places >= K) & (places < K + C) & (left != 0)
-            index = tl.where(leaving, E + start - C + places - K, kept)
-            number = tl.load(position + index, mask=index >= 0, other=-1)
+            entry = tl.where(leaving, E + start - C + places - K, old)
+            number = tl.load(position + entry, mask=entry >= 0, other=-1)
             there = number >= 0
             best, broken = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.int32)
             for g in range(groups):
-                given = tl.load(mass + g * entries + index, mask=there, other=0.0)
+                given = tl.load(mass + g * entries + entry, mask=there, other=0.0)
                 best, broken = tl.maximum(best, given), broken | (given != given)
             queries_seen = ((tl.load(ranks + step) + 1) * C - number - least).to(tl.float32)
-            score = best * tl.load(size + index, mask=there, other=0.0) / queries_seen
+            score = best * tl.load(size + entry, mask=there, other=0.0) / queries_seen
             score = tl.where((broken != 0) | (score != score), -1.0, score)
             rivals = order(score, there, places)
-            # Among BR entries, the K largest are those from the (BR - K)-th in order on.
-            least_staying = tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
-            stays = there & (rivals >= least_staying)
-            goes = there & (rivals < least_staying)
-            number_of = stays.to(tl.int32)
+            if BR <= COUNTED:
+                tl.store(scratch + places, rivals)
+                tl.debug_barrier()
+                higher = tl.zeros((BR,), tl.int32)
+                for first in range(0, BR, 16):
+                    others = tl.load(scratch + first + tl.arange(0, 16))
+                    higher += tl.sum((others[None, :] > rivals[:, None]).to(tl.int32), 1)
+                is_among = higher < K
+            else:
+                # Among BR entries, the K largest are those from the (BR - K)-th in order on.
+                is_among = rivals >= tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
+            stays, goes = there & is_among, there & (is_among == 0)
+            # One running count of both: of those that stay in the low 16 bits.
+            both = tl.cumsum(stays.to(tl.int32) + (goes.to(tl.int32) << 16), 0)
             # In the order of the pool, which is that of the text; empty places come first.
-            slot = K - tl.sum(number_of, 0) + tl.cumsum(number_of, 0) - 1
-            tl.store(next_list + slot, index, mask=stays)
-            slot = tl.cumsum(goes.to(tl.int32), 0) - 1
-            tl.store(evicted + start - C + slot, index, mask=goes)
+            slot = K - tl.sum(stays.to(tl.int32), 0) + (both & 0xFFFF) - 1
+            tl.store(next_list + slot, entry, mask=stays)
+            tl.store(evicted + start - C + (both >> 16) - 1, entry, mask=goes)
         else:
             follows = tl.full((), FOLLOWS, tl.int32)
             if step + 1 < chunks:
                 follows = tl.load(flags + step + 1) & FOLLOWS
             if follows != 0:  # nothing is kept where another document begins
-                tl.store(next_list + places, kept, mask=places < K)
+                tl.store(next_list + places, old, mask=places < K)
         tl.debug_barrier()

@@ -107,11 +107,11 @@ def decode_step(
     log_far = sign * square * size * r * size * r / 2 + exact + constant + tl.max(peak, 0) + tl.load(peaks + a)
     # The far sums.
     base = state + a * (F * M + F)
-    S1, z1 = sums(base, 0, P, BP, M, BM, F)
+    S1, z1 = sums(base, 0, P, BP, M, M, BM, F, 0)
     first = tl.sum(first, 0)
     num, den = tl.sum(first[:, None] * S1, 0), tl.sum(first * z1, 0)
     if TWO:
-        S2, z2 = sums(base, 1, P, BP, M, BM, F)
+        S2, z2 = sums(base, 1, P, BP, M, M, BM, F, 0)
         second = tl.sum(second, 0)
         num += tl.sum(second[:, None] * S2, 0)
         den += tl.sum(second * z2, 0)
@@ -230,16 +230,16 @@ def end_of_chunk(
         peak = tl.load(peaks + a)
         new_peak = tl.maximum(peak, tl.max(log_scale, 0))
         base = state + a * (F * M + F)
-        S1, z1 = sums(base, 0, P, BP, M, BM, F)
+        S1, z1 = sums(base, 0, P, BP, M, M, BM, F, 0)
         S2, z2 = S1, z1
         if TWO:
-            S2, z2 = sums(base, 1, P, BP, M, BM, F)
+            S2, z2 = sums(base, 1, P, BP, M, M, BM, F, 0)
         shrink, weight = decay(peak, new_peak), decay(log_scale, new_peak)
         S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first, second, value, shrink, weight, TWO, tl.float32, PRECISION)
         tl.debug_barrier()
-        put_sums(base, 0, S1, z1, P, BP, M, BM, F)
+        put_sums(base, 0, S1, z1, P, BP, M, M, BM, F, 0)
         if TWO:
-            put_sums(base, 1, S2, z2, P, BP, M, BM, F)
+            put_sums(base, 1, S2, z2, P, BP, M, M, BM, F, 0)
         tl.store(peaks + a, new_peak)
         if K:
             # Those of the chunk that stay take the places that are free.

@@ -12,7 +12,17 @@ kept keys, -1 in empty places.
 import triton
 import triton.language as tl
 
-from hf_rfa.ops.triton.pieces import dot, near_masks, numbers, put, put_numbers, slot_codes, tile
+from hf_rfa.ops.triton.pieces import (
+    attend,
+    dot,
+    near_masks,
+    numbers,
+    put,
+    put_numbers,
+    share_gradients,
+    slot_codes,
+    tile,
+)
 
 
 @triton.jit
@@ -32,17 +42,6 @@ def pool_tile(of_state, tokens, index, E, stride, D: tl.constexpr, BD: tl.conste
     old = tl.load(of_state + place * D + columns[None, :], mask=is_old & wanted, other=0.0)
     new = tl.load(tokens + (place - E) * stride + columns[None, :], mask=is_new & wanted, other=0.0)
     return tl.where(is_new, new, old)
-
-
-@triton.jit
-def attend(queries, keys, values, sees, scaling, top, mass, result, PRECISION: tl.constexpr):
-    """Add a tile of keys to a softmax: its running maximum, its weights relative to it, and their sum of values."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling
-    scores = tl.where(sees, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shares, shrink = tl.exp(scores - new_top[:, None]), tl.exp(top - new_top)
-    result = result * shrink[:, None] + dot(shares, values, values.dtype, PRECISION)
-    return new_top, mass * shrink + tl.sum(shares, 1), result
 
 
 @triton.jit
@@ -86,17 +85,6 @@ def exact_outputs(
         )  # fmt: skip
     put(output + each * length * M, start, rows, length, M, result / mass[:, None], M, BM, C)
     put_numbers(log + each * length, start, rows, length, top + tl.log(mass), C)
-
-
-@triton.jit
-def share_gradients(
-    queries, above, inners, total, keys, values, sees, scaling, PRECISION: tl.constexpr
-):  # fmt: skip
-    """The weights of a tile of keys under the whole normaliser, and the gradient of their scores q.k."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling - total[:, None]
-    shares = tl.exp(tl.where(sees, scores, float("-inf")))
-    d_shares = dot(above, tl.trans(values), values.dtype, PRECISION) - inners[:, None]
-    return shares, shares * d_shares * scaling
 
 
 @triton.jit

@@ -47,12 +47,13 @@ def inner_products(
 
 @triton.jit
 def query_psi(
-    query, r, log_weight, start, rows, length, stride, w, b, h, code,
+    query, r, log_weight, start, rows, length, stride, w, b, h, head, code,
     D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A chunk's queries, their W x + b, r, psi, and the weight of psi.S in the output (0 if it is dropped)."""
     queries = tile(query, start, rows, length, stride, D, BD, C)
+    w, b, h = weights(w, b, h, head, D, BD, P, BP)
     size = numbers(r, start, rows, length, C)
     projection = tl.dot(queries, w, input_precision=PRECISION) + b[None, :]
     first, second, _ = features(size[:, None] * projection + h[None, :], code, P, BP, MAP, False)
@@ -81,9 +82,6 @@ def block_flows(
     query_r, inner, log_weight = query_r + tokens, inner + tokens, log_weight + tokens
     key_r, key_scale = key_r + a * length, key_scale + a * length
     codes, flags, peaks = codes + row * code_row, flags + row * flag_row, peaks + a * (chunks + 1)
-    query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
-    if not DELAY:
-        key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
     code = tl.load(map_codes + head)
     S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
     S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
@@ -97,13 +95,13 @@ def block_flows(
         if not DELAY:
             _, _, log_scale = folded_keys(
                 key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
-                code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
             )  # fmt: skip
             _, lifted, _ = own_weights(log_scale, peak, rows)
         for g in range(groups):
             _, _, _, first, second, weight = query_psi(
                 query + g * query_g, query_r + g * length, log_weight + g * length, step * C, rows, length, query_t,
-                query_w, query_bias, query_shift, code, D, BD, P, BP, C, MAP, PRECISION,
+                query_w, query_bias, query_shift, head, code, D, BD, P, BP, C, MAP, PRECISION,
             )  # fmt: skip
             weight = weight * fade
             if not DELAY:
@@ -117,9 +115,9 @@ def block_flows(
                 S2 += dot(tl.trans(second), above, STATE, PRECISION)
                 z2 += tl.sum(second * whole[:, None], 0)
     out += (a * blocks + block) * (F * M + F)
-    put_sums(out, 0, S1, z1, P, BP, M, BM, F)
+    put_sums(out, 0, S1, z1, P, BP, M, M, BM, F, 0)
     if TWO:
-        put_sums(out, 1, S2, z2, P, BP, M, BM, F)
+        put_sums(out, 1, S2, z2, P, BP, M, M, BM, F, 0)
 
 
 @triton.jit

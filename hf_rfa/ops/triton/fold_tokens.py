@@ -5,6 +5,7 @@ Its backward pass is that of the same formula in plain torch, recomputed.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -128,12 +129,8 @@ class _Recipe:
     constant: tuple[int, ...] = ()
     forward_only: tuple[int, ...] = ()
 
-    def forward(
-        self, tensors: Sequence[torch.Tensor | None], followed: Flags
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, tensors: Sequence[Any], followed: Flags) -> tuple[torch.Tensor, ...]:
         x, center, other, transform, radius, size, sign, constant = tensors
-        assert x is not None and center is not None and other is not None
-        assert size is not None and sign is not None and constant is not None
         x = token_rows(x)
         tokens = x if x.dim() == 5 else x.unsqueeze(2)
         batch, heads, groups, length, dim = tokens.shape
@@ -151,8 +148,8 @@ class _Recipe:
         return r, log_scale
 
     def backward(
-        self, tensors: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None],
-        kept: Sequence[torch.Tensor | None], above: Sequence[torch.Tensor | None], followed: Flags,
+        self, tensors: Sequence[Any], outputs: Sequence[Any], kept: Sequence[Any], above: Sequence[Any],
+        followed: Flags,
     ) -> Sequence[torch.Tensor | None]:  # fmt: skip
         """The gradients of the followed tensors, by way of the formula in torch."""
         asked = [index for index, follow in enumerate(followed) if follow]
@@ -161,7 +158,7 @@ class _Recipe:
             whole = list(tensors)
             for index, tensor in zip(asked, given, strict=True):
                 whole[index] = tensor
-            return token_numbers_in_torch(*whole, scaling=self.scaling, keys=self.keys)  # type: ignore[arg-type]
+            return token_numbers_in_torch(*whole, scaling=self.scaling, keys=self.keys)
 
         (r, log_scale), pull_back = torch.func.vjp(formula, *(tensors[index] for index in asked))
         given = (torch.zeros_like(x) if up is None else up for x, up in zip((r, log_scale), above, strict=True))

@@ -6,8 +6,9 @@ A block is a run of L chunks, processed by one program with the far sums in its 
 2. `scan_sums`: the far sums at the start of each block, under the running maximum;
 3. `block_outputs`: chunk by chunk, near softmax and far part of the queries under one normaliser.
 
-Grids are (blocks, A), A = rows of the batch x key heads. `delay` is 1 with a window, 0 without: once chunk i has
-read the far sums, chunk i - delay is added to them.
+Grids are (parts x blocks, A), A = rows of the batch x key heads; the values' columns are shared out among the parts,
+since the far sums of all of them do not fit into the registers. `delay` is 1 with a window, 0 without: once chunk i
+has read the far sums, chunk i - delay is added to them.
 """
 
 import triton
@@ -18,6 +19,7 @@ from hf_rfa.ops.triton.pieces import (
     FOLLOWS,
     KEEP,
     TINY,
+    attend,
     decay,
     dot,
     features,
@@ -38,13 +40,14 @@ from hf_rfa.ops.triton.pieces import (
 
 @triton.jit
 def folded_keys(
-    key, scale, codes, flag, step, chunks, length, stride, r, rows, w, b, h, code,
+    key, scale, codes, flag, step, chunks, length, stride, r, rows, w, b, h, head, code,
     D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, DELAY: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """psi of the keys that step `step` adds to the far sums, and their log-scales, -inf for those it does not add."""
     chunk = step - DELAY
     keys = tile(key, chunk * C, rows, length, stride, D, BD, C)
+    w, b, h = weights(w, b, h, head, D, BD, P, BP)
     size = numbers(r, chunk * C, rows, length, C)
     argument = tl.dot(keys, w, input_precision=PRECISION) + b[None, :]
     argument = size[:, None] * argument + h[None, :]
@@ -60,20 +63,21 @@ def folded_keys(
 def block_sums(
     key, value, r, scale, w, b, h, map_codes, codes, flags, out, out_peak, out_keep,
     key_b, key_h, key_t, value_b, value_h, value_t, code_row, flag_row, heads, length, chunks, blocks, L,
-    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MV: tl.constexpr, BV: tl.constexpr, P: tl.constexpr,
+    BP: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
     STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = P * (1 + TWO)
-    block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PARTS: tl.constexpr = M // MV
+    block, a = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) % PARTS * MV
     row, head = a // heads, a % heads
     rows = tl.arange(0, BC)
-    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h
+    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h + column
     r, scale, codes, flags = r + a * length, scale + a * length, codes + row * code_row, flags + row * flag_row
-    w, b, h = weights(w, b, h, head, D, BD, P, BP)
     code = tl.load(map_codes + head)
-    S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
-    S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
+    S1, z1 = tl.zeros((BP, BV), tl.float32), tl.zeros((BP,), tl.float32)
+    S2, z2 = tl.zeros((BP, BV), tl.float32), tl.zeros((BP,), tl.float32)
     whole_peak = tl.full((), float("-inf"), tl.float32)
     kept = tl.full((), 1, tl.int32)
     for step in range(block * L, tl.minimum(block * L + L, chunks)):
@@ -83,18 +87,18 @@ def block_sums(
             whole_peak = tl.full((), float("-inf"), tl.float32)
             kept = tl.full((), 0, tl.int32)
         first, second, log_scale = folded_keys(
-            key, scale, codes, flag, step, chunks, length, key_t, r, rows, w, b, h, code,
+            key, scale, codes, flag, step, chunks, length, key_t, r, rows, w, b, h, head, code,
             D, BD, P, BP, C, DELAY, MAP, PRECISION,
         )  # fmt: skip
-        values = tile(value, (step - DELAY) * C, rows, length, value_t, M, BM, C)
+        values = tile(value, (step - DELAY) * C, rows, length, value_t, MV, BV, C)
         peak = tl.maximum(whole_peak, tl.max(log_scale, 0))
         shrink, weight = decay(whole_peak, peak), decay(log_scale, peak)
         S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first, second, values, shrink, weight, TWO, STATE, PRECISION)
         whole_peak = peak
     out += (a * blocks + block) * (F * M + F)
-    put_sums(out, 0, S1, z1, P, BP, M, BM, F)
+    put_sums(out, 0, S1, z1, P, BP, M, MV, BV, F, column)
     if TWO:
-        put_sums(out, 1, S2, z2, P, BP, M, BM, F)
+        put_sums(out, 1, S2, z2, P, BP, M, MV, BV, F, column)
     tl.store(out_peak + a * 2 * (blocks + 1) + block, whole_peak)
     tl.store(out_keep + a * blocks + block, kept)
 
@@ -132,62 +136,83 @@ def block_outputs(
     near_part, near_log, output, log_total, log_weight, peaks,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_g,
     output_t, code_row, flag_row, heads, groups, length, chunks, blocks, L, scaling,
-    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr,
-    TWO: tl.constexpr, NEAR: tl.constexpr, LOGITS: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MV: tl.constexpr, BV: tl.constexpr, P: tl.constexpr,
+    BP: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, DELAY: tl.constexpr,
+    MAP: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, LOGITS: tl.constexpr, STATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = P * (1 + TWO)
-    block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PARTS: tl.constexpr = M // MV
+    block, a = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    column = part * MV
     row, head = a // heads, a % heads
     rows, sinks = tl.arange(0, BC), tl.arange(0, BS)
-    query, output = query + row * query_b + head * query_h, output + row * output_b + head * output_h
-    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h
+    query, output = query + row * query_b + head * query_h, output + row * output_b + head * output_h + column
+    key, value = key + row * key_b + head * key_h, value + row * value_b + head * value_h + column
     key_r, key_scale = key_r + a * length, key_scale + a * length
     tokens = a * groups * length
     query_r, query_scale = query_r + tokens, query_scale + tokens
     log_total, log_weight = log_total + tokens, log_weight + tokens
-    near_part, near_log = near_part + tokens * M, near_log + tokens
-    sink_key, sink_value = sink_key + a * S * D, sink_value + a * S * M
+    near_part, near_log = near_part + tokens * M + column, near_log + tokens
+    sink_key, sink_value = sink_key + a * S * D, sink_value + a * S * M + column
     codes, flags, sink_chunks = codes + row * code_row, flags + row * flag_row, sink_chunks + row * flag_row
-    query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
-    key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
     code, limit = tl.load(map_codes + head), tl.load(log_limit + head)
     base = state + (a * blocks + block) * (F * M + F)
-    S1, z1 = sums(base, 0, P, BP, M, BM, F)
+    S1, z1 = sums(base, 0, P, BP, M, MV, BV, F, column)
     S2, z2 = S1, z1
     if TWO:
-        S2, z2 = sums(base, 1, P, BP, M, BM, F)
+        S2, z2 = sums(base, 1, P, BP, M, MV, BV, F, column)
     peak = tl.load(start_peaks + (a * 2 + 1) * (blocks + 1) + block)
     for step in range(block * L, tl.minimum(block * L + L, chunks)):
-        tl.store(peaks + a * (chunks + 1) + step, peak)
+        if part == 0:
+            tl.store(peaks + a * (chunks + 1) + step, peak)
         flag = tl.load(flags + step)
         if (flag & KEEP) == 0:
             S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
             peak = tl.full((), float("-inf"), tl.float32)
         start = step * C
-        far_value = tile(value, start - DELAY * C, rows, length, value_t, M, BM, C)
-        if NEAR:
-            own_key = tile(key, start, rows, length, key_t, D, BD, C)
-            own_value = tile(value, start, rows, length, value_t, M, BM, C)
-            before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
-            sees_sink, sees_before, sees_own = near_masks(
-                slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
-                rows, sinks, C, S,
+        if not DELAY:
+            first_k, second_k, log_scale = folded_keys(
+                key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
             )  # fmt: skip
-            if S:
-                sink_keys, sink_values = sink_tiles(
-                    key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
-                    D, BD, M, BM, C, S,
-                )  # fmt: skip
-        first_k, second_k, log_scale = folded_keys(
-            key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift, code,
-            D, BD, P, BP, C, DELAY, MAP, PRECISION,
-        )  # fmt: skip
+            own, lifted, own_base = own_weights(log_scale, peak, rows)
         for g in range(groups):
+            # What is not needed yet is not loaded yet: tiles that wait in registers displace others.
             queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
+            if NEAR:
+                sees_sink, sees_before, sees_own = near_masks(
+                    slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
+                    rows, sinks, C, S,
+                )  # fmt: skip
+                top, mass = tl.full((BC,), float("-inf"), tl.float32), tl.zeros((BC,), tl.float32)
+                keys = tile(key, start, rows, length, key_t, D, BD, C)
+                values = tile(value, start, rows, length, value_t, MV, BV, C)
+                # Every query sees a key of its own chunk, so that the maximum is finite from here on.
+                top, mass, near = attend(
+                    queries, keys, values, sees_own, scaling, top, mass, tl.zeros((BC, BV), tl.float32), PRECISION
+                )  # fmt: skip
+                keys = tile(key, start - C, rows, length, key_t, D, BD, C)
+                values = tile(value, start - C, rows, length, value_t, MV, BV, C)
+                top, mass, near = attend(
+                    queries, keys, values, sees_before, scaling, top, mass, near, PRECISION
+                )  # fmt: skip
+                if S:
+                    keys, values = sink_tiles(
+                        key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
+                        D, BD, M, MV, BV, C, S,
+                    )  # fmt: skip
+                    top, mass, near = attend(
+                        queries, keys, values, sees_sink, scaling, top, mass, near, PRECISION
+                    )  # fmt: skip
+            elif DELAY:
+                near = tile(near_part + g * length * M, start, rows, length, M, MV, BV, C)
+                top, mass = numbers(near_log + g * length, start, rows, length, C), tl.full((BC,), 1.0, tl.float32)
             size = numbers(query_r + g * length, start, rows, length, C)
-            argument = size[:, None] * (tl.dot(queries, query_w, input_precision=PRECISION) + query_bias[None, :])
-            first, second, feature_peak = features(argument + query_shift[None, :], code, P, BP, MAP, False)
+            w, bias, shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
+            argument = size[:, None] * (tl.dot(queries, w, input_precision=PRECISION) + bias[None, :])
+            first, second, feature_peak = features(argument + shift[None, :], code, P, BP, MAP, False)
             log_q = numbers(query_scale + g * length, start, rows, length, C) + feature_peak
             num = dot(first, S1, STATE, PRECISION)
             den = tl.sum(first * z1[None, :], 1)
@@ -196,35 +221,14 @@ def block_outputs(
                 den += tl.sum(second * z2[None, :], 1)
             if DELAY:
                 log_far = log_q + peak
-            if NEAR:
-                own = tl.dot(queries, tl.trans(own_key), input_precision=PRECISION) * scaling
-                own = tl.where(sees_own, own, float("-inf"))
-                before = tl.dot(queries, tl.trans(before_key), input_precision=PRECISION) * scaling
-                before = tl.where(sees_before, before, float("-inf"))
-                top = tl.maximum(tl.max(own, 1), tl.max(before, 1))
-                if S:
-                    sink = tl.dot(queries, tl.trans(sink_keys), input_precision=PRECISION) * scaling
-                    sink = tl.where(sees_sink, sink, float("-inf"))
-                    top = tl.maximum(top, tl.max(sink, 1))
-                own, before = tl.exp(own - top[:, None]), tl.exp(before - top[:, None])
-                mass = tl.sum(own, 1) + tl.sum(before, 1)
-                near = dot(own, own_value, own_value.dtype, PRECISION)
-                near += dot(before, far_value, far_value.dtype, PRECISION)
-                if S:
-                    sink = tl.exp(sink - top[:, None])
-                    mass += tl.sum(sink, 1)
-                    near += dot(sink, sink_values, sink_values.dtype, PRECISION)
-            elif DELAY:
-                near = tile(near_part + g * length * M, start, rows, length, M, M, BM, C)
-                top, mass = numbers(near_log + g * length, start, rows, length, C), tl.full((BC,), 1.0, tl.float32)
             else:
-                own, lifted, own_base = own_weights(log_scale, peak, rows)
                 log_far = log_q + own_base
                 scores = dot(first, tl.trans(first_k), STATE, PRECISION)
                 if TWO:
                     scores += dot(second, tl.trans(second_k), STATE, PRECISION)
                 scores *= own
-                num = num * lifted[:, None] + dot(scores, far_value, STATE, PRECISION)
+                values = tile(value, start, rows, length, value_t, MV, BV, C)
+                num = num * lifted[:, None] + dot(scores, values, STATE, PRECISION)
                 den = den * lifted + tl.sum(scores, 1)
             exists = log_far > float("-inf")
             used = exists & (den > TINY)
@@ -254,14 +258,21 @@ def block_outputs(
             result = num * tl.exp(log_far - total)[:, None]
             if DELAY:
                 result += near * tl.exp(top - total)[:, None]
-            put(output + g * output_g, start, rows, length, output_t, result, M, BM, C)
-            put_numbers(log_total + g * length, start, rows, length, total, C)
-            # +inf means that the estimate was dropped, -inf that there was none.
-            weight = tl.where(exists & (used == 0), float("inf"), log_far - total)
-            put_numbers(log_weight + g * length, start, rows, length, weight, C)
+            put(output + g * output_g, start, rows, length, output_t, result, MV, BV, C)
+            if part == 0:
+                put_numbers(log_total + g * length, start, rows, length, total, C)
+                # +inf means that the estimate was dropped, -inf that there was none.
+                weight = tl.where(exists & (used == 0), float("inf"), log_far - total)
+                put_numbers(log_weight + g * length, start, rows, length, weight, C)
+        if DELAY:
+            first_k, second_k, log_scale = folded_keys(
+                key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
+            )  # fmt: skip
+        values = tile(value, start - DELAY * C, rows, length, value_t, MV, BV, C)
         new_peak = tl.maximum(peak, tl.max(log_scale, 0))
         shrink, weight = decay(peak, new_peak), decay(log_scale, new_peak)
-        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, weight, TWO, STATE, PRECISION)
+        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, values, shrink, weight, TWO, STATE, PRECISION)
         peak = new_peak
-    if block == blocks - 1:
+    if (block == blocks - 1) & (part == 0):
         tl.store(peaks + a * (chunks + 1) + chunks, peak)

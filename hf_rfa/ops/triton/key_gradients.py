@@ -47,16 +47,14 @@ def key_gradients(
     query_r, inner = query_r + tokens, inner + tokens
     log_total, log_weight = log_total + tokens, log_weight + tokens
     codes, flags, peaks = codes + row * code_row, flags + row * flag_row, peaks + a * (chunks + 1)
-    query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
-    key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
     code = tl.load(map_codes + head)
     S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
     S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
     if block < flow_blocks:
         base = flow + (a * flow_blocks + block) * (F * M + F)
-        S1, z1 = sums(base, 0, P, BP, M, BM, F)
+        S1, z1 = sums(base, 0, P, BP, M, M, BM, F, 0)
         if TWO:
-            S2, z2 = sums(base, 1, P, BP, M, BM, F)
+            S2, z2 = sums(base, 1, P, BP, M, M, BM, F, 0)
     dw, db, dh = tl.zeros((BP, BD), tl.float32), tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
     for back in range(L):
         step = block * L + L - 1 - back
@@ -73,10 +71,11 @@ def key_gradients(
             values = tile(value, start, rows, length, value_t, M, BM, C)
             # Gradients from the far sums; a step behind the last chunk adds nothing to them.
             size = numbers(key_r, start, rows, length, C)
-            projection = tl.dot(keys, key_w, input_precision=PRECISION) + key_bias[None, :]
+            w, bias, _shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
+            projection = tl.dot(keys, w, input_precision=PRECISION) + bias[None, :]
             first, second, log_scale = folded_keys(
                 key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
-                code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
             )  # fmt: skip
             fold = decay(log_scale, new_peak)
             d_first = (dot(values, tl.trans(S1), STATE, PRECISION) + z1[None, :]) * fold[:, None]
@@ -107,7 +106,7 @@ def key_gradients(
                 if step < chunks:
                     queries, _projection, _size, first_q, second_q, weight = query_psi(
                         query + g * query_g, query_r + g * length, log_weight + g * length, step * C, rows, length,
-                        query_t, query_w, query_bias, query_shift, code, D, BD, P, BP, C, MAP, PRECISION,
+                        query_t, query_w, query_bias, query_shift, head, code, D, BD, P, BP, C, MAP, PRECISION,
                     )  # fmt: skip
                     above = tile(gradient + g * gradient_g, step * C, rows, length, gradient_t, M, BM, C)
                     inners = numbers(inner + g * length, step * C, rows, length, C)
@@ -147,7 +146,8 @@ def key_gradients(
             put_numbers(d_scale, start, rows, length, d_log, C)
             put_numbers(d_r, start, rows, length, tl.sum(d_argument * projection, 1), C)
             d_projection = d_argument * size[:, None]
-            d_keys += dot(d_projection, tl.trans(key_w), key_w.dtype, PRECISION)
+            w, _bias, _shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
+            d_keys += dot(d_projection, tl.trans(w), w.dtype, PRECISION)
             if LEARNED:
                 dw += dot(tl.trans(d_projection), keys, STATE, PRECISION)
                 db += tl.sum(d_projection, 0)

@@ -16,6 +16,11 @@ FORM_CODES = {"EXP": pieces.EXP, "PAIR": pieces.PAIR, "WAVE": pieces.WAVE, "MIXE
               "CLUSTER": pieces.CLUSTER}  # fmt: skip
 #: Elements of the state per program of the scan.
 SCAN_TILE = 1024
+#: Columns of the values per program of the forward pass, the first that divides them: the far sums of 64 fit into the
+#: registers.
+VALUE_TILES = (64, 32, 16)
+#: Warps of its programs.
+FORWARD_WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +122,13 @@ class Launch:
         sinks = 0 if self.keeps else inputs.sink_key.shape[2]
         self.near = {"NEAR": int(bool(settings.window) and not self.keeps)}
         self.sinks = {"S": sinks, "BS": tile_size(sinks)}
+        columns = next((size for size in VALUE_TILES if value_dim % size == 0), value_dim)
+        self.parts = value_dim // columns
+        values = {"MV": columns, "BV": tile_size(columns)}
+        self.forward_tiles = {name: size for name, size in self.tiles.items() if name != "BM"} | values
         # Enough warps for the far sums, which fill the registers.
         self.options = {"num_warps": 8 if self.tiles["BM"] * self.tiles["BP"] >= 64 * 64 else 4, "num_stages": 1}
+        self.forward_options = {"num_warps": FORWARD_WARPS, "num_stages": 1}
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, far sums and their log-scale; fills the buffers that the backward pass needs."""
@@ -128,11 +138,11 @@ class Launch:
         self.kept = x.kv_state.new_empty(every, blocks, dtype=torch.int32)
         value_dim = x.value.shape[-1]
         with on_device(x.query):
-            forward.block_sums[(blocks, every)](
+            forward.block_sums[(self.parts * blocks, every)](
                 self.far_key, self.far_value, x.key_r, x.key_scale, x.key_weight, x.key_bias, x.key_shift,
                 self.settings.map_codes, self.far_codes, self.flags, self.states, block_peaks, self.kept,
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], self.code_row, self.flag_row, self.heads,
-                self.length, self.chunks, blocks, self.settings.block, **self.tiles, **self.options,
+                self.length, self.chunks, blocks, self.settings.block, **self.forward_tiles, **self.forward_options,
             )  # fmt: skip
             kv_state = self.flat(x.kv_state)
             forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
@@ -145,7 +155,7 @@ class Launch:
             logits = x.kv_state if x.sink_logits is None else x.sink_logits
             limit = new(self.heads).fill_(torch.inf) if x.log_limit is None else x.log_limit
             near = launch_exact.outputs(self) if self.keeps else (x.kv_state, x.kv_state)
-            forward.block_outputs[(blocks, every)](
+            forward.block_outputs[(self.parts * blocks, every)](
                 x.query, self.far_key, self.far_value, x.query_r, x.query_scale, x.key_r, x.key_scale, *self.maps(),
                 limit, logits, x.sink_key, x.sink_value, self.far_codes, self.flags,
                 self.sink_chunks, self.states, block_peaks, *near, output, self.log_total, self.log_weight, self.peaks,
@@ -153,7 +163,8 @@ class Launch:
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], *output.stride()[:4], self.code_row,
                 self.flag_row, self.heads, self.groups, self.length, self.chunks, blocks, self.settings.block,
                 self.settings.scaling,
-                LOGITS=int(x.sink_logits is not None), **self.tiles, **self.near, **self.sinks, **self.options,
+                LOGITS=int(x.sink_logits is not None), **self.forward_tiles, **self.near, **self.sinks,
+                **self.forward_options,
             )  # fmt: skip
         if self.settings.statistics is not None:
             self._count(self.settings.statistics)

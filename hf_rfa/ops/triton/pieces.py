@@ -23,7 +23,7 @@ KEEP, FOLLOWS, BEHIND_SINKS, ADVANCES = tl.constexpr(1), tl.constexpr(2), tl.con
 
 @triton.jit
 def tile(base, start, rows, length, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """Load the tokens start .. start + C of (length, D); zeros elsewhere."""
+    """Load the first BD of D numbers of the tokens start .. start + C; zeros elsewhere."""
     columns = tl.arange(0, BD)
     inside = (rows < C) & (start + rows >= 0) & (start + rows < length)
     pointers = base + (start + rows).to(tl.int64)[:, None] * stride + columns[None, :]
@@ -122,6 +122,28 @@ def dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def attend(queries, keys, values, sees, scaling, top, mass, result, PRECISION: tl.constexpr):
+    """Add a tile of keys to a softmax: its running maximum, its weights relative to it, and their sum of values."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling
+    scores = tl.where(sees, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shares, shrink = tl.exp(scores - new_top[:, None]), tl.exp(top - new_top)
+    result = result * shrink[:, None] + dot(shares, values, values.dtype, PRECISION)
+    return new_top, mass * shrink + tl.sum(shares, 1), result
+
+
+@triton.jit
+def share_gradients(
+    queries, above, inners, total, keys, values, sees, scaling, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The weights of a tile of keys under the whole normaliser, and the gradient of their scores q.k."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scaling - total[:, None]
+    shares = tl.exp(tl.where(sees, scores, float("-inf")))
+    d_shares = dot(above, tl.trans(values), values.dtype, PRECISION) - inners[:, None]
+    return shares, shares * d_shares * scaling
+
+
+@triton.jit
 def near_masks(own_code, before_code, flags, rows, sinks, C: tl.constexpr, S: tl.constexpr):
     """Which sinks (1, BS), keys of the chunk before (1, BC) and of the own chunk (BC, BC) each query sees."""
     sink = ((flags & BEHIND_SINKS) != 0) & (sinks < S)
@@ -153,22 +175,28 @@ def own_weights(scale, peak, rows):
 
 
 @triton.jit
-def sums(base, half, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
-    """Load S (BP, BM) and z (BP) of one half of the components from [S of all F components, z]."""
-    components, columns = tl.arange(0, BP), tl.arange(0, BM)
+def sums(
+    base, half, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, MV: tl.constexpr, BV: tl.constexpr,
+    F: tl.constexpr, column,
+):  # fmt: skip
+    """Load MV columns of S (BP, BV), from `column` on, and z (BP), of one half of the F components of [S, z]."""
+    components, columns = tl.arange(0, BP), tl.arange(0, BV)
     wanted = components < P
-    pointers = base + (half * P + components)[:, None] * M + columns[None, :]
-    whole = tl.load(pointers, mask=wanted[:, None] & (columns < M)[None, :], other=0.0)
+    pointers = base + column + (half * P + components)[:, None] * M + columns[None, :]
+    whole = tl.load(pointers, mask=wanted[:, None] & (columns < MV)[None, :], other=0.0)
     return whole, tl.load(base + F * M + half * P + components, mask=wanted, other=0.0)
 
 
 @triton.jit
-def put_sums(base, half, S, z, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, F: tl.constexpr):
+def put_sums(
+    base, half, S, z, P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, MV: tl.constexpr, BV: tl.constexpr,
+    F: tl.constexpr, column,
+):  # fmt: skip
     """Store S and z of one half; the inverse of `sums`."""
-    components, columns = tl.arange(0, BP), tl.arange(0, BM)
+    components, columns = tl.arange(0, BP), tl.arange(0, BV)
     wanted = components < P
-    pointers = base + (half * P + components)[:, None] * M + columns[None, :]
-    tl.store(pointers, S, mask=wanted[:, None] & (columns < M)[None, :])
+    pointers = base + column + (half * P + components)[:, None] * M + columns[None, :]
+    tl.store(pointers, S, mask=wanted[:, None] & (columns < MV)[None, :])
     tl.store(base + F * M + half * P + components, z, mask=wanted)
 
 
@@ -190,13 +218,14 @@ def fold_in(
 @triton.jit
 def sink_tiles(
     key, value, sink_key, sink_value, sink_chunk, sinks, length, key_t, value_t, D: tl.constexpr, BD: tl.constexpr,
-    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    M: tl.constexpr, MV: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Load keys and values of the sinks: the first tokens of chunk `sink_chunk`, or the state's if that is < 0."""
+    """Load keys and values of the sinks: the first tokens of chunk `sink_chunk`, or the state's if that is < 0.
+    MV of the M numbers of a value are loaded, from where the pointers point to."""
     if sink_chunk < 0:
         keys = tile(sink_key, 0, sinks, S, D, D, BD, S)
-        values = tile(sink_value, 0, sinks, S, M, M, BM, S)
+        values = tile(sink_value, 0, sinks, S, M, MV, BM, S)
     else:
         keys = tile(key, sink_chunk * C, sinks, length, key_t, D, BD, S)
-        values = tile(value, sink_chunk * C, sinks, length, value_t, M, BM, S)
+        values = tile(value, sink_chunk * C, sinks, length, value_t, MV, BM, S)
     return keys, values

@@ -16,6 +16,7 @@ from hf_rfa.ops.triton.pieces import (
     own_weights,
     put,
     put_numbers,
+    share_gradients,
     sink_tiles,
     slot_codes,
     sums,
@@ -49,14 +50,12 @@ def query_gradients(
     sink_key, sink_value = sink_key + a * S * D, sink_value + a * S * M
     codes, flags, sink_chunks = codes + row * code_row, flags + row * flag_row, sink_chunks + row * flag_row
     peaks += a * (chunks + 1)
-    query_w, query_bias, query_shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
-    key_w, key_bias, key_shift = weights(key_w, key_bias, key_shift, head, D, BD, P, BP)
     code = tl.load(map_codes + head)
     base = state + (a * blocks + block) * (F * M + F)
-    S1, z1 = sums(base, 0, P, BP, M, BM, F)
+    S1, z1 = sums(base, 0, P, BP, M, M, BM, F, 0)
     S2, z2 = S1, z1
     if TWO:
-        S2, z2 = sums(base, 1, P, BP, M, BM, F)
+        S2, z2 = sums(base, 1, P, BP, M, M, BM, F, 0)
     dw, db, dh = tl.zeros((BP, BD), tl.float32), tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
     for step in range(block * L, tl.minimum(block * L + L, chunks)):
         flag = tl.load(flags + step)
@@ -65,31 +64,19 @@ def query_gradients(
             S1, z1, S2, z2 = S1 * 0.0, z1 * 0.0, S2 * 0.0, z2 * 0.0
             peak = tl.full((), float("-inf"), tl.float32)
         start = step * C
-        far_value = tile(value, start - DELAY * C, rows, length, value_t, M, BM, C)
         if NEAR:
-            own_key = tile(key, start, rows, length, key_t, D, BD, C)
-            own_value = tile(value, start, rows, length, value_t, M, BM, C)
-            before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
-            sees_sink, sees_before, sees_own = near_masks(
-                slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
-                rows, sinks, C, S,
-            )  # fmt: skip
             if S:
-                sink_keys, sink_values = sink_tiles(
-                    key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
-                    D, BD, M, BM, C, S,
-                )  # fmt: skip
                 d_sink_keys, d_sink_values = tl.zeros((BS, BD), tl.float32), tl.zeros((BS, BM), tl.float32)
-        first_k, second_k, log_scale = folded_keys(
-            key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift, code,
-            D, BD, P, BP, C, DELAY, MAP, PRECISION,
-        )  # fmt: skip
         if not DELAY:
+            first_k, second_k, log_scale = folded_keys(
+                key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
+            )  # fmt: skip
             own, lifted, _ = own_weights(log_scale, peak, rows)
         for g in range(groups):
             queries, projection, size, first, second, weight = query_psi(
                 query + g * query_g, query_r + g * length, log_weight + g * length, start, rows, length, query_t,
-                query_w, query_bias, query_shift, code, D, BD, P, BP, C, MAP, PRECISION,
+                query_w, query_bias, query_shift, head, code, D, BD, P, BP, C, MAP, PRECISION,
             )  # fmt: skip
             above = tile(gradient + g * gradient_g, start, rows, length, gradient_t, M, BM, C)
             inners = numbers(inner + g * length, start, rows, length, C)
@@ -102,7 +89,8 @@ def query_gradients(
                 d_second = dot(above, tl.trans(S2), STATE, PRECISION) - inners[:, None] * z2[None, :]
                 d_second = d_second * read[:, None]
             if not DELAY:
-                shares = dot(above, tl.trans(far_value), STATE, PRECISION) - inners[:, None]
+                values = tile(value, start, rows, length, value_t, M, BM, C)
+                shares = dot(above, tl.trans(values), STATE, PRECISION) - inners[:, None]
                 shares = shares * own * weight[:, None]
                 d_first += dot(shares, first_k, STATE, PRECISION)
                 if TWO:
@@ -114,36 +102,55 @@ def query_gradients(
             put_numbers(d_scale + g * length, start, rows, length, d_log, C)
             put_numbers(d_r + g * length, start, rows, length, tl.sum(d_argument * projection, 1), C)
             d_projection = d_argument * size[:, None]
-            result = dot(d_projection, tl.trans(query_w), query_w.dtype, PRECISION)
+            w, _bias, _shift = weights(query_w, query_bias, query_shift, head, D, BD, P, BP)
+            result = dot(d_projection, tl.trans(w), w.dtype, PRECISION)
             if LEARNED:
                 dw += dot(tl.trans(d_projection), queries, STATE, PRECISION)
                 db += tl.sum(d_projection, 0)
                 dh += tl.sum(d_argument, 0)
             if NEAR:
+                # What is not needed yet is not loaded yet: tiles that wait in registers displace others.
+                sees_sink, sees_before, sees_own = near_masks(
+                    slot_codes(codes, step, chunks, rows, C), slot_codes(codes, step - 1, chunks, rows, C), flag,
+                    rows, sinks, C, S,
+                )  # fmt: skip
                 total = numbers(log_total + g * length, start, rows, length, C)
-                scores = tl.dot(queries, tl.trans(own_key), input_precision=PRECISION) * scaling - total[:, None]
-                shares = tl.exp(tl.where(sees_own, scores, float("-inf")))
-                shares *= (dot(above, tl.trans(own_value), own_value.dtype, PRECISION) - inners[:, None]) * scaling
-                result += dot(shares, own_key, own_key.dtype, PRECISION)
-                scores = tl.dot(queries, tl.trans(before_key), input_precision=PRECISION) * scaling - total[:, None]
-                shares = tl.exp(tl.where(sees_before, scores, float("-inf")))
-                shares *= (dot(above, tl.trans(far_value), own_value.dtype, PRECISION) - inners[:, None]) * scaling
-                result += dot(shares, before_key, own_key.dtype, PRECISION)
+                keys = tile(key, start, rows, length, key_t, D, BD, C)
+                values = tile(value, start, rows, length, value_t, M, BM, C)
+                _shares, d_scores = share_gradients(
+                    queries, above, inners, total, keys, values, sees_own, scaling, PRECISION
+                )  # fmt: skip
+                result += dot(d_scores, keys, keys.dtype, PRECISION)
+                keys = tile(key, start - C, rows, length, key_t, D, BD, C)
+                values = tile(value, start - C, rows, length, value_t, M, BM, C)
+                _shares, d_scores = share_gradients(
+                    queries, above, inners, total, keys, values, sees_before, scaling, PRECISION
+                )  # fmt: skip
+                result += dot(d_scores, keys, keys.dtype, PRECISION)
                 if S:
-                    scores = tl.dot(queries, tl.trans(sink_keys), input_precision=PRECISION) * scaling - total[:, None]
-                    shares = tl.exp(tl.where(sees_sink, scores, float("-inf")))
-                    d_sink_values += dot(tl.trans(shares), above, own_value.dtype, PRECISION)
-                    shares *= dot(above, tl.trans(sink_values), own_value.dtype, PRECISION) - inners[:, None]
-                    shares *= scaling
-                    result += dot(shares, sink_keys, own_key.dtype, PRECISION)
-                    d_sink_keys += dot(tl.trans(shares), queries, own_key.dtype, PRECISION)
+                    keys, values = sink_tiles(
+                        key, value, sink_key, sink_value, tl.load(sink_chunks + step), sinks, length, key_t, value_t,
+                        D, BD, M, M, BM, C, S,
+                    )  # fmt: skip
+                    shares, d_scores = share_gradients(
+                        queries, above, inners, total, keys, values, sees_sink, scaling, PRECISION
+                    )  # fmt: skip
+                    d_sink_values += dot(tl.trans(shares), above, values.dtype, PRECISION)
+                    result += dot(d_scores, keys, keys.dtype, PRECISION)
+                    d_sink_keys += dot(tl.trans(d_scores), queries, keys.dtype, PRECISION)
             put(d_query + g * d_g, start, rows, length, d_t, result, D, BD, C)
         if NEAR and S:
             place = a * chunks + step
             put(d_sink_key + place * S * D, 0, sinks, S, D, d_sink_keys, D, BD, S)
             put(d_sink_value + place * S * M, 0, sinks, S, M, d_sink_values, M, BM, S)
+        if DELAY:
+            first_k, second_k, log_scale = folded_keys(
+                key, key_scale, codes, flag, step, chunks, length, key_t, key_r, rows, key_w, key_bias, key_shift,
+                head, code, D, BD, P, BP, C, DELAY, MAP, PRECISION,
+            )  # fmt: skip
+        values = tile(value, start - DELAY * C, rows, length, value_t, M, BM, C)
         new_peak = tl.load(peaks + step + 1)
         shrink, fold = decay(peak, new_peak), decay(log_scale, new_peak)
-        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, far_value, shrink, fold, TWO, STATE, PRECISION)
+        S1, z1, S2, z2 = fold_in(S1, z1, S2, z2, first_k, second_k, values, shrink, fold, TWO, STATE, PRECISION)
     if LEARNED:
         put_weights(d_w, d_bias, d_shift, a * blocks + block, dw, db, dh, D, BD, P, BP)
