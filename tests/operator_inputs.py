@@ -64,7 +64,7 @@ def with_gradients(function: Callable[..., Any], inputs: Tensors, **options: Any
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     output = function(**leaves, **options)
     generator = torch.Generator().manual_seed(7)
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     gradients = torch.autograd.grad((output * weights).sum(), list(leaves.values()))
     return output.detach(), dict(zip(leaves, gradients, strict=True))
 

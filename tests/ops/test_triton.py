@@ -158,7 +158,15 @@ def test_narrow_types_differ_by_their_rounding(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("options", "kernels"), [("--kept_keys 0", 8), ("--kept_keys 128", 12), ("--kept_keys 128 --decode", 2)]
+    ("options", "kernels"),
+    [
+        ("--kept_keys 0", 9),
+        ("--kept_keys 128", 13),
+        ("--kept_keys 300 --window 16 --head_dim 96", 13),
+        ("--kept_keys 5 --window 100 --head_dim 80 --feature_map clustered --dtype float16", 13),
+        ("--window 0 --head_dim 64 --feature_map trigonometric --dtype float32", 9),
+        ("--kept_keys 128 --decode", 2),
+    ],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(options, kernels):
     """The interpreter lets pass what the compiler refuses, and does not count shared memory."""

@@ -16,8 +16,6 @@ import triton.language as tl
 from hf_rfa.ops.triton.exact import pool_places, pool_tile
 from hf_rfa.ops.triton.pieces import ADVANCES, ASKED, FOLLOWS, near_masks, slot_codes, tile
 
-#: At most so many rivals are ordered by counting, for each, those above it; more are sorted.
-COUNTED = tl.constexpr(512)
 #: Scores above it are equal: the largest float32.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -36,11 +34,16 @@ def widen(scores, top, total):
 
 
 @triton.jit
-def receive(mass, index, weights, counts, share):
-    """Add to each key's mass its weights from the queries that count for it, each times its `share`."""
+def receive(mass, index, before, weights, counts, share):
+    """Add to each key's mass, which was `before`, its weights from the queries that count, each times its `share`."""
     given = tl.sum(tl.where(counts, weights * share[:, None], 0.0), 0)
-    there = index >= 0
-    tl.store(mass + index, tl.load(mass + index, mask=there, other=0.0) + given, mask=there)
+    tl.store(mass + index, before + given, mask=index >= 0)
+
+
+@triton.jit
+def mass_of(mass, index):
+    """The attention that entries have received so far."""
+    return tl.load(mass + index, mask=index >= 0, other=0.0)
 
 
 @triton.jit
@@ -59,7 +62,8 @@ def choose(
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, code_row, flag_row, heads, groups, length, chunks, E,
     entries, scaling, least,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
-    K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (A,). Fills `listed` (A, chunks + 1, S + K) behind its first chunk and `evicted` (A, chunks, C), which
     come filled with the sinks and -1; adds to mass (A, G, entries). evicted[i] are the keys that leave after chunk
@@ -77,14 +81,16 @@ def choose(
     listed, evicted = listed + a * (chunks + 1) * N, evicted + a * chunks * C
     scratch += a * BR
     distance = rows[:, None] - rows[None, :]
+    # The next keys and queries are loaded while the last ones are in use.
+    before_key = tl.zeros((BC, BD), key.dtype.element_ty)
+    own_key = tile(key, 0, rows, length, key_t, D, BD, C)
+    queries = tile(query, 0, rows, length, query_t, D, BD, C)
     for step in range(chunks):
         flag, start = tl.load(flags + step), step * C
         code = slot_codes(codes, step, chunks, rows, C)
         asked = ((code & ASKED) != 0)[:, None]
         before_code = slot_codes(codes, step - 1, chunks, rows, C)
         _sinks, sees_before, sees_own = near_masks(code, before_code, flag, rows, rows, C, 0)
-        own_key = tile(key, start, rows, length, key_t, D, BD, C)
-        before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
         own_places, before_places = (
             pool_places(start, rows, length, E, C), pool_places(start - C, rows, length, E, C),
         )  # fmt: skip
@@ -94,13 +100,20 @@ def choose(
             index = tl.load(listed + step * N + S + slots, mask=slots < K, other=-1)
             kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
         for g in range(groups):
-            queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
+            received = mass + g * entries
+            own_mass, before_mass = mass_of(received, own_places), mass_of(received, before_places)
+            if ONE:
+                kept_mass = mass_of(received, index)
             own = scores_of(queries, own_key, sees_own, scaling, PRECISION)
             before = scores_of(queries, before_key, sees_before, scaling, PRECISION)
             sink = scores_of(queries, sink_keys, (sinks >= 0)[None, :], scaling, PRECISION)
-            top = tl.maximum(tl.maximum(tl.max(own, 1), tl.max(before, 1)), tl.max(sink, 1))
             if ONE:
                 kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                queries = tile(
+                    query + (g + 1) % groups * query_g, start + (g + 1) // groups * C, rows, length, query_t, D, BD, C
+                )  # fmt: skip
+            top = tl.maximum(tl.maximum(tl.max(own, 1), tl.max(before, 1)), tl.max(sink, 1))
+            if ONE:
                 top = tl.maximum(top, tl.max(kept, 1))
                 kept = tl.exp(kept - top[:, None])
                 total = tl.sum(kept, 1)
@@ -117,17 +130,20 @@ def choose(
             if LOGITS:
                 total += tl.exp(tl.load(logits + head * groups + g) - top)
             share = 1 / total
-            received = mass + g * entries
-            receive(received, own_places, own, asked & (distance >= least), share)
-            receive(received, before_places, before, asked & (distance + C >= least), share)
+            receive(received, own_places, own_mass, own, asked & (distance >= least), share)
+            receive(received, before_places, before_mass, before, asked & (distance + C >= least), share)
             if ONE:
-                receive(received, index, kept, asked, share)
+                receive(received, index, kept_mass, kept, asked, share)
             else:
                 for first in range(0, K, BN):
                     index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
                     kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
                     kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
-                    receive(received, index, tl.exp(kept - top[:, None]), asked, share)
+                    receive(received, index, mass_of(received, index), tl.exp(kept - top[:, None]), asked, share)
+                queries = tile(
+                    query + (g + 1) % groups * query_g, start + (g + 1) // groups * C, rows, length, query_t, D, BD, C
+                )  # fmt: skip
+        before_key, own_key = own_key, tile(key, start + C, rows, length, key_t, D, BD, C)
         # What this program wrote to memory is read by other threads than those that wrote it.
         tl.debug_barrier()
         next_list = listed + (step + 1) * N + S
@@ -148,7 +164,7 @@ def choose(
             score = best * tl.load(size + entry, mask=there, other=0.0) / queries_seen
             score = tl.where((broken != 0) | (score != score), -1.0, score)
             rivals = order(score, there, places)
-            if BR <= COUNTED:
+            if COUNT:  # for each, those above it
                 tl.store(scratch + places, rivals)
                 tl.debug_barrier()
                 higher = tl.zeros((BR,), tl.int32)

@@ -45,12 +45,23 @@ def pool_tile(of_state, tokens, index, E, stride, D: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
+def listed_tiles(
+    listed, slots, count, state_key, key, state_value, value, E, key_t, value_t, D: tl.constexpr, BD: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The entries of the pool in `slots` of a list that are below `count`, their keys and their values."""
+    index = tl.load(listed + slots, mask=slots < count, other=-1)
+    keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+    return index, keys, pool_tile(state_value, value, index, E, value_t, M, BM)
+
+
+@triton.jit
 def exact_outputs(
     query, key, value, state_key, state_value, listed, codes, flags, output, log,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, code_row, flag_row, heads,
     groups, length, chunks, E, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, A * G)."""
     step, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -76,12 +87,20 @@ def exact_outputs(
     keys = tile(key, start - C, rows, length, key_t, D, BD, C)
     values = tile(value, start - C, rows, length, value_t, M, BM, C)
     top, mass, result = attend(queries, keys, values, sees_before, scaling, top, mass, result, PRECISION)
-    for part in range(0, N, BN):
-        index = tl.load(listed + part + slots, mask=part + slots < N, other=-1)
-        keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-        values = pool_tile(state_value, value, index, E, value_t, M, BM)
+    for part in range(0, N // BN * BN, BN):
+        index, listed_keys, listed_values = listed_tiles(
+            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+        )  # fmt: skip
         top, mass, result = attend(
-            queries, keys, values, (index >= 0)[None, :], scaling, top, mass, result, PRECISION
+            queries, listed_keys, listed_values, (index >= 0)[None, :], scaling, top, mass, result, PRECISION
+        )  # fmt: skip
+    if N % BN:
+        index, listed_keys, listed_values = listed_tiles(
+            listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,
+            BD, M, BM,
+        )  # fmt: skip
+        top, mass, result = attend(
+            queries, listed_keys, listed_values, (index >= 0)[None, :], scaling, top, mass, result, PRECISION
         )  # fmt: skip
     put(output + each * length * M, start, rows, length, M, result / mass[:, None], M, BM, C)
     put_numbers(log + each * length, start, rows, length, top + tl.log(mass), C)
@@ -93,7 +112,7 @@ def exact_query_gradients(
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, gradient_b, gradient_h,
     gradient_g, gradient_t, d_b, d_h, d_g, d_t, code_row, flag_row, heads, groups, length, chunks, E, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, A * G); far (A * G, T, D) is the far part's gradient of the queries."""
     step, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -122,13 +141,25 @@ def exact_query_gradients(
     values = tile(value, start - C, rows, length, value_t, M, BM, C)
     _, d_scores = share_gradients(queries, above, inners, total, keys, values, sees_before, scaling, PRECISION)
     result += dot(d_scores, keys, keys.dtype, PRECISION)
-    for part in range(0, N, BN):
-        index = tl.load(listed + part + slots, mask=part + slots < N, other=-1)
-        keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-        values = pool_tile(state_value, value, index, E, value_t, M, BM)
+    for part in range(0, N // BN * BN, BN):
+        index, listed_keys, listed_values = listed_tiles(
+            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+        )  # fmt: skip
         sees = (index >= 0)[None, :]
-        _, d_scores = share_gradients(queries, above, inners, total, keys, values, sees, scaling, PRECISION)
-        result += dot(d_scores, keys, keys.dtype, PRECISION)
+        _listed, d_listed = share_gradients(
+            queries, above, inners, total, listed_keys, listed_values, sees, scaling, PRECISION
+        )  # fmt: skip
+        result += dot(d_listed, listed_keys, listed_keys.dtype, PRECISION)
+    if N % BN:
+        index, listed_keys, listed_values = listed_tiles(
+            listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,
+            BD, M, BM,
+        )  # fmt: skip
+        sees = (index >= 0)[None, :]
+        _listed, d_listed = share_gradients(
+            queries, above, inners, total, listed_keys, listed_values, sees, scaling, PRECISION
+        )  # fmt: skip
+        result += dot(d_listed, listed_keys, listed_keys.dtype, PRECISION)
     put(d_query + row * d_b + head * d_h + g * d_g, start, rows, length, d_t, result, D, BD, C)
 
 
@@ -161,7 +192,7 @@ def exact_key_gradients(
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, value_b, value_h, value_t, gradient_b, gradient_h,
     gradient_g, gradient_t, code_row, flag_row, heads, groups, length, chunks, E, scaling,
     D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, A); d_key (A, E + T, D) and d_value (A, E + T, M) are float32."""
     step, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -192,11 +223,22 @@ def exact_key_gradients(
         d_key, d_value, start, rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM,
         C, PRECISION,
     )  # fmt: skip
-    for part in range(0, N, BN):
-        index = tl.load(listed + part + slots, mask=part + slots < N, other=-1)
-        keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-        values = pool_tile(state_value, value, index, E, value_t, M, BM)
+    for part in range(0, N // BN * BN, BN):
+        index, listed_keys, listed_values = listed_tiles(
+            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+        )  # fmt: skip
         add_gradients(
-            query, gradient, inner, log_total, keys, values, (index >= 0)[None, :], index, d_key, d_value, start,
-            rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM, C, PRECISION,
+            query, gradient, inner, log_total, listed_keys, listed_values, (index >= 0)[None, :], index, d_key,
+            d_value, start, rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM, C,
+            PRECISION,
+        )  # fmt: skip
+    if N % BN:
+        index, listed_keys, listed_values = listed_tiles(
+            listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,
+            BD, M, BM,
+        )  # fmt: skip
+        add_gradients(
+            query, gradient, inner, log_total, listed_keys, listed_values, (index >= 0)[None, :], index, d_key,
+            d_value, start, rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM, C,
+            PRECISION,
         )  # fmt: skip

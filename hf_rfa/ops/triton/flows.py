@@ -68,23 +68,25 @@ def block_flows(
     key_bias, key_shift, map_codes, codes, flags, peaks, out,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, gradient_b, gradient_h, gradient_g, gradient_t,
     code_row, flag_row, heads, groups, length, chunks, blocks, L,
-    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MV: tl.constexpr, BV: tl.constexpr, P: tl.constexpr,
+    BP: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, DELAY: tl.constexpr, MAP: tl.constexpr, TWO: tl.constexpr,
     STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = P * (1 + TWO)
-    block, a = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PARTS: tl.constexpr = M // MV
+    block, a = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) % PARTS * MV
     row, head = a // heads, a % heads
     rows = tl.arange(0, BC)
-    query, gradient = query + row * query_b + head * query_h, gradient + row * gradient_b + head * gradient_h
+    query, gradient = query + row * query_b + head * query_h, gradient + row * gradient_b + head * gradient_h + column
     key = key + row * key_b + head * key_h
     tokens = a * groups * length
     query_r, inner, log_weight = query_r + tokens, inner + tokens, log_weight + tokens
     key_r, key_scale = key_r + a * length, key_scale + a * length
     codes, flags, peaks = codes + row * code_row, flags + row * flag_row, peaks + a * (chunks + 1)
     code = tl.load(map_codes + head)
-    S1, z1 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
-    S2, z2 = tl.zeros((BP, BM), tl.float32), tl.zeros((BP,), tl.float32)
+    S1, z1 = tl.zeros((BP, BV), tl.float32), tl.zeros((BP,), tl.float32)
+    S2, z2 = tl.zeros((BP, BV), tl.float32), tl.zeros((BP,), tl.float32)
     first_peak = tl.load(peaks + block * L)
     reaches = tl.full((), 1, tl.int32)  # whether no document has begun since the start of the block
     for step in range(block * L, tl.minimum(block * L + L, chunks)):
@@ -106,7 +108,7 @@ def block_flows(
             weight = weight * fade
             if not DELAY:
                 weight = weight * lifted
-            above = tile(gradient + g * gradient_g, step * C, rows, length, gradient_t, M, BM, C).to(tl.float32)
+            above = tile(gradient + g * gradient_g, step * C, rows, length, gradient_t, MV, BV, C).to(tl.float32)
             above = above * weight[:, None]
             whole = -weight * numbers(inner + g * length, step * C, rows, length, C)
             S1 += dot(tl.trans(first), above, STATE, PRECISION)
@@ -115,13 +117,13 @@ def block_flows(
                 S2 += dot(tl.trans(second), above, STATE, PRECISION)
                 z2 += tl.sum(second * whole[:, None], 0)
     out += (a * blocks + block) * (F * M + F)
-    put_sums(out, 0, S1, z1, P, BP, M, M, BM, F, 0)
+    put_sums(out, 0, S1, z1, P, BP, M, MV, BV, F, column)
     if TWO:
-        put_sums(out, 1, S2, z2, P, BP, M, M, BM, F, 0)
+        put_sums(out, 1, S2, z2, P, BP, M, MV, BV, F, column)
 
 
 @triton.jit
-def scan_flows(flow, fade, last, blocks, E, BE: tl.constexpr):
+def scan_flows(flow, fade, last, blocks, E, BE: tl.constexpr, STAGES: tl.constexpr):
     """In place, in reverse: replace each block's own flow by the flow at its end. `last` (A, E) is the flow after the
     last block, then that before the first. fade (A, blocks) is the share of a flow at a block's end that reaches its
     start."""
@@ -129,7 +131,7 @@ def scan_flows(flow, fade, last, blocks, E, BE: tl.constexpr):
     index = part * BE + tl.arange(0, BE)
     inside = index < E
     total = tl.load(last + a * E + index, mask=inside, other=0.0)
-    for back in range(blocks):
+    for back in tl.range(blocks, num_stages=STAGES):
         block = blocks - 1 - back
         place = flow + (a * blocks + block) * E + index
         own = tl.load(place, mask=inside, other=0.0)

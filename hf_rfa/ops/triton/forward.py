@@ -104,7 +104,7 @@ def block_sums(
 
 
 @triton.jit
-def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr):
+def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr, STAGES: tl.constexpr):
     """In place: replace each block's own sums by those before it. `carry` (A, E) is the state before, then after all.
 
     Grid (tiles of E, A). Every program goes over the peaks: `peaks` (A, 2, blocks + 1) has the blocks' own in row 0
@@ -116,7 +116,7 @@ def scan_sums(state, peaks, kept, carry, carry_peak, blocks, E, BE: tl.constexpr
     total = tl.load(carry + a * E + index, mask=inside, other=0.0)
     peak = tl.load(carry_peak + a)
     own_peaks, new_peaks = peaks + a * 2 * (blocks + 1), peaks + (a * 2 + 1) * (blocks + 1)
-    for block in range(blocks):
+    for block in tl.range(blocks, num_stages=STAGES):
         place = state + (a * blocks + block) * E + index
         own = tl.load(place, mask=inside, other=0.0)
         tl.store(place, total, mask=inside)

@@ -18,6 +18,10 @@ from hf_rfa.ops.triton.sizes import on_device, precision, tile_size, token_rows
 
 #: The most kept keys whose scores a program of `choose` has in its registers.
 LIST_TILE = 128
+#: At most so many rivals are ordered by counting, for each, those above it; more are sorted.
+COUNTED = 512
+#: Warps of a program.
+CHOICE_WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,8 @@ class _Recipe:
                 flag_row, heads, groups, length, chunks, sinks + count, positions.shape[1], self.scaling,
                 kept_keys.least_distance(self.window), D=dim, BD=tile_size(dim), C=size, BC=tile_size(size), S=sinks,
                 BS=tile_size(sinks), K=count, BN=min(LIST_TILE, tile_size(count)), BR=rivals,
-                LOGITS=int(logits is not None), PRECISION=precision(kind), num_warps=4, num_stages=1,
+                LOGITS=int(logits is not None), COUNT=int(rivals <= COUNTED), PRECISION=precision(kind),
+                num_warps=CHOICE_WARPS, num_stages=1,
             )  # fmt: skip
         last = listed[:, -1, sinks:].long()
         of_last = mass.gather(2, last.clamp_min(0).unsqueeze(1).expand(-1, groups, -1))

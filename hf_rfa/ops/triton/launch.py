@@ -16,11 +16,13 @@ FORM_CODES = {"EXP": pieces.EXP, "PAIR": pieces.PAIR, "WAVE": pieces.WAVE, "MIXE
               "CLUSTER": pieces.CLUSTER}  # fmt: skip
 #: Elements of the state per program of the scan.
 SCAN_TILE = 1024
-#: Columns of the values per program of the forward pass, the first that divides them: the far sums of 64 fit into the
-#: registers.
+#: Blocks that it loads ahead of the sum, which is sequential.
+SCAN_STAGES = 4
+#: Columns of the values per program where they are shared out, the first that divides them: the far sums of 64 fit
+#: into the registers.
 VALUE_TILES = (64, 32, 16)
-#: Warps of its programs.
-FORWARD_WARPS = 4
+#: Warps of these programs: four are as many rows of tensor cores as a chunk of 64 queries has.
+PART_WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +127,8 @@ class Launch:
         columns = next((size for size in VALUE_TILES if value_dim % size == 0), value_dim)
         self.parts = value_dim // columns
         values = {"MV": columns, "BV": tile_size(columns)}
-        self.forward_tiles = {name: size for name, size in self.tiles.items() if name != "BM"} | values
-        # Enough warps for the far sums, which fill the registers.
-        self.options = {"num_warps": 8 if self.tiles["BM"] * self.tiles["BP"] >= 64 * 64 else 4, "num_stages": 1}
-        self.forward_options = {"num_warps": FORWARD_WARPS, "num_stages": 1}
+        self.part_tiles = {name: size for name, size in self.tiles.items() if name != "BM"} | values
+        self.part_options = {"num_warps": PART_WARPS, "num_stages": 1}
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, far sums and their log-scale; fills the buffers that the backward pass needs."""
@@ -142,11 +142,19 @@ class Launch:
                 self.far_key, self.far_value, x.key_r, x.key_scale, x.key_weight, x.key_bias, x.key_shift,
                 self.settings.map_codes, self.far_codes, self.flags, self.states, block_peaks, self.kept,
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], self.code_row, self.flag_row, self.heads,
-                self.length, self.chunks, blocks, self.settings.block, **self.forward_tiles, **self.forward_options,
+                self.length, self.chunks, blocks, self.settings.block, **self.part_tiles, **self.part_options,
             )  # fmt: skip
             kv_state = self.flat(x.kv_state)
             forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
-                self.states, block_peaks, self.kept, kv_state, x.log_max, blocks, self.size, BE=SCAN_TILE
+                self.states,
+                block_peaks,
+                self.kept,
+                kv_state,
+                x.log_max,
+                blocks,
+                self.size,
+                BE=SCAN_TILE,
+                STAGES=SCAN_STAGES,
             )
             output = _output_like(x.query, value_dim)
             tokens = (self.batch, self.heads, self.groups, self.length)
@@ -163,8 +171,8 @@ class Launch:
                 *self.far_key.stride()[:3], *self.far_value.stride()[:3], *output.stride()[:4], self.code_row,
                 self.flag_row, self.heads, self.groups, self.length, self.chunks, blocks, self.settings.block,
                 self.settings.scaling,
-                LOGITS=int(x.sink_logits is not None), **self.forward_tiles, **self.near, **self.sinks,
-                **self.forward_options,
+                LOGITS=int(x.sink_logits is not None), **self.part_tiles, **self.near, **self.sinks,
+                **self.part_options,
             )  # fmt: skip
         if self.settings.statistics is not None:
             self._count(self.settings.statistics)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: The most entries of a list that a program looks up at a time.
 LIST_TILE = 64
+#: Warps of a program: four are as many rows of tensor cores as a chunk of 64 queries has.
+EXACT_WARPS = 4
 
 
 def evicted_tokens(x: "Inputs", continues: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,4 +104,7 @@ def _tiles(launch: "Launch") -> dict[str, Any]:
     listed = launch.inputs.listed
     assert listed is not None
     tiles = {name: launch.tiles[name] for name in ("D", "BD", "M", "BM", "C", "BC", "PRECISION")}
-    return tiles | {"N": listed.shape[2], "BN": min(LIST_TILE, tile_size(listed.shape[2])), **launch.options}
+    count = listed.shape[2]
+    whole = min(LIST_TILE, tile_size(count))
+    lists = {"N": count, "BN": whole, "BR": tile_size(count % whole)}
+    return tiles | lists | {"num_warps": EXACT_WARPS, "num_stages": 1}

@@ -6,12 +6,14 @@ import triton
 from hf_rfa.ops.triton import launch_exact
 from hf_rfa.ops.triton.flows import block_flows, inner_products, scan_flows
 from hf_rfa.ops.triton.key_gradients import key_gradients
-from hf_rfa.ops.triton.launch import SCAN_TILE, Launch
+from hf_rfa.ops.triton.launch import SCAN_STAGES, SCAN_TILE, Launch
 from hf_rfa.ops.triton.query_gradients import query_gradients
 from hf_rfa.ops.triton.sizes import on_device
 
 #: Tokens per program of `inner_products`.
 INNER_TILE = 64
+#: Warps of the programs that keep the far sums, or their gradients, in their registers.
+GRADIENT_WARPS = 4
 
 
 def gradients(
@@ -43,19 +45,26 @@ def gradients(
     ]
     key_blocks = triton.cdiv(chunks + launch.tiles["DELAY"], settings.block)
     query_maps, key_maps = (_sums_of_maps(launch, count, learned) for count in (blocks, key_blocks))
-    shares = {"LEARNED": int(learned), **launch.tiles, **launch.near, **launch.options}
+    options = {"num_warps": GRADIENT_WARPS, "num_stages": 1}
+    shares = {"LEARNED": int(learned), **launch.tiles, **launch.near, **options}
     with on_device(x.query):
         inner_products[(triton.cdiv(length, INNER_TILE), every * launch.groups)](
             above, output, inner, *above.stride()[:4], *output.stride()[:4], launch.heads, launch.groups, length,
             M=launch.tiles["M"], BM=launch.tiles["BM"], BT=INNER_TILE,
         )  # fmt: skip
-        block_flows[(blocks, every)](
+        block_flows[(launch.parts * blocks, every)](
             x.query, launch.far_key, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_weight, *launch.maps(),
             launch.far_codes, launch.flags, launch.peaks, flows, *queries, *keys, *above.stride()[:4], *sizes, blocks,
-            settings.block, **launch.tiles, **launch.options,
+            settings.block, **launch.part_tiles, **launch.part_options,
         )  # fmt: skip
         scan_flows[(triton.cdiv(launch.size, SCAN_TILE), every)](
-            flows, _block_decay(launch), flow, blocks, launch.size, BE=SCAN_TILE
+            flows,
+            _block_decay(launch),
+            flow,
+            blocks,
+            launch.size,
+            BE=SCAN_TILE,
+            STAGES=SCAN_STAGES,
         )
         query_gradients[(blocks, every)](
             x.query, launch.far_key, launch.far_value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
