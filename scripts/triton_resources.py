@@ -32,10 +32,10 @@ from hf_rfa.ops.triton import causal, decoding, fold_tokens, forward, kept, laun
 
 HEADS, KEY_HEADS, LENGTH, NUM_FEATURES, SINKS = 8, 8, 1024, 64, 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TYPES = {torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-         torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+         torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
 KERNELS = {
-    fold_tokens: ("token_numbers",),
+    fold_tokens: ("token_numbers", "token_gradients"),
     kept: ("choose",),
     launch_exact: ("exact_outputs", "exact_query_gradients", "exact_key_gradients"),
     forward: ("block_sums", "scan_sums", "block_outputs"),

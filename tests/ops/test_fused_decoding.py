@@ -220,10 +220,11 @@ def test_a_step_is_two_launches_and_waits_for_nothing(monkeypatch):
     decoder = decoder_at(inputs, 6)
     for name in ("decode_step", "end_of_chunk"):
         monkeypatch.setattr(decoding, name, Counted(getattr(decoding, name)))
+    tokens = [[x.to(DEVICE) for x in qkv(inputs, slice(place, place + 1))] for place in range(6, 13)]
     watched = Operations()
     with watched:
-        for place in range(6, 13):
-            decoder.step(*(x.to(DEVICE) for x in qkv(inputs, slice(place, place + 1))))
+        for token in tokens:
+            decoder.step(*token)
     assert len(launches) == 2 * 7
     assert len(set(launches)) == 2
     assert set(watched.names) <= {
