@@ -2,12 +2,13 @@
 
     python scripts/benchmark_model.py --device cuda --shape smollm2-135m --context 32768
     python scripts/benchmark_model.py --device cuda --shape llama-1b --context 32768
-    python scripts/benchmark_model.py --context 2048 --batch 1 --dtype float32          # on a CPU
+    python scripts/benchmark_model.py --model MODEL --converted FOLDER --dtype float32 --context 1024 --clock cpu
 
-Weights are random and nothing is calibrated: neither changes the time. Every key head is linear but `--exact`, a
-share of them in each layer. The original runs PyTorch's `scaled_dot_product_attention`. A prefill is one forward pass
-of one row; a decoding step is one more token of each of `--batch` rows that all have the prefill's context, by the
-model's forward pass alone: `generate` adds the same to both. What is compared takes turns; a figure is the median.
+Without `--model` weights are random and nothing is calibrated: neither changes the time. Every key head is linear but
+`--exact`, a share of them in each layer. With `--model` the original and folders that `hf-rfa convert` made of it are
+timed. The original runs PyTorch's `scaled_dot_product_attention`. A prefill is one forward pass of one row; a decoding
+step is one more token of each of `--batch` rows that all have the prefill's context, by the model's forward pass
+alone: `generate` adds the same to both. What is compared takes turns; a figure is the median. On a CPU: one thread.
 """
 
 import copy
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.device import Meter
+from benchmarks.device import CLOCKS, Meter
 from benchmarks.setting import DTYPES
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_rfa
 from hf_rfa.command_line import parse_arguments
@@ -45,10 +46,15 @@ class Options(Settings):
     """The options of the command."""
 
     shape: str = option("Whose shape the model has: " + ", ".join(SHAPES) + ".", "smollm2-135m", group="Model")
+    model: str | None = option("Folder or hub id of an original to time instead.", None, group="Model")
+    converted: tuple[str, ...] = option("Folders converted from it.", (), group="Model")
     exact: float = option("Share of the key heads that stay exact.", 0.0, group="Model", least=0, below=1)
     kept_keys: int = option("Far keys per key head that stay exact.", 128, group="Model", least=0)
     backend: str = option("Form of the linear heads: auto, triton or chunked.", "auto", group="Model")
     device: str = option("cpu or cuda.", "cpu", group="Measuring")
+    clock: str = option(
+        "wall, or cpu: the time of the one thread, where others use the cores.", "wall", group="Measuring"
+    )
     dtype: str = option("Of the weights: " + ", ".join(DTYPES) + ".", "bfloat16", group="Measuring")
     context: int = option("Tokens of the prefill.", 32768, group="Measuring", least=1)
     batch: tuple[int, ...] = option("Rows that decode at once.", (1, 64), group="Measuring")
@@ -58,21 +64,24 @@ class Options(Settings):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
-    meter = Meter(options.device)
-    for name, known in (("shape", SHAPES), ("dtype", DTYPES)):
+    for name, known in (("shape", SHAPES), ("dtype", DTYPES), ("clock", CLOCKS)):
         if getattr(options, name) not in known:
             raise SystemExit(f"--{name} must be one of {', '.join(known)}. Got {getattr(options, name)}.")
-    models = build(options)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    meter = Meter(options.device, options.clock)
+    models = load(options) if options.model else build(options)
     ids = torch.randint(1000, (1, options.context), generator=torch.Generator().manual_seed(0)).to(options.device)
-    print(f"{options.shape}, {options.dtype}, {options.context:,} tokens, {options.kept_keys} kept keys, "
-          f"{options.exact:.0%} exact, {meter.name()}, backend {options.backend}", flush=True)  # fmt: skip
+    print(f"{options.model or options.shape}, {options.dtype}, {options.context:,} tokens, {meter.name()}", flush=True)
+    caches: dict[str, Any] = {}
     with torch.no_grad():
-        seconds = medians({name: lambda m=m: meter.seconds(lambda: prefill(m, ids)) for name, m in models.items()},
-                          options.repeats)  # fmt: skip
-        show("prefill", seconds, options.context, "tokens/s")
+        show("prefill", medians(prefill_jobs(meter, models, ids, caches), options.repeats), options.context)
+        for name, cache in caches.items():
+            print(f"  {hf_rfa.cache_bytes(cache) / 1e6:10,.1f} MB of cache  {name}")
         for batch in options.batch:
-            jobs = {name: decoding_job(meter, model, ids, batch, options.steps) for name, model in models.items()}
-            show(f"decoding, {batch} rows", medians(jobs, options.repeats), batch * options.steps, "tokens/s")
+            tokens = ids[:, :1].expand(batch, 1)
+            jobs = {name: decoding_job(meter, models[name], caches[name], tokens, options.steps) for name in models}
+            show(f"decoding, {batch} rows", medians(jobs, options.repeats), batch * options.steps)
 
 
 def build(options: Options) -> dict[str, LlamaForCausalLM]:
@@ -90,22 +99,41 @@ def build(options: Options) -> dict[str, LlamaForCausalLM]:
     return {"original": original, "converted": converted}
 
 
-def prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> Any:
-    """The cache after one forward pass; only the last token's logits are computed."""
-    return cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
+def load(options: Options) -> dict[str, Any]:
+    """The original and the converted models of `--model` and `--converted`."""
+    assert options.model is not None
+    dtype = DTYPES[options.dtype]
+    models = {"original": AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)}
+    models |= {folder: hf_rfa.from_pretrained(folder, dtype=dtype) for folder in options.converted}
+    return {name: model.eval().to(options.device) for name, model in models.items()}
 
 
-def decoding_job(
-    meter: Meter, model: LlamaForCausalLM, ids: torch.Tensor, batch: int, steps: int
-) -> Callable[[], float]:
-    """A function that decodes `steps` tokens of `batch` rows and returns the seconds, without those of the prefill."""
-    filled = prefill(model, ids)
-    tokens = ids[:, :1].expand(batch, 1)
+def prefill_jobs(
+    meter: Meter, models: dict[str, Any], ids: torch.Tensor, caches: dict[str, Any]
+) -> dict[str, Callable[[], float]]:
+    """Functions that prefill a model, leave its cache in `caches` and return the seconds."""
+
+    def job(name: str) -> Callable[[], float]:
+        def prefill() -> None:
+            # Only the last token's logits are computed, as `generate` does.
+            caches[name] = cache_of(models[name](input_ids=ids, use_cache=True, logits_to_keep=1))
+
+        def run() -> float:
+            caches.pop(name, None)
+            return meter.seconds(prefill)
+
+        return run
+
+    return {name: job(name) for name in models}
+
+
+def decoding_job(meter: Meter, model: Any, filled: Any, tokens: torch.Tensor, steps: int) -> Callable[[], float]:
+    """A function that decodes `steps` tokens of rows that all have the cache `filled`, and returns the seconds."""
 
     def run() -> float:
         cache = copy.deepcopy(filled)
-        if batch > 1:
-            cache.batch_repeat_interleave(batch)
+        if len(tokens) > 1:
+            cache.batch_repeat_interleave(len(tokens))
 
         def decode() -> None:
             for _ in range(steps):
@@ -122,10 +150,12 @@ def medians(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, flo
     return {name: statistics.median(one[name] for one in rounds) for name in jobs}
 
 
-def show(what: str, seconds: dict[str, float], tokens: int, unit: str) -> None:
-    """One line of the table."""
-    figures = ", ".join(f"{name} {1e3 * s:,.1f} ms ({tokens / s:,.0f} {unit})" for name, s in seconds.items())
-    print(f"{what}: {figures}, {seconds['original'] / seconds['converted']:.2f} times as fast", flush=True)
+def show(what: str, seconds: dict[str, float], tokens: int) -> None:
+    """The lines of one comparison."""
+    print(what)
+    for name, s in seconds.items():
+        times = seconds["original"] / s
+        print(f"  {1e3 * s:10,.1f} ms {tokens / s:12,.1f} tokens/s {times:6.2f} times  {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,9 @@ def costs(options: argparse.Namespace, length: int, around: float) -> dict[str, 
     psi, fold, read = 2 * D * P, 2 * F * (D + 1), 2 * F * (D + 1)  # of a token
     token, sides = 2 * D * NARROW, 2 * WIDE  # a key and its value; r and the log-scale
     found = {"PyTorch around them": Cost(0, around * length)}
+    found["token_numbers"] = Cost(
+        8 * D * (keys + queries), (keys + queries) * (D * NARROW + 2 * WIDE)
+    )  # the distance to one centre and the product with the other
     found["block_sums"] = Cost(keys * (psi + fold), keys * (token + sides) + blocks * state)
     found["scan_sums"] = Cost(2 * blocks * state / WIDE, 2 * blocks * state)
     exact = 4 * D * (2 * C + S + K)  # of a query: scores and values
@@ -194,8 +197,8 @@ def costs(options: argparse.Namespace, length: int, around: float) -> dict[str, 
     far.size = keys * (token + sides) + queries * (2 * D * NARROW + 4 * WIDE) + blocks * state
     if K:
         found["choose"] = Cost(
-            queries * exact, keys * D * NARROW + queries * D * NARROW, alone=G * length * exact
-        )  # scores twice, no values
+            queries * exact / 2, keys * D * NARROW + queries * D * NARROW, alone=G * length * exact / 2
+        )  # scores, no values; with more kept keys than fit into the registers twice
         lists = chunks * (S + K)
         found["exact_outputs"] = Cost(
             queries * exact, queries * D * (NARROW + WIDE) + H * G * (2 * length + lists) * token

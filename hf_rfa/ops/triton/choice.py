@@ -7,7 +7,7 @@ stay in registers in between. The keys that stay are those with the K largest (s
 the chunk before.
 
 Since chunks follow one another, what counts is the time that a chunk takes, which is mostly waiting: for memory,
-for other threads. So a chunk's keys are loaded once for all query heads, and the next one's while it is computed.
+for other threads. So a chunk's keys are loaded once for all query heads.
 """
 
 import triton
@@ -34,16 +34,11 @@ def widen(scores, top, total):
 
 
 @triton.jit
-def receive(mass, index, before, weights, counts, share):
-    """Add to each key's mass, which was `before`, its weights from the queries that count, each times its `share`."""
+def receive(mass, index, weights, counts, share):
+    """Add to each key's mass its weights from the queries that count for it, each times its `share`."""
     given = tl.sum(tl.where(counts, weights * share[:, None], 0.0), 0)
-    tl.store(mass + index, before + given, mask=index >= 0)
-
-
-@triton.jit
-def mass_of(mass, index):
-    """The attention that entries have received so far."""
-    return tl.load(mass + index, mask=index >= 0, other=0.0)
+    there = index >= 0
+    tl.store(mass + index, tl.load(mass + index, mask=there, other=0.0) + given, mask=there)
 
 
 @triton.jit
@@ -58,12 +53,11 @@ def order(score, there, places):
 
 @triton.jit
 def choose(
-    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted, scratch,
+    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, code_row, flag_row, heads, groups, length, chunks, E,
     entries, scaling, least,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
-    K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, COUNT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (A,). Fills `listed` (A, chunks + 1, S + K) behind its first chunk and `evicted` (A, chunks, C), which
     come filled with the sinks and -1; adds to mass (A, G, entries). evicted[i] are the keys that leave after chunk
@@ -79,18 +73,15 @@ def choose(
     flags, ranks = flags + row * flag_row, ranks + row * flag_row
     position, size, mass = position + a * entries, size + a * entries, mass + a * groups * entries
     listed, evicted = listed + a * (chunks + 1) * N, evicted + a * chunks * C
-    scratch += a * BR
     distance = rows[:, None] - rows[None, :]
-    # The next keys and queries are loaded while the last ones are in use.
-    before_key = tl.zeros((BC, BD), key.dtype.element_ty)
-    own_key = tile(key, 0, rows, length, key_t, D, BD, C)
-    queries = tile(query, 0, rows, length, query_t, D, BD, C)
     for step in range(chunks):
         flag, start = tl.load(flags + step), step * C
         code = slot_codes(codes, step, chunks, rows, C)
         asked = ((code & ASKED) != 0)[:, None]
         before_code = slot_codes(codes, step - 1, chunks, rows, C)
         _sinks, sees_before, sees_own = near_masks(code, before_code, flag, rows, rows, C, 0)
+        own_key = tile(key, start, rows, length, key_t, D, BD, C)
+        before_key = tile(key, start - C, rows, length, key_t, D, BD, C)
         own_places, before_places = (
             pool_places(start, rows, length, E, C), pool_places(start - C, rows, length, E, C),
         )  # fmt: skip
@@ -101,17 +92,12 @@ def choose(
             kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
         for g in range(groups):
             received = mass + g * entries
-            own_mass, before_mass = mass_of(received, own_places), mass_of(received, before_places)
-            if ONE:
-                kept_mass = mass_of(received, index)
+            queries = tile(query + g * query_g, start, rows, length, query_t, D, BD, C)
             own = scores_of(queries, own_key, sees_own, scaling, PRECISION)
             before = scores_of(queries, before_key, sees_before, scaling, PRECISION)
             sink = scores_of(queries, sink_keys, (sinks >= 0)[None, :], scaling, PRECISION)
             if ONE:
                 kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
-                queries = tile(
-                    query + (g + 1) % groups * query_g, start + (g + 1) // groups * C, rows, length, query_t, D, BD, C
-                )  # fmt: skip
             top = tl.maximum(tl.maximum(tl.max(own, 1), tl.max(before, 1)), tl.max(sink, 1))
             if ONE:
                 top = tl.maximum(top, tl.max(kept, 1))
@@ -130,20 +116,16 @@ def choose(
             if LOGITS:
                 total += tl.exp(tl.load(logits + head * groups + g) - top)
             share = 1 / total
-            receive(received, own_places, own_mass, own, asked & (distance >= least), share)
-            receive(received, before_places, before_mass, before, asked & (distance + C >= least), share)
+            receive(received, own_places, own, asked & (distance >= least), share)
+            receive(received, before_places, before, asked & (distance + C >= least), share)
             if ONE:
-                receive(received, index, kept_mass, kept, asked, share)
+                receive(received, index, kept, asked, share)
             else:
                 for first in range(0, K, BN):
                     index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
                     kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
                     kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
-                    receive(received, index, mass_of(received, index), tl.exp(kept - top[:, None]), asked, share)
-                queries = tile(
-                    query + (g + 1) % groups * query_g, start + (g + 1) // groups * C, rows, length, query_t, D, BD, C
-                )  # fmt: skip
-        before_key, own_key = own_key, tile(key, start + C, rows, length, key_t, D, BD, C)
+                    receive(received, index, tl.exp(kept - top[:, None]), asked, share)
         # What this program wrote to memory is read by other threads than those that wrote it.
         tl.debug_barrier()
         next_list = listed + (step + 1) * N + S
@@ -164,17 +146,8 @@ def choose(
             score = best * tl.load(size + entry, mask=there, other=0.0) / queries_seen
             score = tl.where((broken != 0) | (score != score), -1.0, score)
             rivals = order(score, there, places)
-            if COUNT:  # for each, those above it
-                tl.store(scratch + places, rivals)
-                tl.debug_barrier()
-                higher = tl.zeros((BR,), tl.int32)
-                for first in range(0, BR, 16):
-                    others = tl.load(scratch + first + tl.arange(0, 16))
-                    higher += tl.sum((others[None, :] > rivals[:, None]).to(tl.int32), 1)
-                is_among = higher < K
-            else:
-                # Among BR entries, the K largest are those from the (BR - K)-th in order on.
-                is_among = rivals >= tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
+            # Among BR entries, the K largest are those from the (BR - K)-th in order on.
+            is_among = rivals >= tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
             stays, goes = there & is_among, there & (is_among == 0)
             # One running count of both: of those that stay in the low 16 bits.
             both = tl.cumsum(stays.to(tl.int32) + (goes.to(tl.int32) << 16), 0)

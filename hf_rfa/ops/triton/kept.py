@@ -18,8 +18,6 @@ from hf_rfa.ops.triton.sizes import on_device, precision, tile_size, token_rows
 
 #: The most kept keys whose scores a program of `choose` has in its registers.
 LIST_TILE = 128
-#: At most so many rivals are ordered by counting, for each, those above it; more are sorted.
-COUNTED = 512
 #: Warps of a program.
 CHOICE_WARPS = 4
 
@@ -92,18 +90,15 @@ class _Recipe:
         state_key = torch.cat([sink_key, kept_key], dim=2).to(kind)
         codes, flags, _ = plan.codes
         ranks = plan.rank.int()
-        rivals = tile_size(count + size)
-        scratch = listed.new_empty(every, rivals, dtype=torch.int64)
         code_row, flag_row = (0, 0) if len(codes) == 1 else (codes.stride(0), flags.stride(0))
         with on_device(query):
             choose[(every,)](
                 query, key, state_key, mass if logits is None else logits.float().contiguous(), codes, flags, ranks,
-                positions, lengths, mass, listed, evicted, scratch, *query.stride()[:4], *key.stride()[:3], code_row,
+                positions, lengths, mass, listed, evicted, *query.stride()[:4], *key.stride()[:3], code_row,
                 flag_row, heads, groups, length, chunks, sinks + count, positions.shape[1], self.scaling,
                 kept_keys.least_distance(self.window), D=dim, BD=tile_size(dim), C=size, BC=tile_size(size), S=sinks,
-                BS=tile_size(sinks), K=count, BN=min(LIST_TILE, tile_size(count)), BR=rivals,
-                LOGITS=int(logits is not None), COUNT=int(rivals <= COUNTED), PRECISION=precision(kind),
-                num_warps=CHOICE_WARPS, num_stages=1,
+                BS=tile_size(sinks), K=count, BN=min(LIST_TILE, tile_size(count)), BR=tile_size(count + size),
+                LOGITS=int(logits is not None), PRECISION=precision(kind), num_warps=CHOICE_WARPS, num_stages=1,
             )  # fmt: skip
         last = listed[:, -1, sinks:].long()
         of_last = mass.gather(2, last.clamp_min(0).unsqueeze(1).expand(-1, groups, -1))

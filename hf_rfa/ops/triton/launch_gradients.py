@@ -12,8 +12,8 @@ from hf_rfa.ops.triton.sizes import on_device
 
 #: Tokens per program of `inner_products`.
 INNER_TILE = 64
-#: Warps of the programs that keep the far sums, or their gradients, in their registers.
-GRADIENT_WARPS = 4
+#: Warps of the programs that keep the far sums, or their gradients, in their registers; of those without a near part.
+GRADIENT_WARPS, FAR_GRADIENT_WARPS = 4, 8
 
 
 def gradients(
@@ -45,7 +45,7 @@ def gradients(
     ]
     key_blocks = triton.cdiv(chunks + launch.tiles["DELAY"], settings.block)
     query_maps, key_maps = (_sums_of_maps(launch, count, learned) for count in (blocks, key_blocks))
-    options = {"num_warps": GRADIENT_WARPS, "num_stages": 1}
+    options = {"num_warps": FAR_GRADIENT_WARPS if launch.keeps else GRADIENT_WARPS, "num_stages": 1}
     shares = {"LEARNED": int(learned), **launch.tiles, **launch.near, **options}
     with on_device(x.query):
         inner_products[(triton.cdiv(length, INNER_TILE), every * launch.groups)](

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 
 
 def tile_size(size: int) -> int:
     """The tile size for `size`: tensor cores need powers of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << max(0, size - 1).bit_length())
 
 
 def precision(kind: torch.dtype) -> str:
