@@ -1,0 +1,86 @@
+"""What pages hold that is made from the source: lists of messages, tables of options, formulae as MathML."""
+
+import ast
+import html
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from latex2mathml.converter import convert as mathml
+
+from pages.messages import Message, messages
+
+#: `<!-- options: hf_rfa/config.py RFAConfig -->`
+OPTIONS = re.compile(r"^<!-- options: (\S+) (\w+) -->$", re.MULTILINE)
+#: `<!-- messages -->`
+MESSAGES = re.compile(r"^<!-- messages -->$", re.MULTILINE)
+#: What `pymdownx.arithmatex` leaves of a formula.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+#: Functions whose call makes a field of settings: (help, default) and (default=None, help) alike.
+FIELD_MAKERS = {"option", "_help"}
+KINDS = {"warning": "Warning", "log": "Log, at the level WARNING"}
+
+
+def filled_in(markdown: str, root: Path) -> str:
+    """A page with its comments replaced by what they ask for."""
+    markdown = MESSAGES.sub(lambda _: all_messages(root / "hf_rfa"), markdown)
+    return OPTIONS.sub(lambda match: options_table(root / match[1], match[2]), markdown)
+
+
+def all_messages(package: Path) -> str:
+    """Every message of the package, under a heading for each of its rooms."""
+    parts = []
+    for room, found in groupby(messages(package), key=lambda message: message.file.split("/")[1]):
+        parts.append(f"### {room.removesuffix('.py')}\n\n{_summary(package / room)}\n")
+        parts.append("\n".join(["<dl>", *(_entry(message) for message in found), "</dl>\n"]))
+    return "\n".join(parts)
+
+
+def _summary(room: Path) -> str:
+    file = room / "__init__.py" if room.is_dir() else room
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ")
+
+
+def _entry(message: Message) -> str:
+    place = f"{message.file}, {message.place}" if message.place else message.file
+    kind = KINDS.get(message.kind, message.kind)
+    return f"<dt>{kind} <small>{html.escape(place)}</small></dt><dd>{as_html(message.text)}</dd>"
+
+
+def as_html(text: str) -> str:
+    """A message with its `code` as <code>."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def options_table(file: Path, name: str) -> str:
+    """The fields of a dataclass of settings as a table: name, default, meaning."""
+    rows = [f"| `{field}` | {default} | {help_text} |" for field, default, help_text in fields_of(file, name)]
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
+
+
+def fields_of(file: Path, name: str) -> Iterator[tuple[str, str, str]]:
+    """(field, default, help) of a dataclass in a file that is read, not imported."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
+            call = node.value
+            if ast.unparse(call.func) in FIELD_MAKERS:
+                default = f"`{ast.unparse(call.args[1])}`" if len(call.args) > 1 else "required"
+                yield node.target.id, default, _cell(ast.literal_eval(call.args[0]))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def with_mathml(page: str) -> str:
+    """A page's HTML with its formulae as MathML, which browsers show without a script."""
+
+    def formula(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        return mathml(html.unescape(match[3]).strip(), display=display)
+
+    return FORMULA.sub(formula, page)
