@@ -90,7 +90,11 @@ def _string_constants(tree: ast.Module) -> dict[str, ast.expr]:
     """Strings that a module names at its top."""
     found: dict[str, ast.expr] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+        ):
             pairs = zip(node.targets[0].elts, node.value.elts, strict=True)
         elif isinstance(node, ast.Assign):
             pairs = zip(node.targets, [node.value], strict=False)
