@@ -31,7 +31,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_rfa.errors import ConfigError
+from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.registry import FEATURE_MAPS, FeatureMap
 
 Features = tuple[torch.Tensor, torch.Tensor]
@@ -114,6 +114,33 @@ FEATURE_MAPS.update({
         rows=2, key_function=cluster_shares,
     ),
 })  # fmt: skip
+
+
+#: Maps registered by others come after these.
+_OWN_MAPS = len(FEATURE_MAPS)
+
+
+def codes_of_maps(names: Sequence[str]) -> list[int]:
+    """The places of maps in `FEATURE_MAPS`, which adapters save."""
+    places = list(FEATURE_MAPS)
+    return [places.index(name) for name in names]
+
+
+def maps_of_codes(codes: Sequence[int], configured: str) -> tuple[str, ...]:
+    """The maps at these places; `configured` is the config's.
+
+    Raises:
+        CheckpointError: A map that was registered by others has another place here, or is not there.
+    """
+    places = list(FEATURE_MAPS)
+    for code in codes:
+        found = places[code] if code < len(places) else None
+        if code >= _OWN_MAPS and found != configured:
+            raise CheckpointError(
+                f"The conversion was saved with {configured!r} as map number {code} of `FEATURE_MAPS`. Got {found!r} "
+                "there. Register the maps in the same order before the model is loaded."
+            )
+    return tuple(places[code] for code in codes)
 
 
 def rows_per_feature(names: Sequence[str]) -> int:

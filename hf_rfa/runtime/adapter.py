@@ -10,7 +10,7 @@ from torch import nn
 from hf_rfa.config import AUTO_MAPS, RFAConfig
 from hf_rfa.errors import ConfigError
 from hf_rfa.features.far_kernel import FarKernel
-from hf_rfa.features.maps import FEATURE_MAPS, optimal_proposal
+from hf_rfa.features.maps import FEATURE_MAPS, codes_of_maps, maps_of_codes, optimal_proposal
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.runtime.fingerprint import digest_of
@@ -20,8 +20,6 @@ from hf_rfa.runtime.trainable import freeze, make_parameters, unfreeze
 
 #: The name under which an adapter hangs in its attention module, and so the prefix of its tensors in a state dict.
 ADAPTER_NAME = "rfa"
-#: The order is part of the saved format.
-MAP_CODES = tuple(FEATURE_MAPS)
 #: The tensors that are Parameters, which any optimiser trains, once omega is learned: the geometry and omega itself.
 GEOMETRY = ("query_center", "key_center", "query_transform", "key_transform")
 LEARNED = ("omega", *GEOMETRY)
@@ -43,7 +41,7 @@ class RFAAdapter(Float32Module):
         query_transform, key_transform: (key_heads, head_dim, head_dim) its change of variable; calibration sets them.
         query_radius, key_radius: (key_heads,) its bounds, 0 (none) before calibration.
         far_limit: (key_heads,) the limit of its weight, 0 (none) before calibration.
-        map_codes: (key_heads,) uint8, each head's map as an index into `MAP_CODES`; see `feature_maps`.
+        map_codes: (key_heads,) uint8, each head's map as its place in `FEATURE_MAPS`; see `feature_maps`.
         gate_weight, gate_bias: (key_heads, head_dim), (key_heads,) Parameters of the forget gate, if there is one.
         softmax_mask: (key_heads,) bool, True for key heads that stay exact softmax.
         draw: () int64, the number of the draw that omega came from.
@@ -87,8 +85,8 @@ class RFAAdapter(Float32Module):
         self.register_buffer("key_radius", ones * 0)
         self.register_buffer("far_limit", ones * 0)
         name = AUTO_MAPS[0] if config.feature_map == "auto" else config.feature_map
-        codes = torch.full((key_heads,), MAP_CODES.index(name), dtype=torch.uint8, device="cpu")
-        self.register_buffer("map_codes", codes)
+        codes = codes_of_maps([name] * key_heads)
+        self.register_buffer("map_codes", torch.tensor(codes, dtype=torch.uint8, device="cpu"))
         self.register_buffer("softmax_mask", torch.full((key_heads,), not converted, dtype=torch.bool, device="cpu"))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device="cpu"))
         if config.gate and converted:
@@ -173,7 +171,7 @@ class RFAAdapter(Float32Module):
     def feature_maps(self) -> tuple[str, ...]:
         """The map of each key head."""
         if "maps" not in self._python:  # read once: a GPU would wait for it in every forward
-            self._python["maps"] = tuple(MAP_CODES[code] for code in self.map_codes.tolist())
+            self._python["maps"] = maps_of_codes(self.map_codes.tolist(), self.config.feature_map)
         return self._python["maps"]
 
     @property
@@ -197,7 +195,7 @@ class RFAAdapter(Float32Module):
 
     def set_kernel(self, feature_maps: Sequence[str], **tensors: torch.Tensor) -> None:
         """Replace the far kernel: each key head's map, and any of the tensors by name."""
-        self.map_codes.copy_(torch.tensor([MAP_CODES.index(name) for name in feature_maps]))
+        self.map_codes.copy_(torch.tensor(codes_of_maps(feature_maps)))
         with torch.no_grad():
             for name, tensor in tensors.items():
                 getattr(self, name).copy_(tensor)

@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 
 from latex2mathml.converter import convert as mathml
-
 from pages.messages import Message, messages
 
 #: `<!-- options: hf_rfa/config.py RFAConfig -->`

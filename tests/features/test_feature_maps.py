@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import hf_rfa
 from hf_rfa.config import OMEGA_DRAWS, RFAConfig
-from hf_rfa.errors import ConfigError
+from hf_rfa.errors import CheckpointError, ConfigError
 from hf_rfa.evaluation.results import CompareSettings
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.features.maps import FEATURE_MAPS, feature_map_of_heads, optimal_proposal
@@ -82,6 +83,29 @@ def test_a_new_map_converts_a_model(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     why = why_not_triton(far, torch.device("cpu"), torch.float32, DIM, 64)
     assert why == "the kernels do not have the map 'sum'"
+
+
+@pytest.fixture
+def even(monkeypatch) -> FeatureMap:
+    """A map that is registered after hf_rfa was imported, under the name "even"."""
+    monkeypatch.setitem(FEATURE_MAPS, "even", FeatureMap(FEATURE_MAPS["positive"].function, 1, "for this test"))
+    return FEATURE_MAPS["even"]
+
+
+def test_a_registered_map_is_saved_and_loaded(even, monkeypatch, tiny_llama, tmp_path):
+    model = hf_rfa.convert(tiny_llama, RFAConfig(feature_map="even", window=8), calibrate=False).eval()
+    ids = torch.arange(1, 101)[None]
+    model.save_pretrained(tmp_path)
+    again = hf_rfa.from_pretrained(tmp_path).eval()
+    assert again.model.layers[0].self_attn.rfa.feature_maps[0] == "even"
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    monkeypatch.delitem(FEATURE_MAPS, "even")
+    with pytest.raises(CheckpointError, match=r"`feature_map` must be one of .* Got 'even'"):
+        hf_rfa.from_pretrained(tmp_path)
+    monkeypatch.setitem(FEATURE_MAPS, "other", even)
+    monkeypatch.setitem(FEATURE_MAPS, "even", even)
+    with pytest.raises(CheckpointError, match=r"saved with 'even' as map number 5 .* Got 'other' there\."):
+        hf_rfa.from_pretrained(tmp_path)
 
 
 def test_the_places_of_the_maps_are_those_of_saved_files():
