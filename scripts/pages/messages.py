@@ -7,7 +7,7 @@ must be a positive integer` is found and not only "`{name}` must be {what}".
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ def messages(package: Path) -> list[Message]:
     """All messages of a package, in the order of its files."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
     callers = _calls_by_name(trees)
-    everywhere = {name: value for tree in trees.values() for name, value in _string_constants(tree).items()}
+    everywhere = shared_constants(trees.values())
     found: list[Message] = []
     for path, tree in trees.items():
-        constants = {**everywhere, **_string_constants(tree)}
+        constants = {**everywhere, **string_constants(tree)}
         for place, function, (kind, argument) in _made(tree):
-            text = _template(argument, constants)
+            text = template(argument, constants)
             if not any(WORD.search(part) for part in _words(argument, constants)):
                 continue  # a bare value: the caller says what was wrong with it
             if kind == "ValueError" and text[0].islower():
@@ -52,6 +52,11 @@ def messages(package: Path) -> list[Message]:
             for filled in _filled(text, function, callers, constants):
                 found.append(Message(kind, filled, file, place))
     return list(dict.fromkeys(found))
+
+
+def shared_constants(trees: Iterable[ast.Module]) -> dict[str, ast.expr]:
+    """The strings that modules name at their top, for those that import them."""
+    return {name: value for tree in trees for name, value in string_constants(tree).items()}
 
 
 def _made(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None, tuple[str, ast.expr]]]:
@@ -86,7 +91,7 @@ def _message_of(call: ast.Call) -> tuple[str, ast.expr] | None:
     return last, call.args[1] if last == "RequestError" else call.args[0]
 
 
-def _string_constants(tree: ast.Module) -> dict[str, ast.expr]:
+def string_constants(tree: ast.Module) -> dict[str, ast.expr]:
     """Strings that a module names at its top."""
     found: dict[str, ast.expr] = {}
     for node in tree.body:
@@ -108,7 +113,7 @@ def _is_text(node: ast.expr | None) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
-def _template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
+def template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
     """The text of an expression, with `{...}` for what is not known before it runs."""
     match node:
         case ast.Constant(value=str(text)):
@@ -116,20 +121,20 @@ def _template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
         case ast.Constant(value=value):
             return str(value)
         case ast.JoinedStr(values=values):
-            return "".join(_template(value, constants) for value in values)
+            return "".join(template(value, constants) for value in values)
         case ast.FormattedValue(value=ast.Name(id=name)) if name in constants:
-            return _template(constants[name], constants)
+            return template(constants[name], constants)
         case ast.FormattedValue(value=value):
             return "{" + _short(value) + "}"
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _template(left, constants) + _template(right, constants)
+            return template(left, constants) + template(right, constants)
         case ast.BinOp(left=left, op=ast.Mod()):
-            return _template(left, constants)
+            return template(left, constants)
         case ast.IfExp(body=body, orelse=other):
-            ways = [text for text in (_template(body, constants), _template(other, constants)) if text]
+            ways = [text for text in (template(body, constants), template(other, constants)) if text]
             return ways[0] if len(ways) == 1 else f"[{' | '.join(ways)}]"
         case ast.Name(id=name) if name in constants:
-            return _template(constants[name], constants)
+            return template(constants[name], constants)
         case _:
             return "{" + _short(node) + "}"
 
@@ -176,7 +181,7 @@ def _calls_by_name(trees: Mapping[Path, ast.Module]) -> dict[str, list[tuple[ast
     """Every call of the package by the name that is called, with the strings of its module."""
     calls: dict[str, list[tuple[ast.Call, dict[str, ast.expr]]]] = {}
     for tree in trees.values():
-        constants = _string_constants(tree)
+        constants = string_constants(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 calls.setdefault(node.func.id, []).append((node, constants))
@@ -202,7 +207,7 @@ def _filled(
         for name in used:
             value = given.get(name)
             if _is_text(value) or (isinstance(value, ast.Name) and value.id in strings):
-                fitted = fitted.replace("{" + name + "}", _template(value, {**constants, **strings}))
+                fitted = fitted.replace("{" + name + "}", template(value, {**constants, **strings}))
         if fitted != text:
             filled.append(fitted)
     return list(dict.fromkeys(filled)) or [text]

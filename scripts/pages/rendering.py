@@ -2,18 +2,21 @@
 
 import ast
 import html
+import json
 import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from latex2mathml.converter import convert as mathml
-from pages.messages import Message, messages
+from pages.messages import Message, messages, shared_constants, template
 
 #: `<!-- options: hf_rfa/config.py RFAConfig -->`
 OPTIONS = re.compile(r"^<!-- options: (\S+) (\w+) -->$", re.MULTILINE)
 #: `<!-- messages -->`
 MESSAGES = re.compile(r"^<!-- messages -->$", re.MULTILINE)
+#: `<!-- architectures -->` and `<!-- architectures: summary -->`
+ARCHITECTURES = re.compile(r"<!-- architectures(: summary)? -->")
 #: What `pymdownx.arithmatex` leaves of a formula.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 #: Functions whose call makes a field of settings: (help, default) and (default=None, help) alike.
@@ -24,6 +27,7 @@ KINDS = {"warning": "Warning", "log": "Log, at the level WARNING"}
 def filled_in(markdown: str, root: Path) -> str:
     """A page with its comments replaced by what they ask for."""
     markdown = MESSAGES.sub(lambda _: all_messages(root / "hf_rfa"), markdown)
+    markdown = ARCHITECTURES.sub(lambda match: architectures(root / "hf_rfa", summary=bool(match[1])), markdown)
     return OPTIONS.sub(lambda match: options_table(root / match[1], match[2]), markdown)
 
 
@@ -53,6 +57,20 @@ def as_html(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
+def architectures(package: Path, *, summary: bool) -> str:
+    """The recorded matrix of architectures as a table, or how many of them convert."""
+    matrix = json.loads((package / "supported.json").read_text(encoding="utf-8"))
+    rows, version = matrix["architectures"], matrix["transformers"]
+    if summary:
+        converts = sum(row["outcome"] == "converts" for row in rows)
+        return f"{converts} of the {len(rows)} entries of its tables of classes convert (Transformers {version})."
+    lines = [
+        f"| {row['model_class']} | {row['model_type']} | {row['outcome']} | {_cell(as_html(row['reason']))} |"
+        for row in rows
+    ]
+    return "\n".join(["| class | model type | outcome | reason |", "|---|---|---|---|", *lines])
+
+
 def options_table(file: Path, name: str) -> str:
     """The fields of a dataclass of settings as a table: name, default, meaning."""
     rows = [f"| `{field}` | {default} | {help_text} |" for field, default, help_text in fields_of(file, name)]
@@ -62,17 +80,19 @@ def options_table(file: Path, name: str) -> str:
 def fields_of(file: Path, name: str) -> Iterator[tuple[str, str, str]]:
     """(field, default, help) of a dataclass in a file that is read, not imported."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    package = next(parent for parent in file.parents if parent.name == "hf_rfa")
+    constants = shared_constants(ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
             call = node.value
             if ast.unparse(call.func) in FIELD_MAKERS:
                 default = f"`{ast.unparse(call.args[1])}`" if len(call.args) > 1 else "required"
-                yield node.target.id, default, _cell(ast.literal_eval(call.args[0]))
+                yield node.target.id, default, _cell(template(call.args[0], constants))
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
+    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
 
 
 def with_mathml(page: str) -> str:
