@@ -4,9 +4,9 @@
     python scripts/check_release.py --built dist             # what lies there already
     python scripts/check_release.py --system-site-packages   # the wheel alone is new: torch and the others from here
 
-Builds sdist and wheel into `dist/`, which must not hold any of another version; `twine check --strict`; installs the wheel
-with the versions of constraints.txt; runs the Python code of the README and of docs/index.md in an empty folder beside
-`examples`, and `hf-rfa supported llama`.
+Builds sdist and wheel into `dist/`, which must be empty; `twine check --strict`; installs the wheel with the versions
+of constraints.txt; runs the Python code of the README and of docs/index.md in an empty folder beside `examples`, and
+`hf-rfa supported llama`.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def main() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     wheels, sources = list(dist.glob(f"hf_rfa-{version}-*.whl")), list(dist.glob(f"hf_rfa-{version}.tar.gz"))
     if len(wheels) != 1 or len(sources) != 1:
-        sys.exit(f"{dist} must hold one wheel and one sdist of {version}. Got {sorted(p.name for p in dist.iterdir())}.")
+        sys.exit(
+            f"{dist} must hold one wheel and one sdist of {version}. Got {sorted(p.name for p in dist.iterdir())}."
+        )
     run(sys.executable, "-m", "twine", "check", "--strict", *wheels, *sources)
     try_wheel(wheels[0].resolve(), system_site_packages=options.system_site_packages)
     print(f"hf_rfa {version} can be released: {wheels[0].name}, {sources[0].name}")

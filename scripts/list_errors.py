@@ -1,7 +1,7 @@
 """Every message of the package, or those that hold some words; docs/troubleshooting.md explains the most frequent.
 
-    python scripts/list_errors.py
-    python scripts/list_errors.py cache omega       # those that hold both words
+python scripts/list_errors.py
+python scripts/list_errors.py cache omega       # those that hold both words
 """
 
 import sys

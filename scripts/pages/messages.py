@@ -124,6 +124,8 @@ def template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
             return "".join(template(value, constants) for value in values)
         case ast.FormattedValue(value=ast.Name(id=name)) if name in constants:
             return template(constants[name], constants)
+        case ast.FormattedValue(value=ast.IfExp() as choice):
+            return template(choice, constants)
         case ast.FormattedValue(value=value):
             return "{" + _short(value) + "}"
         case ast.BinOp(left=left, op=ast.Add(), right=right):

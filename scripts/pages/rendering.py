@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from latex2mathml.converter import convert as mathml
 from pages.messages import Message, messages, shared_constants, template
 
 #: `<!-- options: hf_rfa/config.py RFAConfig -->`
@@ -97,6 +96,7 @@ def _cell(text: str) -> str:
 
 def with_mathml(page: str) -> str:
     """A page's HTML with its formulae as MathML, which browsers show without a script."""
+    from latex2mathml.converter import convert as mathml  # of the extra docs, which nothing else here needs
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
