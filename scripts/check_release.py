@@ -1,8 +1,7 @@
 """What a release must pass besides `.ci/run`: built, checked, installed in a fresh environment, and used there.
 
     pip install ".[release]" && python scripts/check_release.py
-    python scripts/check_release.py --built dist             # what lies there already
-    python scripts/check_release.py --system-site-packages   # the wheel alone is new: torch and the others from here
+    python scripts/check_release.py --built dist      # what lies there already
 
 Builds sdist and wheel into `dist/`, which must be empty; `twine check --strict`; installs the wheel with the versions
 of constraints.txt; runs the Python code of the README and of docs/index.md in an empty folder beside `examples`, and
@@ -44,18 +43,14 @@ def python_of(page: Path) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
 
 
-def try_wheel(wheel: Path, *, system_site_packages: bool) -> None:
+def try_wheel(wheel: Path) -> None:
     """Install the wheel in a fresh environment and use it as the first pages do."""
     with TemporaryDirectory() as place:
         environment, folder = Path(place) / "venv", Path(place) / "work"
-        venv.create(environment, with_pip=True, system_site_packages=system_site_packages)
+        venv.create(environment, with_pip=True)
         python = environment / "bin" / "python"
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        if system_site_packages:
-            run(*pip, "--no-deps", "--force-reinstall", wheel)
-        else:
-            run(*pip, "--constraint", ROOT / "constraints.txt", TORCH)  # first and alone, as in .ci/run
-            run(*pip, "--constraint", ROOT / "constraints.txt", wheel)
+        for what in (TORCH, wheel):  # torch first and alone, as in .ci/run
+            run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", what)
         folder.mkdir()
         (folder / "examples").symlink_to(ROOT / "examples")
         where = "import hf_rfa, sys; print(hf_rfa.__file__); sys.exit(not hf_rfa.__file__.startswith(sys.prefix))"
@@ -69,7 +64,6 @@ def try_wheel(wheel: Path, *, system_site_packages: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--built", type=Path, help="Folder with an sdist and a wheel; by default they are built.")
-    parser.add_argument("--system-site-packages", action="store_true", help="Install nothing but the wheel.")
     options = parser.parse_args()
     dist = options.built or ROOT / "dist"
     if options.built is None:
@@ -81,7 +75,7 @@ def main() -> None:
             f"{dist} must hold one wheel and one sdist of {version}. Got {sorted(p.name for p in dist.iterdir())}."
         )
     run(sys.executable, "-m", "twine", "check", "--strict", *wheels, *sources)
-    try_wheel(wheels[0].resolve(), system_site_packages=options.system_site_packages)
+    try_wheel(wheels[0].resolve())
     print(f"hf_rfa {version} can be released: {wheels[0].name}, {sources[0].name}")
 
 

@@ -78,17 +78,18 @@ def _made(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None, tuple
 
 
 def _message_of(call: ast.Call) -> tuple[str, ast.expr] | None:
-    name = ast.unparse(call.func)
-    last = name.rpartition(".")[2]
-    if name == "warnings.warn":
-        return "warning", call.args[0]
-    if name.endswith("logger.warning"):
-        return "log", call.args[0]
-    if name == "invalid":
-        return "RequestError", call.args[0]
-    if not last.endswith("Error") or last in INTERNAL or last != name or not call.args:
-        return None
-    return last, call.args[1] if last == "RequestError" else call.args[0]
+    match call:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn"), args=[message, *_]):
+            return "warning", message
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"), attr="warning"), args=[message, *_]):
+            return "log", message
+        case ast.Call(func=ast.Name(id="invalid"), args=[message, *_]):
+            return "RequestError", message
+        case ast.Call(func=ast.Name(id="RequestError"), args=[_, message, *_]):
+            return "RequestError", message
+        case ast.Call(func=ast.Name(id=name), args=[message, *_]) if name.endswith("Error") and name not in INTERNAL:
+            return name, message
+    return None
 
 
 def string_constants(tree: ast.Module) -> dict[str, ast.expr]:
@@ -126,6 +127,8 @@ def template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
             return template(constants[name], constants)
         case ast.FormattedValue(value=ast.IfExp() as choice):
             return template(choice, constants)
+        case ast.FormattedValue(value=ast.BoolOp(values=values)):
+            return f"[{' | '.join(template(value, constants) for value in values)}]"
         case ast.FormattedValue(value=value):
             return "{" + _short(value) + "}"
         case ast.BinOp(left=left, op=ast.Add(), right=right):

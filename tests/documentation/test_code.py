@@ -14,6 +14,7 @@ from markdown_pages import PAGES, blocks
 from paths import ROOT
 
 import hf_rfa.cli
+from hf_rfa.calibration import self_text
 from hf_rfa.registry import FEATURE_MAPS
 
 #: Names in capitals that a reader replaces by his own.
@@ -43,6 +44,12 @@ def test_python_runs(page, monkeypatch, tmp_path):
     """The blocks of a page one after the other, in a folder beside `examples`, as its reader runs them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    for name, fewer in {
+        "ROWS": 2,
+        "LONGEST": 512,
+        "PIECE": 128,
+    }.items():  # or this takes minutes
+        monkeypatch.setattr(self_text, name, fewer)
     maps = dict(FEATURE_MAPS)
     namespace: dict[str, object] = {}
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -21,6 +22,14 @@ PACKAGE = Path(hf_rfa.__file__).parent
 OWN = ("ConfigError", "UnsupportedModelError", "CheckpointError", "StaleStateError", "RequestError")
 
 
+@pytest.fixture(scope="module")
+def found():
+    """The messages of the package, read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        return importlib.import_module("pages.messages").messages(PACKAGE)
+
+
 def literals(node: ast.AST) -> list[str]:
     """The words of a raised message as they stand in the source."""
     return [
@@ -30,9 +39,9 @@ def literals(node: ast.AST) -> list[str]:
     ]
 
 
-def test_every_message_that_is_raised_is_on_the_page(pages):
+def test_every_message_that_is_raised_is_on_the_page(found):
     """Looked for in another way than the page is made: every raise, every string in it."""
-    shown = " ".join(message.text for message in pages("messages").messages(PACKAGE))
+    shown = " ".join(message.text for message in found)
     missing, seen = [], 0
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,14 +87,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_message_as_it_is_raised_fits_a_template(fault, pages, tmp_path):
+def test_a_message_as_it_is_raised_fits_a_template(fault, found, tmp_path):
     with pytest.raises(RFAError) as raised:
         FAULTS[fault](tmp_path)
     kind, text = type(raised.value).__name__, str(raised.value)
     fitting = [
-        message
-        for message in pages("messages").messages(PACKAGE)
-        if message.kind == kind and re.fullmatch(pattern(message.text), text, re.DOTALL)
+        message for message in found if message.kind == kind and re.fullmatch(pattern(message.text), text, re.DOTALL)
     ]
     assert fitting, text
 
@@ -104,8 +111,8 @@ def test_messages_are_read_from_any_source(pages, tmp_path):
         "        warnings.warn(f'{NAME} is old: {len(self.rows)} rows.')\n"
         "        raise ValueError(self.text)\n"
     )
-    found = [(m.kind, m.place, m.text) for m in pages("messages").messages(package)]
-    assert found == [
+    read = [(m.kind, m.place, m.text) for m in pages("messages").messages(package)]
+    assert read == [
         ("ConfigError", "check", "`steps` must be positive. Got {value}. Set 1."),
         ("warning", "Room.open", "a.json is old: {number of rows} rows."),
     ]
