@@ -16,3 +16,14 @@ def pages(monkeypatch):
         return importlib.import_module(f"pages.{name}")
 
     return load
+
+
+@pytest.fixture
+def imported_script(monkeypatch):
+    """A function that imports a script."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(paths.SCRIPTS))
+        return importlib.import_module(name)
+
+    return load

@@ -157,10 +157,8 @@ def test_the_page_of_the_api_has_every_public_name():
     assert sorted(re.findall(r"^::: hf_rfa\.(\w+)$", text, re.MULTILINE)) == sorted(hf_rfa.__all__)
 
 
-def test_list_errors_finds_by_words(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import list_errors
-
+def test_list_errors_finds_by_words(capsys, imported_script):
+    list_errors = imported_script("list_errors")
     list_errors.main(["num_features", "positive"])
     shown = capsys.readouterr().out
     assert "ConfigError (hf_rfa/config_checks.py, check_int)" in shown
