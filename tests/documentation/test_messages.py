@@ -97,6 +97,18 @@ def test_a_message_as_it_is_raised_fits_a_template(fault, found, tmp_path):
     assert fitting, text
 
 
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/models.md"])
+def test_messages_that_pages_quote_are_the_packages_own(page, found):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.findall(r"`(\w+Error): ([^`]+)`", " ".join(text.split()))
+    assert quoted
+    for kind, words in quoted:
+        templates = [message.text.replace("`", "") for message in found if message.kind == kind]
+        ends = [template[: match.end()] for template in templates for match in re.finditer(r"\.(?= |$)|$", template)]
+        fits = any(words in template for template in templates) or any(re.fullmatch(pattern(e), words) for e in ends)
+        assert fits, words
+
+
 def test_messages_are_read_from_any_source(pages, tmp_path):
     package = tmp_path / "hf_rfa"
     package.mkdir()
