@@ -18,6 +18,10 @@ MESSAGES = re.compile(r"^<!-- messages -->$", re.MULTILINE)
 ARCHITECTURES = re.compile(r"<!-- architectures(: summary)? -->")
 #: What `pymdownx.arithmatex` leaves of a formula.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+#: x' and x_i' as the converter writes them, with a prime that is raised twice: by its place and by its glyph.
+_PRIMED = re.compile(r"<msup>(<mi>[^<]+</mi>)<mi>&#x02032;</mi></msup>")
+_PRIME_BELOW = re.compile(r"<msubsup>(<mi>[^<]+</mi>)(<mi>[^<]+</mi>)<mi>&#x02032;</mi></msubsup>")
+_PRIME = '<mo lspace="0" rspace="0">&#x02032;</mo></mrow>'
 #: Functions whose call makes a field of settings: (help, default) and (default=None, help) alike.
 FIELD_MAKERS = {"option", "_help"}
 KINDS = {"warning": "Warning", "log": "Log, at the level WARNING"}
@@ -87,7 +91,22 @@ def fields_of(file: Path, name: str) -> Iterator[tuple[str, str, str]]:
             call = node.value
             if ast.unparse(call.func) in FIELD_MAKERS:
                 default = f"`{ast.unparse(call.args[1])}`" if len(call.args) > 1 else "required"
-                yield node.target.id, default, _cell(template(call.args[0], constants))
+                choices = any(keyword.arg == "choices" for keyword in call.keywords)
+                text = template(call.args[0], constants) + (f" {_feature_maps(package)}" if choices else "")
+                yield node.target.id, default, _cell(text)
+
+
+def _feature_maps(package: Path) -> str:
+    """The maps that features/maps.py registers, with their summaries: the only choices that are a table of its own."""
+    tree = ast.parse((package / "features" / "maps.py").read_text(encoding="utf-8"))
+    table = next(
+        node.args[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "FEATURE_MAPS.update"
+    )
+    assert isinstance(table, ast.Dict)
+    maps = zip(table.keys, table.values, strict=True)
+    return ", ".join(f"{ast.unparse(name)} ({ast.literal_eval(made.args[2])})" for name, made in maps) + "."
 
 
 def _cell(text: str) -> str:
@@ -100,6 +119,7 @@ def with_mathml(page: str) -> str:
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
-        return mathml(html.unescape(match[3]).strip(), display=display)
+        written = mathml(html.unescape(match[3]).strip(), display=display)
+        return _PRIME_BELOW.sub(r"<mrow><msub>\1\2</msub>" + _PRIME, _PRIMED.sub(r"<mrow>\1" + _PRIME, written))
 
     return FORMULA.sub(formula, page)

@@ -14,6 +14,7 @@ import hf_rfa
 from hf_rfa.distillation.config import DistillConfig
 from hf_rfa.embeddings.config import MetricConfig
 from hf_rfa.errors import RFAError
+from hf_rfa.registry import FEATURE_MAPS
 from hf_rfa.serving.settings import ServeSettings
 from hf_rfa.supported import read_matrix
 from hf_rfa.training.config import FinetuneConfig
@@ -152,6 +153,12 @@ def test_tables_of_options_hold_every_field_and_its_default(file, settings, page
         assert text.replace("\\", "")[:40] == field.metadata["help"][:40]
         required = field.default is dataclasses.MISSING
         assert default == "required" if required else ast.literal_eval(default.strip("`")) == field.default, name
+
+
+def test_the_table_of_options_names_the_feature_maps(pages):
+    fields = pages("rendering").fields_of(PACKAGE / "config.py", "RFAConfig")
+    text = next(text for name, _, text in fields if name == "feature_map")
+    assert all(f"'{name}' ({one.summary})" in text for name, one in FEATURE_MAPS.items())
 
 
 def test_the_table_of_architectures_holds_every_row(pages):
