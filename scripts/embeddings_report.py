@@ -22,12 +22,19 @@ def val_cell(found: Any) -> str:
     return f"{100 * found['val']:.1f} ± {100 * found['error']:.1f}"
 
 
+def interval_cell(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"[{low:.3f}, {high:.3f}]"
+
+
 def directions_table(directions: Mapping[str, Any]) -> str:
-    header = ["queries → index", "R@1", "R@10", "nDCG@10", "VAL, %"]
+    header = ["queries → index", "queries", "R@1", "R@1 / that of old → old", "R@10", "nDCG@10", "VAL, %"]
     rows = [
-        (name, f"{d['recall'][1]:.3f}", f"{d['recall'][10]:.3f}", f"{d['ndcg']:.3f}", val_cell(d["verification"]))
+        (name, d["queries"], f"{d['recall'][1]:.3f} {interval_cell(d['interval'])}",
+         f"{d['of_old']:.3f} {interval_cell(d['of_old_interval'])}", f"{d['recall'][10]:.3f}", f"{d['ndcg']:.3f}",
+         val_cell(d["verification"]))
         for name, d in directions.items()
-    ]
+    ]  # fmt: skip
     return table(header, rows)
 
 
