@@ -30,6 +30,7 @@ from hf_rfa.embeddings import (
     Passages,
     PassageSettings,
     clustering,
+    groups_of,
     load_encoder,
     load_passages,
     pair_distances,
@@ -186,7 +187,9 @@ def heads(trained_on: np.ndarray, training: Passages, vectors: np.ndarray, texts
         part = training.share(share, least=2)
         numbers = {text: number for number, text in enumerate(training.texts)}
         rows = trained_on[[numbers[text] for text in part.texts]]
-        config = dataclasses.replace(options.heads, identities=min(options.heads.identities, len(part.names)))
+        # Batches are of identities with as many texts as they take of each.
+        whole = sum(len(texts) >= options.heads.passages for texts in groups_of(part.labels))
+        config = dataclasses.replace(options.heads, identities=min(options.heads.identities, whole))
         head, _ = train_head(rows, part.labels, dimension, config)
         small = apply_head(head, vectors)
         return {"texts": len(part.texts), **figures(small, small, texts, options)}
