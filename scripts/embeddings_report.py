@@ -78,7 +78,7 @@ def cost_table(costs: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """FaceNet's figure 8: VAL against FAR, logarithmic, of each direction."""
+    """FaceNet's figure 8: VAL against FAR, logarithmic, old and new embeddings alone and with each other."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for (name, (far, val)), line in zip(curves.items(), STYLES, strict=False):

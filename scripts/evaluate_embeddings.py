@@ -159,7 +159,9 @@ def directions(vectors: dict[str, np.ndarray], texts: Passages, options: Options
             "of_old": float(hits.mean() / before.mean()) if before.any() else float("nan"),
             "of_old_interval": ratio_interval(hits, before, texts.labels),
         }
-        curves[f"{queries} → {index}"] = roc(pair_distances(vectors[queries], vectors[index]), texts.labels)
+        if (queries, index) != ("old", "new"):  # the same pairs as those of new → old
+            name = "new ↔ old" if queries != index else f"{queries} → {index}"
+            curves[name] = roc(pair_distances(vectors[queries], vectors[index]), texts.labels)
     return found, curves
 
 
