@@ -81,18 +81,18 @@ class BidirectionalPass:
         sums = chunk_sums(self.features, log_scale, self.values, plan.fold)
         states_of_blocks = far_states(sums, plan.segment_ids, near_chunks, self.start)
         if exact:
-            near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
-            near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
+            near_keys = _neighbourhoods(self.keys, self.sink_keys, plan)
+            near_values = _neighbourhoods(self.values, self.sink_values, plan)
         # Split, not sliced: the gradient of a slice is as long as the whole sequence, and there is one per block.
         parts = zip(queries.split(BLOCK_CHUNKS, dim=2), states_of_blocks, strict=True)
         begin = 0
-        for number, (block_queries, (block_states, block_maxima)) in enumerate(parts):
+        for block_queries, (block_states, block_maxima) in parts:
             span = slice(begin, begin + block_queries.shape[2])
             part = None
             if exact:
-                scores = (block_queries * call.scaling) @ near_keys[number].mT
+                scores = (block_queries * call.scaling) @ next(near_keys).mT
                 visible = _visible(plan, span, self.sinks, call.query.shape[2])
-                part = near_part(scores, near_values[number], visible)
+                part = near_part(scores, next(near_values), visible)
                 if self.kept is not None:
                     part = self.kept.joined(part, block_queries, span)
             features, log_scale = call.far.query_features(block_queries, call.scaling)
@@ -113,13 +113,16 @@ class BidirectionalPass:
         return RFAState(kv_state.squeeze(2), log_max.squeeze(2), *kept, count)
 
 
-def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(B, H, n, s + 3 C, D): the sinks, the previous chunk, the chunk itself and the next one."""
-    before, behind = (
-        torch.cat([chunks[:, :, :1], chunks[:, :, :-1]], 2),
-        torch.cat([chunks[:, :, 1:], chunks[:, :, -1:]], 2),
-    )
-    return torch.cat([take(sink_table, plan.sink_chunk + 1), before, chunks, behind], dim=3)
+def _neighbourhoods(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> Iterator[torch.Tensor]:
+    """(B, H, n, s + 3 C, D) of each block: the sinks, the previous chunk, the chunk itself and the next one."""
+    sinks = take(sink_table, plan.sink_chunk + 1).split(BLOCK_CHUNKS, dim=2)
+    blocks = chunks.split(BLOCK_CHUNKS, dim=2)
+    # At both ends a chunk stands in for the missing one; `_visible` hides it.
+    before = [blocks[0][:, :, :1], *(block[:, :, -1:] for block in blocks[:-1])]
+    behind = [*(block[:, :, :1] for block in blocks[1:]), blocks[-1][:, :, -1:]]
+    for sink, first, block, last in zip(sinks, before, blocks, behind, strict=True):
+        around = torch.cat([first, block, last], dim=2)
+        yield torch.cat([sink, around[:, :, :-2], block, around[:, :, 2:]], dim=3)
 
 
 def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:
