@@ -11,7 +11,7 @@ import argparse
 import tempfile
 
 import hf_rfa
-from hf_rfa.embeddings import EmbeddingIndex, load_encoder, load_passages
+from hf_rfa.embeddings import EmbeddingIndex, PassageSettings, load_encoder, load_passages
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
     given = parser.parse_args()
 
     # The index that is there already: passages, encoded by the original.
-    passages = load_passages("stdlib", "validation").first(max(2, given.texts // 2))
+    settings = PassageSettings(passage_characters=1000)
+    passages = load_passages("stdlib", "validation", settings).first(max(2, given.texts // 2))
     indexed = [passages.of(label)[0] for label in range(len(passages.names))]
     encoder = load_encoder(given.model).eval()
     index = EmbeddingIndex(encoder.encode(indexed), passages.names)
@@ -31,7 +32,8 @@ def main() -> None:
     long_texts = [" ".join(passages.of(label)) for label in range(0, len(passages.names), len(passages.names) // 4)]
     queries = [passages.of(label)[1] for label in range(len(passages.names))]
     before = index.search(encoder.encode(queries), 1)
-    hf_rfa.convert(encoder, hf_rfa.RFAConfig(window=given.window, softmax_heads=0.25), calibrate=long_texts)
+    config = hf_rfa.RFAConfig(window=given.window, kept_keys=32, softmax_heads=0.25)
+    hf_rfa.convert(encoder, config, calibrate=long_texts)
 
     # It goes on searching the old index, also after it was saved and loaded.
     with tempfile.TemporaryDirectory() as folder:

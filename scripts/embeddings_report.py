@@ -22,12 +22,19 @@ def val_cell(found: Any) -> str:
     return f"{100 * found['val']:.1f} ± {100 * found['error']:.1f}"
 
 
+def interval_cell(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"[{low:.3f}, {high:.3f}]"
+
+
 def directions_table(directions: Mapping[str, Any]) -> str:
-    header = ["queries → index", "R@1", "R@10", "nDCG@10", "VAL, %"]
+    header = ["queries → index", "queries", "R@1", "R@1 / that of old → old", "R@10", "nDCG@10", "VAL, %"]
     rows = [
-        (name, f"{d['recall'][1]:.3f}", f"{d['recall'][10]:.3f}", f"{d['ndcg']:.3f}", val_cell(d["verification"]))
+        (name, d["queries"], f"{d['recall'][1]:.3f} {interval_cell(d['interval'])}",
+         f"{d['of_old']:.3f} {interval_cell(d['of_old_interval'])}", f"{d['recall'][10]:.3f}", f"{d['ndcg']:.3f}",
+         val_cell(d["verification"]))
         for name, d in directions.items()
-    ]
+    ]  # fmt: skip
     return table(header, rows)
 
 
@@ -71,7 +78,7 @@ def cost_table(costs: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """FaceNet's figure 8: VAL against FAR, logarithmic, of each direction."""
+    """FaceNet's figure 8: VAL against FAR, logarithmic, old and new embeddings alone and with each other."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for (name, (far, val)), line in zip(curves.items(), STYLES, strict=False):
@@ -92,9 +99,10 @@ def plot_heads(title: str, heads: Mapping[Any, Any], path: Path) -> None:
     vals, errors = ([h["verification"][key] for h in heads.values()] for key in ("val", "error"))
     axes.errorbar(places, vals, errors, fmt="o-", capsize=3, label="VAL at FAR 1e-3")
     axes.plot(places, [h["recall"][1] for h in heads.values()], "s--", label="R@1")
-    axes.set(xscale="log", xlabel=title, ylim=(0, 1))
+    axes.set(xscale="log", xlabel=title)
     axes.set_xticks(places, [str(name) for name in heads])
     axes.minorticks_off()
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -30,6 +30,7 @@ from hf_rfa.embeddings import (
     Passages,
     PassageSettings,
     clustering,
+    groups_of,
     load_encoder,
     load_passages,
     pair_distances,
@@ -39,6 +40,7 @@ from hf_rfa.embeddings import (
 )
 from hf_rfa.embeddings.cost import encoding_cost
 from hf_rfa.embeddings.heads import apply_head, train_head
+from hf_rfa.embeddings.intervals import first_found, ratio_interval, recall_interval
 from hf_rfa.embeddings.verification import FAR, FOLDS
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.results import source_name
@@ -54,7 +56,7 @@ class Options(Settings):
     original: str | None = option("Folder or hub id; by default the packaged all-MiniLM-L6-v2.", None)
     new: str | None = option("The new encoder; by default the original, converted and calibrated, not trained.", None)
     data: str = option(SOURCE_HELP, "stdlib")
-    max_tokens: int = option("Texts are cut to so many tokens.", 128, least=8)
+    max_tokens: int = option("Texts are cut to so many tokens.", 256, least=8)
     held_out_identities: int | None = option("Held-out identities, at most.", 60, least=10)
     training_identities: int | None = option("Training identities for the heads, at most.", 100, least=2)
     calibration_texts: int = option("Texts to calibrate on, if the new encoder is made here.", 8, least=1)
@@ -67,9 +69,9 @@ class Options(Settings):
     far: float = option("False accept rate.", FAR, above=0, below=1)
     folds: int = option("Folds of identities.", FOLDS, least=2)
 
-    passages_of: PassageSettings = part(PassageSettings(), group="Texts")
+    passages_of: PassageSettings = part(PassageSettings(passage_characters=1000), group="Texts")
     conversion: hf_rfa.RFAConfig = part(
-        hf_rfa.RFAConfig(window=32, softmax_heads=0.25),
+        hf_rfa.RFAConfig(window=32, kept_keys=32, softmax_heads=0.25),  # much of a text of 256 tokens is far
         only=("feature_map", "num_features", "window", "sink_tokens", "kept_keys", "softmax_heads", "seed"),
         group="Conversion, if the new encoder is made here",
     )
@@ -104,11 +106,7 @@ def main(arguments: list[str]) -> None:
     }
     curves = {}
     if vectors["old"].shape == vectors["new"].shape:
-        found["directions"] = {}
-        for queries, index in (("old", "old"), ("new", "new"), ("new", "old"), ("old", "new")):
-            name = f"{queries} → {index}"
-            found["directions"][name] = figures(vectors[queries], vectors[index], held_out, options)
-            curves[name] = roc(pair_distances(vectors[queries], vectors[index]), held_out.labels)
+        found["directions"], curves = directions(vectors, held_out, options)
     found["precisions"] = precisions(vectors["new"], held_out, options)
     if options.dimensions or options.shares:
         found |= heads(encode(new, training), training, vectors["new"], held_out, options)
@@ -148,6 +146,25 @@ def figures(queries: np.ndarray, index: np.ndarray, texts: Passages, options: Op
     return {**found, "verification": dataclasses.asdict(verification)}
 
 
+def directions(vectors: dict[str, np.ndarray], texts: Passages, options: Options):
+    """Figures of the four directions, each beside old → old, and their ROC curves."""
+    found, curves = {}, {}
+    before = first_found(vectors["old"], vectors["old"], texts.labels)
+    for queries, index in (("old", "old"), ("new", "new"), ("new", "old"), ("old", "new")):
+        hits = first_found(vectors[queries], vectors[index], texts.labels)
+        found[f"{queries} → {index}"] = {
+            **figures(vectors[queries], vectors[index], texts, options),
+            "queries": len(hits),
+            "interval": recall_interval(hits, texts.labels),
+            "of_old": float(hits.mean() / before.mean()) if before.any() else float("nan"),
+            "of_old_interval": ratio_interval(hits, before, texts.labels),
+        }
+        if (queries, index) != ("old", "new"):  # the same pairs as those of new → old
+            name = "new ↔ old" if queries != index else f"{queries} → {index}"
+            curves[name] = roc(pair_distances(vectors[queries], vectors[index]), texts.labels)
+    return found, curves
+
+
 def encoder_figures(vectors: np.ndarray, old: np.ndarray, texts: Passages, options: Options) -> dict[str, Any]:
     """VAL and clusters of one encoder, and how near it is to the original."""
     cosine = float((vectors * old).sum(1).mean()) if vectors.shape == old.shape else float("nan")
@@ -172,7 +189,9 @@ def heads(trained_on: np.ndarray, training: Passages, vectors: np.ndarray, texts
         part = training.share(share, least=2)
         numbers = {text: number for number, text in enumerate(training.texts)}
         rows = trained_on[[numbers[text] for text in part.texts]]
-        config = dataclasses.replace(options.heads, identities=min(options.heads.identities, len(part.names)))
+        # Batches are of identities with as many texts as they take of each.
+        whole = sum(len(texts) >= options.heads.passages for texts in groups_of(part.labels))
+        config = dataclasses.replace(options.heads, identities=min(options.heads.identities, whole))
         head, _ = train_head(rows, part.labels, dimension, config)
         small = apply_head(head, vectors)
         return {"texts": len(part.texts), **figures(small, small, texts, options)}
@@ -204,7 +223,8 @@ def written(found: dict[str, Any]) -> str:
     ]
     if "directions" in found:
         parts.append(
-            "Queries and index of old and new encoders (figure 8):\n\n" + report.directions_table(found["directions"])
+            "Queries and index of old and new encoders (figure 8); in brackets 95 % intervals, by a bootstrap over "
+            "identities:\n\n" + report.directions_table(found["directions"])
         )
     parts.append("New vectors in 8 bits:\n\n" + report.precision_table(found["precisions"]))
     if found.get("dimensions"):

@@ -67,15 +67,15 @@ class Options(Settings):
     old: str | None = option("The encoder of the old index; by default `model` as it was.", None)
     convert: bool = option("Convert the encoder; false trains it with softmax, to compare with.", True)
     dimension: int | None = option("Size of a linear head to train with it (not for harmonic).", None, least=1)
-    max_tokens: int = option("Texts are cut to so many tokens.", 128, least=8)
+    max_tokens: int = option("Texts are cut to so many tokens.", 256, least=8)
     data: str = option(SOURCE_HELP, "stdlib")
     data_share: float = option("Share of the training identities (FaceNet's table 6).", 1.0, above=0, most=1)
     held_out_identities: int | None = option("Held-out identities, at most.", 40, least=10)
     calibration_texts: int = option("Texts to calibrate on.", 8, least=1)
 
-    passages_of: PassageSettings = part(PassageSettings(), group="Texts")
+    passages_of: PassageSettings = part(PassageSettings(passage_characters=1000), group="Texts")
     conversion: hf_rfa.RFAConfig = part(
-        hf_rfa.RFAConfig(window=32, softmax_heads=0.25),
+        hf_rfa.RFAConfig(window=32, kept_keys=32, softmax_heads=0.25),  # much of a text of 256 tokens is far
         only=(
             "feature_map",
             "num_features",
@@ -88,7 +88,7 @@ class Options(Settings):
         ),
         group="Conversion",
     )
-    metric: MetricConfig = part(MetricConfig(steps=24, evaluate_every=1000, save_every=50), group="Metric learning")
+    metric: MetricConfig = part(MetricConfig(steps=16, evaluate_every=1000, save_every=50), group="Metric learning")
 
     def __post_init__(self) -> None:
         super().__post_init__()

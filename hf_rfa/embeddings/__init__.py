@@ -6,6 +6,7 @@ from hf_rfa.embeddings.encoders import load_encoder, packaged_encoder
 from hf_rfa.embeddings.heads import add_head
 from hf_rfa.embeddings.identities import Passages, PassageSettings, load_passages
 from hf_rfa.embeddings.index import EmbeddingIndex
+from hf_rfa.embeddings.intervals import first_found, ratio_interval, recall_interval
 from hf_rfa.embeddings.losses import make_loss
 from hf_rfa.embeddings.mining import TripletCounts, count_triplets
 from hf_rfa.embeddings.retrieval import Retrieval, clustering, retrieve
@@ -24,6 +25,7 @@ __all__ = [
     "add_head",
     "clustering",
     "count_triplets",
+    "first_found",
     "groups_of",
     "identity_batch",
     "load_encoder",
@@ -31,6 +33,8 @@ __all__ = [
     "make_loss",
     "packaged_encoder",
     "pair_distances",
+    "ratio_interval",
+    "recall_interval",
     "retrieve",
     "roc",
     "text_features",

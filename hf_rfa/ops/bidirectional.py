@@ -1,13 +1,14 @@
 """The bidirectional operator in chunks, for encoders: far keys lie on both sides.
 
-Chunk c attends exactly to chunks c - 1, c, c + 1, to the sinks and to the keys that its document keeps. Far sums are
-prefix plus suffix sums: subtracting the near chunks from a total would lose digits to cancellation.
+Chunk c attends exactly to chunks c - 1, c, c + 1, to the sinks and to the keys that its document keeps; its far sums
+are those of `ops.both_sides`.
 """
 
 from collections.abc import Iterator
 
 import torch
 
+from hf_rfa.ops.both_sides import far_states
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.chunks import (
     BLOCK_CHUNKS,
@@ -23,11 +24,9 @@ from hf_rfa.ops.combine import Part, near_part
 from hf_rfa.ops.encoder_selection import choose_encoder_keys
 from hf_rfa.ops.kept_part import KeptPart
 from hf_rfa.ops.layout import Plan, PlanSpec
-from hf_rfa.ops.scan import chunk_sums, merge_states, scan_chunks
+from hf_rfa.ops.scan import chunk_sums, sums_of_members
 from hf_rfa.ops.state import RFAState
 from hf_rfa.ops.tiles import ShortRule
-
-Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def chunked_bidirectional(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
@@ -77,26 +76,23 @@ class BidirectionalPass:
         call, plan = self.call, self.plan
         exact = bool(call.window) and near
         queries = queries_to_chunks(call.query, plan)
-        nothing = (torch.zeros_like(self.start[0]), torch.full_like(self.start[1], -torch.inf))
         near_chunks = 1 if call.window else -1  # exact chunks on each side; -1: not even its own
         log_scale = self.log_scale if self.kept is None else self.kept.without(self.log_scale)
         sums = chunk_sums(self.features, log_scale, self.values, plan.fold)
-        before = _running(sums, plan.segment_ids, near_chunks + 1, self.start)
-        after = _running(_flip(sums), plan.segment_ids.flip(1), max(near_chunks + 1, 1), nothing)
-        states, log_max = merge_states(before, _flip(after))
+        states_of_blocks = far_states(sums, plan.segment_ids, near_chunks, self.start)
         if exact:
-            near_keys = _neighbourhood(self.keys, self.sink_keys, plan).split(BLOCK_CHUNKS, dim=2)
-            near_values = _neighbourhood(self.values, self.sink_values, plan).split(BLOCK_CHUNKS, dim=2)
+            near_keys = _neighbourhoods(self.keys, self.sink_keys, plan)
+            near_values = _neighbourhoods(self.values, self.sink_values, plan)
         # Split, not sliced: the gradient of a slice is as long as the whole sequence, and there is one per block.
-        parts = zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in (queries, states, log_max)), strict=True)
+        parts = zip(queries.split(BLOCK_CHUNKS, dim=2), states_of_blocks, strict=True)
         begin = 0
-        for number, (block_queries, block_states, block_maxima) in enumerate(parts):
+        for block_queries, (block_states, block_maxima) in parts:
             span = slice(begin, begin + block_queries.shape[2])
             part = None
             if exact:
-                scores = (block_queries * call.scaling) @ near_keys[number].mT
+                scores = (block_queries * call.scaling) @ next(near_keys).mT
                 visible = _visible(plan, span, self.sinks, call.query.shape[2])
-                part = near_part(scores, near_values[number], visible)
+                part = near_part(scores, next(near_values), visible)
                 if self.kept is not None:
                     part = self.kept.joined(part, block_queries, span)
             features, log_scale = call.far.query_features(block_queries, call.scaling)
@@ -108,48 +104,25 @@ class BidirectionalPass:
         """The sums of all keys, including sinks and near keys, of the last document in each row."""
         plan, state = self.plan, self.state
         whole = chunk_sums(self.features, self.log_scale, self.values, plan.token_mask)
-        kv_state, log_max = (t[:, :, -1] for t in _running(whole, plan.segment_ids, 0, self.start))
+        documents = torch.cat([plan.segment_ids[:, :1], plan.segment_ids], dim=1)  # the start is of the first
+        start = (self.start[0].unsqueeze(2), self.start[1].unsqueeze(2))
+        kv_state, log_max = sums_of_members([start, whole], (documents == documents[:, -1:]).unsqueeze(1))
         single = plan.segment_ids[:, -1].cpu() == 0
         count = plan.count + torch.where(single, state.count, torch.zeros_like(state.count))
         kept = (state.near_key, state.near_value, state.sink_key, state.sink_value)
-        return RFAState(kv_state, log_max, *kept, count)
+        return RFAState(kv_state.squeeze(2), log_max.squeeze(2), *kept, count)
 
 
-def _running(sums: Sums, segment_ids: torch.Tensor, lag: int, start: Sums) -> Sums:
-    """Per chunk, the sums over the chunks of its document that are at least `lag` chunks earlier."""
-    states, first, kv_state = [], 0, start
-    lead_sums, lead_log_max = sums[0][:, :, :0], sums[1][:, :, :0]
-    for block_sums, block_log_max in zip(*(x.split(BLOCK_CHUNKS, dim=2) for x in sums), strict=True):
-        last = first + block_log_max.shape[2]
-        all_sums, all_log_max = torch.cat([lead_sums, block_sums], 2), torch.cat([lead_log_max, block_log_max], 2)
-        low, count = max(0, first - lag), max(0, last - lag) - max(0, first - lag)
-        # At least one chunk, even if none is read, so that the maximum is over a non-empty set.
-        added = torch.arange(low, low + max(1, count), device=segment_ids.device)
-        readers = torch.arange(first, last, device=segment_ids.device)
-        member = (added <= readers[:, None] - lag) & (segment_ids[:, first:last, None] == segment_ids[:, None, added])
-        before = segment_ids[:, first - 1 : first] if first else segment_ids[:, :1]
-        keep = segment_ids[:, first:last] == before
-        states.append(
-            scan_chunks(all_sums[:, :, : len(added)], all_log_max[:, :, : len(added)], member, *kv_state, keep)
-        )
-        kv_state = (states[-1][0][:, :, -1], states[-1][1][:, :, -1])
-        if lag:
-            lead_sums, lead_log_max = all_sums[:, :, -lag:], all_log_max[:, :, -lag:]
-        first = last
-    return torch.cat([s for s, _ in states], 2), torch.cat([m for _, m in states], 2)
-
-
-def _flip(sums: Sums) -> Sums:
-    return sums[0].flip(2), sums[1].flip(2)
-
-
-def _neighbourhood(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(B, H, n, s + 3 C, D): the sinks, the previous chunk, the chunk itself and the next one."""
-    before, behind = (
-        torch.cat([chunks[:, :, :1], chunks[:, :, :-1]], 2),
-        torch.cat([chunks[:, :, 1:], chunks[:, :, -1:]], 2),
-    )
-    return torch.cat([take(sink_table, plan.sink_chunk + 1), before, chunks, behind], dim=3)
+def _neighbourhoods(chunks: torch.Tensor, sink_table: torch.Tensor, plan: Plan) -> Iterator[torch.Tensor]:
+    """(B, H, n, s + 3 C, D) of each block: the sinks, the previous chunk, the chunk itself and the next one."""
+    sinks = take(sink_table, plan.sink_chunk + 1).split(BLOCK_CHUNKS, dim=2)
+    blocks = chunks.split(BLOCK_CHUNKS, dim=2)
+    # At both ends a chunk stands in for the missing one; `_visible` hides it.
+    before = [blocks[0][:, :, :1], *(block[:, :, -1:] for block in blocks[:-1])]
+    behind = [*(block[:, :, :1] for block in blocks[1:]), blocks[-1][:, :, -1:]]
+    for sink, first, block, last in zip(sinks, before, blocks, behind, strict=True):
+        around = torch.cat([first, block, last], dim=2)
+        yield torch.cat([sink, around[:, :, :-2], block, around[:, :, 2:]], dim=3)
 
 
 def _visible(plan: Plan, span: slice, sinks: int, groups: int) -> torch.Tensor:

@@ -1,6 +1,12 @@
-"""Sums over the far keys, chunk by chunk, with a running maximum: the linear-time core of the operator."""
+"""Sums over the far keys, chunk by chunk, each beside the log of what it is divided by: the linear-time core."""
+
+import functools
+from collections.abc import Sequence
 
 import torch
+
+#: Sums (B, H, n, F, M + 1) of n chunks, and the log of what each is divided by (B, H, n); see `chunk_sums`.
+Sums = tuple[torch.Tensor, torch.Tensor]
 
 
 def append_ones(value: torch.Tensor) -> torch.Tensor:
@@ -25,35 +31,22 @@ def chunk_sums(
     return (features * weights.unsqueeze(-1)).mT @ append_ones(value), log_max
 
 
-def scan_chunks(
-    sums: torch.Tensor,
-    log_max: torch.Tensor,
-    member: torch.Tensor,
-    kv_state: torch.Tensor,
-    kv_log_max: torch.Tensor,
-    keep: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running sums over a block of n chunks, each divided by exp of its own running maximum.
+def sums_of_members(parts: Sequence[Sums], member: torch.Tensor) -> Sums:
+    """For each of n readers the sum over its members among m sums, divided by exp of their largest log_max.
 
     Args:
-        sums, log_max: (B, H, m, F, M + 1), (B, H, m): the sums of each of m chunks (`chunk_sums`).
-        member: (R, n, m) bool: which chunks add to the state that chunk i reads.
-        kv_state, kv_log_max: (B, H, F, M + 1), (B, H): the state before the block. A gate's gradient flows
-            through the maxima.
-        keep: (R, n) bool: whether the state before the block belongs to the document of chunk i.
+        parts: The m sums in several tables, none of which is copied.
+        member: (R, n, m) bool.
 
     Returns:
-        states (B, H, n, F, M + 1), divided by exp(running_max), and running_max (B, H, n), -inf without keys.
+        (B, H, n, F, M + 1) and the largest log_max (B, H, n), -inf for readers without members.
     """
-    member, keep = member.unsqueeze(1), keep.unsqueeze(1)
-    added = log_max.unsqueeze(-2).masked_fill(~member, -torch.inf)
-    carried = kv_log_max.unsqueeze(-1).masked_fill(~keep, -torch.inf)
-    running_max = torch.maximum(added.detach().amax(-1), carried.detach())
-    base = _finite(running_max)
-    weights = (added - base.unsqueeze(-1)).exp()
-    states = torch.einsum("bhij,bhjfm->bhifm", weights, sums)
-    states = states + (carried - base).exp()[..., None, None] * kv_state.unsqueeze(2)
-    return states, running_max
+    log_max = torch.cat([log for _, log in parts], dim=2)
+    added = log_max.unsqueeze(-2).masked_fill(~member.unsqueeze(1), -torch.inf)
+    largest = added.detach().amax(-1)
+    weights = (added - _finite(largest).unsqueeze(-1)).exp().split([log.shape[2] for _, log in parts], dim=-1)
+    products = (w @ sums.flatten(3) for w, (sums, _) in zip(weights, parts, strict=True) if w.shape[-1])
+    return functools.reduce(torch.add, products).unflatten(3, parts[0][0].shape[3:]), largest
 
 
 def merge_states(

@@ -14,6 +14,7 @@ from hf_rfa.embeddings import MetricConfig, add_head, count_triplets, retrieve, 
 from hf_rfa.embeddings.heads import apply_head, train_head
 from hf_rfa.embeddings.index import unit
 from hf_rfa.errors import CheckpointError, ConfigError
+from hf_rfa.runtime.adapters import require_adapters
 
 pytest.importorskip("sentence_transformers")
 ROWS = identity_texts(12, 4)
@@ -64,14 +65,17 @@ def test_harmonic_triplets_keep_the_new_encoder_near_the_old_index(converted):
     )
 
 
-def test_a_run_goes_on_bit_for_bit(converted, tmp_path):
+def test_a_run_goes_on_bit_for_bit(encoder, tmp_path):
+    # Omega is redrawn after steps 3 and 6: the checkpoint is of another draw, and of one step into the next three.
+    config = hf_rfa.RFAConfig(num_features=16, window=4, softmax_heads=[(0, 0)], kept_keys=0, resample=3)
+    converted = hf_rfa.convert(encoder, config, calibrate=False)
     again, part = copy.deepcopy(converted), copy.deepcopy(converted)
-    config = dataclasses.replace(SHORT, dropout=0.2, save_every=2, output=tmp_path / "whole")
+    config = dataclasses.replace(SHORT, steps=7, dropout=0.2, save_every=4, output=tmp_path / "whole")
     seen = []
-    hook = hf_rfa.ResampleCallback()
-    whole = train(converted, config, hooks=[hook], evaluate=lambda model: seen.append(model) or {"x": 1.0})
+    hooks = [hf_rfa.ResampleCallback()]
+    whole = train(converted, config, hooks=hooks, evaluate=lambda model: seen.append(model) or {"x": 1.0})
     assert seen == [converted]
-    assert whole.evaluations == [{"step": 4, "x": 1.0}]
+    assert whole.evaluations == [{"step": 7, "x": 1.0}]
     part_config = dataclasses.replace(config, output=tmp_path / "part")
 
     class KilledError(Exception):
@@ -79,7 +83,7 @@ def test_a_run_goes_on_bit_for_bit(converted, tmp_path):
 
     class Kill:
         def step(self, model):
-            if kill.count == 3:
+            if kill.count == 5:
                 raise KilledError
             kill.count += 1
 
@@ -87,14 +91,15 @@ def test_a_run_goes_on_bit_for_bit(converted, tmp_path):
 
     kill = Kill()
     with pytest.raises(KilledError):
-        train(part, part_config, hooks=[kill])
-    done = train(again, dataclasses.replace(part_config, resume=True))
+        train(part, part_config, hooks=[hf_rfa.ResampleCallback(), kill])
+    done = train(again, dataclasses.replace(part_config, resume=True), hooks=[hf_rfa.ResampleCallback()])
     assert done.losses == whole.losses
     assert done.triplets == whole.triplets
     for name, tensor in converted.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    with pytest.raises(CheckpointError, match="has 4 steps, more than `steps`=3"):
-        train(again, dataclasses.replace(part_config, steps=3, resume=True))
+    assert {adapter.draw_number for adapter in require_adapters(again)} == {2}
+    with pytest.raises(CheckpointError, match="has 7 steps, more than `steps`=3"):
+        train(again, dataclasses.replace(part_config, steps=3, resume=True), hooks=hooks)
 
 
 def test_without_dropout_the_global_random_state_and_rates_stay(converted):

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from hf_rfa.embeddings import EmbeddingIndex, clustering, pair_distances, retrieve, roc, val_at_far
+from hf_rfa.embeddings import (
+    EmbeddingIndex,
+    clustering,
+    first_found,
+    pair_distances,
+    ratio_interval,
+    recall_interval,
+    retrieve,
+    roc,
+    val_at_far,
+)
 from hf_rfa.embeddings.retrieval import split_queries
 from hf_rfa.errors import CheckpointError, ConfigError
 
@@ -140,3 +150,29 @@ def test_damaged_indices_are_refused(tmp_path):
     (tmp_path / "index.faiss").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="No index can be read"):
         EmbeddingIndex.load(tmp_path)
+
+
+def test_the_first_found_is_what_retrieval_counts():
+    pytest.importorskip("sentence_transformers")
+    f, labels = drawn(noise=1.0)
+    other = f + 0.3 * np.random.default_rng(1).normal(size=f.shape)
+    hits = first_found(f, other, labels)
+    assert hits.shape == (80,)
+    assert hits.mean() == pytest.approx(retrieve(f, other, labels).recall[1])
+    assert not np.array_equal(hits, first_found(other, f, labels))
+
+
+def test_intervals_are_those_of_identities():
+    labels = [n for n in range(50) for _ in range(8)]  # four queries of each
+    by_identity = np.repeat(np.arange(50) < 20, 4)
+    by_query = np.tile([True, False], 100)
+    low, high = recall_interval(by_identity, labels)
+    assert low == pytest.approx(0.4 - 1.96 * np.sqrt(0.24 / 50), abs=0.03)
+    assert high == pytest.approx(0.4 + 1.96 * np.sqrt(0.24 / 50), abs=0.03)
+    assert recall_interval(by_query, labels) == (0.5, 0.5)  # every identity is alike
+    # The same queries fail in both: of their ratio nothing is uncertain, though much is of each.
+    assert ratio_interval(by_identity, by_identity, labels) == (1, 1)
+    low, high = ratio_interval(by_identity, by_query, labels)
+    assert low < 0.8 < high
+    assert high - low == pytest.approx(2 * 2 * 1.96 * np.sqrt(0.24 / 50), abs=0.1)
+    assert np.isnan(ratio_interval(by_query, np.zeros(200, dtype=bool), labels)).all()
