@@ -163,7 +163,6 @@ def test_narrow_types_differ_by_their_rounding(dtype, tolerance):
         ("--kept_keys 0", 10),
         ("--kept_keys 128", 14),
         ("--kept_keys 300 --window 16 --head_dim 96", 14),
-        ("--kept_keys 5 --window 100 --head_dim 80 --feature_map clustered --dtype float16", 14),
         ("--window 0 --head_dim 64 --feature_map trigonometric --dtype float32", 10),
         ("--kept_keys 128 --decode", 2),
     ],
