@@ -248,6 +248,6 @@ class _Recipe:
                 whole[index] = tensor
             return token_numbers_in_torch(*whole, scaling=self.scaling, keys=self.keys)
 
-        _, pull_back = torch.func.vjp(formula, *(tensors[index] for index in asked))
+        pull_back = torch.func.vjp(formula, *(tensors[index] for index in asked))[1]
         found = dict(zip(asked, pull_back(tuple(above)), strict=True))
         return [found.get(index) for index in range(len(tensors))]
