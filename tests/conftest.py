@@ -1,9 +1,12 @@
 """Fixtures that several test files share. Nothing here needs a network."""
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import paths
 from families import build, llama
 from sentence_encoders import identity_texts, load_encoder, save_encoder
 from transformers import LlamaForCausalLM
@@ -84,3 +88,19 @@ def labelled(tmp_path) -> Path:
     rows = ({"who": who, "text": text} for who, text in identity_texts(60, 4))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def imported(monkeypatch) -> Iterator[Callable[..., ModuleType]]:
+    """A function that imports a script as it is when it is run: from its own folder. The next test finds it new."""
+    threads = torch.get_num_threads()
+
+    def load(name: str, folder: Path = paths.SCRIPTS) -> ModuleType:
+        monkeypatch.syspath_prepend(str(folder))
+        return importlib.import_module(name)
+
+    yield load
+    torch.set_num_threads(threads)
+    for name, module in list(sys.modules.items()):
+        if paths.SCRIPTS in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]

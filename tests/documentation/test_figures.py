@@ -9,9 +9,9 @@ from paths import ROOT
 
 
 @pytest.fixture
-def figures(imported_script):
+def figures(imported):
     """scripts/draw_figures.py."""
-    return imported_script("draw_figures")
+    return imported("draw_figures")
 
 
 @pytest.mark.parametrize("kept", [0, 6])

@@ -20,8 +20,8 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page, pages):
-    links = pages("links")
+def test_links_lead_somewhere(page, imported):
+    links = imported("pages.links")
     wrong = []
     for match in links.links((ROOT / page).read_text(encoding="utf-8")):
         if not links.is_relative(match[3]) and not match[3].startswith("#"):
@@ -34,8 +34,8 @@ def test_links_lead_somewhere(page, pages):
     assert not wrong
 
 
-def test_a_wrong_link_is_found(pages):
-    links = pages("links")
+def test_a_wrong_link_is_found(imported):
+    links = imported("pages.links")
     code = "```text\n[b](no-link.md)\n```"
     text = f"[a](docs/nowhere.md)\n\n{code}\n\n![c](docs/cost.png) [d](https://x.y/z.md) [e](#here)\n"
     found = [match[3] for match in links.links(text)]
@@ -44,7 +44,7 @@ def test_a_wrong_link_is_found(pages):
     assert links.target_of("docs/a.md", "../scripts/b.md#c") == ("scripts/b.md", "#c")
 
 
-def test_the_site_brings_in_what_pages_link_to(pages, tmp_path):
+def test_the_site_brings_in_what_pages_link_to(imported, tmp_path):
     for name, text in {
         "docs/index.md": "[a](../more/page.md#top), [b](../code.py), [c](../code.py#L1)",
         "more/page.md": "![p](plot.png) and [back](../docs/index.md)",
@@ -53,7 +53,7 @@ def test_the_site_brings_in_what_pages_link_to(pages, tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    site = pages("links").Site(tmp_path, ["docs/index.md"])
+    site = imported("pages.links").Site(tmp_path, ["docs/index.md"])
     assert site.places == {
         "docs/index.md": "index.md",
         "more/page.md": "repository/more/page.md",

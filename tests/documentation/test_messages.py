@@ -110,7 +110,7 @@ def test_messages_that_pages_quote_are_the_packages_own(page, found):
         assert fits, words
 
 
-def test_messages_are_read_from_any_source(pages, tmp_path):
+def test_messages_are_read_from_any_source(imported, tmp_path):
     package = tmp_path / "hf_rfa"
     package.mkdir()
     (package / "room.py").write_text(
@@ -124,7 +124,7 @@ def test_messages_are_read_from_any_source(pages, tmp_path):
         "        warnings.warn(f'{NAME} is old: {len(self.rows)} rows.')\n"
         "        raise ValueError(self.text)\n"
     )
-    read = [(m.kind, m.place, m.text) for m in pages("messages").messages(package)]
+    read = [(m.kind, m.place, m.text) for m in imported("pages.messages").messages(package)]
     assert read == [
         ("ConfigError", "check", "`steps` must be positive. Got {value}. Set 1."),
         ("warning", "Room.open", "a.json is old: {number of rows} rows."),
@@ -141,8 +141,8 @@ def test_messages_are_read_from_any_source(pages, tmp_path):
         ("serving/settings.py", ServeSettings),
     ],
 )
-def test_tables_of_options_hold_every_field_and_its_default(file, settings, pages):
-    rendering = pages("rendering")
+def test_tables_of_options_hold_every_field_and_its_default(file, settings, imported):
+    rendering = imported("pages.rendering")
     asked = f"<!-- options: hf_rfa/{file} {settings.__name__} -->"
     assert asked in (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     shown = {name: (default, text) for name, default, text in rendering.fields_of(PACKAGE / file, settings.__name__)}
@@ -155,14 +155,14 @@ def test_tables_of_options_hold_every_field_and_its_default(file, settings, page
         assert default == "required" if required else ast.literal_eval(default.strip("`")) == field.default, name
 
 
-def test_the_table_of_options_names_the_feature_maps(pages):
-    fields = pages("rendering").fields_of(PACKAGE / "config.py", "RFAConfig")
+def test_the_table_of_options_names_the_feature_maps(imported):
+    fields = imported("pages.rendering").fields_of(PACKAGE / "config.py", "RFAConfig")
     text = next(text for name, _, text in fields if name == "feature_map")
     assert all(f"'{name}' ({one.summary})" in text for name, one in FEATURE_MAPS.items())
 
 
-def test_the_table_of_architectures_holds_every_row(pages):
-    architectures = pages("rendering").architectures
+def test_the_table_of_architectures_holds_every_row(imported):
+    architectures = imported("pages.rendering").architectures
     table = architectures(PACKAGE, summary=False)
     rows = read_matrix().architectures
     assert table.count("\n") == len(rows) + 1
@@ -176,8 +176,8 @@ def test_the_page_of_the_api_has_every_public_name():
     assert sorted(re.findall(r"^::: hf_rfa\.(\w+)$", text, re.MULTILINE)) == sorted(hf_rfa.__all__)
 
 
-def test_list_errors_finds_by_words(capsys, imported_script):
-    list_errors = imported_script("list_errors")
+def test_list_errors_finds_by_words(capsys, imported):
+    list_errors = imported("list_errors")
     list_errors.main(["num_features", "positive"])
     shown = capsys.readouterr().out
     assert "ConfigError (hf_rfa/config_checks.py, check_int)" in shown

@@ -38,7 +38,7 @@ def test_the_check_builds_the_site_with_warnings_as_errors():
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 
-def test_the_release_check_reads_the_code_of_a_page(imported_script, tmp_path):
+def test_the_release_check_reads_the_code_of_a_page(imported, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n```python\ny = x\n```\n")
-    assert imported_script("check_release").python_of(page) == "x = 1\n\ny = x\n"
+    assert imported("check_release").python_of(page) == "x = 1\n\ny = x\n"
