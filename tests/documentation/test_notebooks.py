@@ -44,8 +44,10 @@ def shown(monkeypatch) -> list[str]:
 
     display = types.ModuleType("IPython.display")
     display.Image = show
+    package = types.ModuleType("IPython")
+    package.get_ipython = lambda: None  # which Matplotlib asks for
+    monkeypatch.setitem(sys.modules, "IPython", package)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     return files
 
 
@@ -56,7 +58,6 @@ def test_it_runs_and_its_plots_are_committed(name, shown, monkeypatch, tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "stdlib-llama").symlink_to(ROOT / "examples" / "stdlib-llama")
     monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.setattr(plt, "rcParams", plt.rcParams.copy())
     plt.switch_backend("Agg")
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "__main__"}
