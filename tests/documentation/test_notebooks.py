@@ -44,9 +44,7 @@ def shown(monkeypatch) -> list[str]:
 
     display = types.ModuleType("IPython.display")
     display.Image = show
-    package = types.ModuleType("IPython")
-    package.get_ipython = lambda: None  # which Matplotlib asks for
-    monkeypatch.setitem(sys.modules, "IPython", package)
+    # Not its package: Matplotlib would take this for a session of IPython.
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     return files
 
