@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
     meter = Meter(options.device, options.clock)
     models = load(options) if options.model else build(options)
-    ids = torch.randint(1000, (1, options.context), generator=torch.Generator().manual_seed(0)).to(options.device)
+    words = models["original"].config.get_text_config().vocab_size
+    ids = torch.randint(words, (1, options.context), generator=torch.Generator().manual_seed(0)).to(options.device)
     print(f"{options.model or options.shape}, {options.dtype}, {options.context:,} tokens, {meter.name()}", flush=True)
     caches: dict[str, Any] = {}
     with torch.no_grad():

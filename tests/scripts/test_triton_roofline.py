@@ -21,7 +21,7 @@ def printed(imported, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("kept_keys", "kernels"), [(0, "3"), (8, "5")])
+@pytest.mark.parametrize(("kept_keys", "kernels"), [(0, "5"), (8, "8")])
 def test_the_tables(printed, kept_keys, kernels):
     rows, text = printed(kept_keys)
     assert rows["prefill, in chunks"][1] == "0"
