@@ -58,5 +58,5 @@ def test_folders_of_ones_own(script, capsys, tmp_path, tiny_llama):
 
 
 def test_an_unknown_shape_is_named(script):
-    with pytest.raises(SystemExit, match="--shape must be one of smollm2-135m, llama-1b, tiny. Got huge"):
+    with pytest.raises(SystemExit, match=r"--shape must be one of smollm2-135m, llama-1b, tiny\. Got huge"):
         script.main(["--shape", "huge", *SMALL])
