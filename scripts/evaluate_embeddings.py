@@ -107,6 +107,9 @@ def main(arguments: list[str]) -> None:
     curves = {}
     if vectors["old"].shape == vectors["new"].shape:
         found["directions"], curves = directions(vectors, held_out, options)
+    else:
+        sizes = " and ".join(str(v.shape[1]) for v in vectors.values())
+        print(f"The encoders have {sizes} dimensions, so that neither searches the other's index: no directions.")
     found["precisions"] = precisions(vectors["new"], held_out, options)
     if options.dimensions or options.shares:
         found |= heads(encode(new, training), training, vectors["new"], held_out, options)

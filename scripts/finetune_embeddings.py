@@ -49,7 +49,9 @@ from hf_rfa.embeddings import (
     train_embeddings,
     val_at_far,
 )
+from hf_rfa.embeddings.batches import groups_of, usable_groups
 from hf_rfa.embeddings.index import unit
+from hf_rfa.embeddings.verification import FOLDS
 from hf_rfa.errors import ConfigError
 from hf_rfa.options import Settings, option, part
 from hf_rfa.runtime.record import is_converted
@@ -107,11 +109,13 @@ def main(arguments: list[str]) -> None:
     texts = load_passages(options.data, "train", options.passages_of)
     texts = texts.share(options.data_share, least=options.metric.identities)
     held_out = load_passages(options.data, "validation", options.passages_of).first(options.held_out_identities)
+    check_texts(texts, held_out, options.metric)
+    original = load_encoder(options.old or options.model, options.max_tokens).eval()
+    check_sizes(options, original)
     if state.is_main_process:
         settle(options, output, resume=options.metric.resume, may_change=MAY_CHANGE, missing={})
     state.wait_for_everyone()
 
-    original = load_encoder(options.old or options.model, options.max_tokens).eval()
     old = (
         stored_embeddings(original, texts, output / "old_index", state) if options.metric.loss == "harmonic" else None
     )
@@ -137,6 +141,33 @@ def main(arguments: list[str]) -> None:
         print(report)
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def check_texts(texts: Passages, held_out: Passages, metric: MetricConfig) -> None:
+    """`ConfigError` where batches or measures would fail later, before the folder holds a run."""
+    usable_groups(groups_of(texts.labels), metric.identities, metric.passages)
+    if len(held_out.names) < FOLDS:
+        raise ConfigError(
+            f"VAL is cross-validated over {FOLDS} folds of held-out identities. Got {len(held_out.names)}. Pass texts "
+            "of more identities."
+        )
+
+
+def check_sizes(options: Options, original) -> None:
+    """`ConfigError` where the embeddings that are trained are not those that are stored."""
+    new = original if options.old is None else load_encoder(options.model, options.max_tokens)
+    for encoder in (original, new):
+        if encoder.truncate_dim is not None:
+            raise ConfigError(
+                f"Whole embeddings are trained. Got an encoder that cuts its own to {encoder.truncate_dim} "
+                "dimensions. Save it with `truncate_dim = None`, and cut after the training."
+            )
+    sizes = [encoder.get_embedding_dimension() for encoder in (original, new)]
+    if options.metric.loss == "harmonic" and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"Old and new embeddings are compared with each other, so they have the same size. Got {sizes[0]} "
+            f"dimensions of `old` and {sizes[1]} of `model`. Set loss=triplet, or choose another `old`."
+        )
 
 
 def start(options: Options, texts: Passages, folder: Path, state: PartialState):

@@ -19,6 +19,17 @@ def groups_of(labels: Sequence[int]) -> list[list[int]]:
     return [found[label] for label in sorted(found)]
 
 
+def usable_groups(groups: Sequence[Sequence[int]], identities: int, passages: int) -> list[Sequence[int]]:
+    """The groups with at least `passages` texts; `ConfigError` if there are fewer than `identities`."""
+    usable = [group for group in groups if len(group) >= passages]
+    if len(usable) < identities:
+        raise ConfigError(
+            f"A batch needs {identities} identities with {passages} texts each. Got {len(usable)} (of {len(groups)}). "
+            "Lower `identities` or `passages`, or pass more texts."
+        )
+    return usable
+
+
 def identity_batch(
     groups: Sequence[Sequence[int]], number: int, *, identities: int, passages: int, seed: int = 0
 ) -> list[int]:
@@ -41,12 +52,7 @@ def identity_batch(
         ...     [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 2, 2], [2, 2, 0, 0], [1, 1, 2, 2], [2, 2, 1, 1])
         True
     """
-    usable = [group for group in groups if len(group) >= passages]
-    if len(usable) < identities:
-        raise ConfigError(
-            f"A batch needs {identities} identities with {passages} texts each. Got {len(usable)} (of {len(groups)}). "
-            "Lower `identities` or `passages`, or pass more texts."
-        )
+    usable = usable_groups(groups, identities, passages)
     in_a_pass = len(usable) // identities
     turn, place = divmod(number, in_a_pass)
     order = torch.randperm(len(usable), generator=_generator(seed, turn, 0)).tolist()

@@ -36,7 +36,7 @@ def load_encoder(folder_or_id: str | Path | None, max_tokens: int | None = None)
     source = packaged_encoder() if folder_or_id is None else str(folder_or_id)
     try:
         encoder = SentenceTransformer(source, device=_device())
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such folder, or one without an encoder
         raise CheckpointError(f"{source!r} cannot be loaded as a SentenceTransformer: {error}") from error
     if max_tokens is not None:
         encoder.max_seq_length = max_tokens

@@ -106,7 +106,12 @@ def load_passages(source: str | Path, split: str, settings: PassageSettings | No
     if len(found.names) < 2:
         raise ConfigError(
             f"The {split} split of {str(source)!r} must have two identities with two texts each. Got "
-            f"{len(found.names)}. Lower `passage_characters`, or choose another `identity`."
+            f"{len(found.names)}. "
+            + (
+                "Pass rows of more identities: every fifth is held out, unless a file is named for validation."
+                if settings.label_column is not None
+                else "Lower `passage_characters`, or choose another `identity`."
+            )
         )
     return found
 
@@ -150,13 +155,19 @@ def _labelled(path: Path, split: str, text: str, label: str) -> tuple[list[tuple
     files, _, apart = local_files(path, split, ROW_SUFFIXES)
     found: list[tuple[str, str]] = []
     for file in files:
-        for row in rows_of(file):
+        for number, row in enumerate(rows_of(file), 1):
             for column in (text, label):
                 if column not in row:
                     raise ConfigError(
                         f"{file.name} has no column {column!r}. Its columns are {', '.join(map(repr, row))}. Set "
                         "`text_column` and `label_column` to two of them."
                     )
+            if row[label] is None or not isinstance(row[text], str) or not row[text].strip():
+                raise ConfigError(
+                    f"Row {number} of {file.name} must have a label in {label!r} and words in {text!r}. Got "
+                    f"{row[label]!r} and {row[text]!r}. Leave such rows out, or name other columns by `label_column` "
+                    "and `text_column`."
+                )
             found.append((str(row[label]), row[text]))
     return found, apart
 

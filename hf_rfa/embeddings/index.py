@@ -70,6 +70,8 @@ class EmbeddingIndex:
 
     def search(self, queries: np.ndarray, count: int) -> list[list[tuple[str, float]]]:
         """Names and cosines of the nearest `count` texts for each of the queries (n, d), the nearest first."""
+        if count < 1:
+            raise ConfigError(f"A search finds one text or more. Got count={count}.")
         if queries.ndim != 2 or queries.shape[1] != self._index.d:
             raise ConfigError(
                 f"Queries must have the index's {self._index.d} dimensions. Got shape {tuple(queries.shape)}. Encode "
@@ -111,8 +113,20 @@ class EmbeddingIndex:
 
 
 def unit(embeddings: np.ndarray) -> np.ndarray:
-    """Rows (n, d) at unit length, float32 and contiguous; zeros stay zeros."""
+    """Rows (n, d) at unit length, float32 and contiguous; zeros stay zeros.
+
+    Raises:
+        ConfigError: They are no rows, or hold a NaN or an infinity, which no search or measure may take for a place.
+    """
     rows = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if rows.ndim != 2 or not rows.shape[1]:
+        raise ConfigError(f"Embeddings must have the shape (texts, dimension). Got {rows.shape}.")
+    strange = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(strange):
+        raise ConfigError(
+            f"Embeddings must be finite. Got a NaN or an infinity in {len(strange)} of {len(rows)}, the first of them "
+            f"number {strange[0]}. Did the training diverge? Lower `learning_rate`."
+        )
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
     found: np.ndarray = rows / np.where(lengths == 0, 1, lengths)
     return found

@@ -159,6 +159,8 @@ def train_embeddings(
             bar.set_postfix(loss=f"{loss:.3f}", semi_hard=f"{counts.semi_hard / counts.total:.0%}", refresh=False)
             bar.update()
             last = done.step == config.steps
+            if output is not None and last and evaluate is not None:
+                save_checkpoint(accelerator, output, done.step, {})  # an evaluation that fails loses no training
             if evaluate is not None and (last or done.step % config.evaluate_every == 0):
                 encoder.eval()
                 done.evaluations.append({"step": done.step, **evaluate(encoder)})

@@ -112,3 +112,12 @@ def test_one_identity_is_not_enough(tmp_path):
         load_passages(tmp_path / "one.jsonl", "train", PassageSettings(label_column="who"))
     with pytest.raises(ConfigError, match=r"`split` must be one of train, validation\. Got 'test'"):
         load_passages("stdlib", "test")
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "a", "who": null}', '{"text": " ", "who": "x"}', '{"text": null, "who": "x"}']
+)
+def test_rows_without_a_label_or_words_are_named(tmp_path, row):
+    (tmp_path / "one.jsonl").write_text('{"text": "a", "who": "x"}\n' + row + "\n")
+    with pytest.raises(ConfigError, match=r"Row 2 of one\.jsonl must have a label in 'who' and words in 'text'"):
+        load_passages(tmp_path / "one.jsonl", "train", PassageSettings(label_column="who"))

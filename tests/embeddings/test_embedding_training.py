@@ -159,3 +159,16 @@ def test_heads_of_any_size(converted, dimension, tmp_path):
     np.testing.assert_allclose(
         vectors(SentenceTransformer(str(tmp_path), device="cpu")), vectors(converted), atol=1e-6
     )
+
+
+def test_an_evaluation_that_fails_loses_no_training(converted, tmp_path):
+    def fails(encoder):
+        raise ValueError("no")
+
+    config = dataclasses.replace(SHORT, save_every=1000, output=tmp_path / "run")
+    again = copy.deepcopy(converted)
+    with pytest.raises(ValueError, match="no"):
+        train(converted, config, evaluate=fails)
+    done = train(again, dataclasses.replace(config, resume=True))
+    assert done.step == len(done.losses) == 4
+    assert np.array_equal(vectors(again), vectors(converted))

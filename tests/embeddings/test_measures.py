@@ -176,3 +176,23 @@ def test_intervals_are_those_of_identities():
     assert low < 0.8 < high
     assert high - low == pytest.approx(2 * 2 * 1.96 * np.sqrt(0.24 / 50), abs=0.1)
     assert np.isnan(ratio_interval(by_query, np.zeros(200, dtype=bool), labels)).all()
+
+
+def test_what_is_not_finite_is_no_place():
+    pytest.importorskip("faiss")
+    rows = np.eye(4, dtype=np.float32)
+    index = EmbeddingIndex(rows, list("abcd"))
+    strange = rows.copy()
+    strange[2, 1] = np.nan
+    for use in (
+        lambda: EmbeddingIndex(strange, list("abcd")),
+        lambda: index.search(strange, 2),
+        lambda: pair_distances(strange),
+        lambda: retrieve(strange, rows, [0, 0, 1, 1]),
+    ):
+        with pytest.raises(ConfigError, match=r"finite\. Got a NaN or an infinity in 1 of \d, the first"):
+            use()
+    with pytest.raises(ConfigError, match="Got count=0"):
+        index.search(rows, 0)
+    with pytest.raises(ConfigError, match=r"\(texts, dimension\)\. Got \(4,\)"):
+        EmbeddingIndex(rows[0], list("abcd"))

@@ -91,11 +91,24 @@ def test_the_original_is_trained_too_and_may_get_a_head(encoder_folder, labelled
         ({"identities": 50}, r"needs 50 identities with 2 texts each\. Got 48"),
         ({"loss": "triplets"}, r"`loss` must be one of"),
         ({"label_column": "author"}, r"no column 'author'"),
+        ({"passages": 20}, r"needs 4 identities with 20 texts each\. Got 0"),
+        ({"model": "cut"}, r"Got an encoder that cuts its own to 8 dimensions"),
+        ({"data": "few"}, r"over 10 folds of held-out identities\. Got 4"),
     ],
 )
 def test_bad_options_are_named(encoder_folder, labelled, tmp_path, main, options, message):
+    if options.get("model") == "cut":
+        cut = load_encoder(encoder_folder)
+        cut.truncate_dim = 8
+        cut.save(str(tmp_path / "cut"))
+        options = {"model": tmp_path / "cut"}
+    if options.get("data") == "few":  # every fifth identity is held out
+        few = tmp_path / "few.jsonl"
+        few.write_text("".join(f'{{"who": "{n % 20}", "text": "some words {n}"}}\n' for n in range(40)))
+        options = {"data": few}
     with pytest.raises(ConfigError, match=message):
         main(arguments(encoder_folder, labelled, tmp_path / "bad", **options))
+    assert not (tmp_path / "bad" / "settings.json").exists()  # the corrected command may use the folder
 
 
 def test_another_run_is_not_overwritten(encoder_folder, labelled, tmp_path, main):
