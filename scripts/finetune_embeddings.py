@@ -90,7 +90,7 @@ class Options(Settings):
         ),
         group="Conversion",
     )
-    metric: MetricConfig = part(MetricConfig(steps=16, evaluate_every=1000, save_every=50), group="Metric learning")
+    metric: MetricConfig = part(MetricConfig(steps=16, evaluate_every=1000, save_every=8), group="Metric learning")
 
     def __post_init__(self) -> None:
         super().__post_init__()
