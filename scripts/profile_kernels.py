@@ -9,6 +9,7 @@ gaps in which it waits for the host.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from benchmarks.device import Meter
@@ -45,9 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"  {milliseconds:8.3f}  {name}")
 
 
-def kernel_times(call: object, repeats: int) -> dict[str, float]:
+def kernel_times(call: Callable[[], object], repeats: int) -> dict[str, float]:
     """Milliseconds of each Triton kernel in one call, and of all that PyTorch launches, averaged over some calls."""
-    assert callable(call)
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -90,6 +90,20 @@ def token_numbers_in_torch(
 
 
 @triton.jit
+def tokens_of(
+    x, center, other, each, start, rows, dims, x_b, x_h, x_g, x_t, heads, groups, length, D: tl.constexpr,
+    BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens x, x - c, and o, all in float32."""
+    a, g = each // groups, each % groups
+    row, head = a // heads, a % heads
+    own_center = tl.load(center + head * D + dims, mask=dims < D, other=0.0)
+    other_center = tl.load(other + head * D + dims, mask=dims < D, other=0.0)
+    tokens = tile(x + row * x_b + head * x_h + g * x_g, start, rows, length, x_t, D, BD, BT).to(tl.float32)
+    return tokens, tokens - own_center[None, :], other_center
+
+
+@triton.jit
 def token_numbers(
     x, center, other, transform, figures, r, log_scale, x_b, x_h, x_g, x_t, heads, groups, length, scaling,
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr,
@@ -97,18 +111,15 @@ def token_numbers(
 ):  # fmt: skip
     """Grid (tiles of T, B * Hk * G). figures (Hk, 4): t, sign, constant, and the bound of |y|^2."""
     part, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    a, g = each // groups, each % groups
-    row, head = a // heads, a % heads
-    rows, dims, start = tl.arange(0, BT), tl.arange(0, BD), part * BT
+    head, rows, dims, start = each // groups % heads, tl.arange(0, BT), tl.arange(0, BD), part * BT
     in_d = dims < D
-    own_center = tl.load(center + head * D + dims, mask=in_d, other=0.0)
-    other_center = tl.load(other + head * D + dims, mask=in_d, other=0.0)
+    tokens, centred, other_center = tokens_of(
+        x, center, other, each, start, rows, dims, x_b, x_h, x_g, x_t, heads, groups, length, D, BD, BT
+    )  # fmt: skip
     figures += head * 4
     size, sign, constant, bound = (
         tl.load(figures), tl.load(figures + 1), tl.load(figures + 2), tl.load(figures + 3),
     )  # fmt: skip
-    tokens = tile(x + row * x_b + head * x_h + g * x_g, start, rows, length, x_t, D, BD, BT).to(tl.float32)
-    centred = tokens - own_center[None, :]
     if TRANSFORM:
         square = tl.zeros((BT,), tl.float32)
         for first in range(0, D, BE):
@@ -136,19 +147,16 @@ def token_gradients(
     """Grid as that of `token_numbers`; dx (B, Hk, G, T, D). sums (B * Hk * G, tiles, 2 D + 2): those of dc, do, dt and
     d(constant) over the tile's tokens."""
     part, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    a, g = each // groups, each % groups
-    row, head = a // heads, a % heads
-    rows, dims, start = tl.arange(0, BT), tl.arange(0, BD), part * BT
+    head, rows, dims, start = each // groups % heads, tl.arange(0, BT), tl.arange(0, BD), part * BT
     in_d = dims < D
-    own_center = tl.load(center + head * D + dims, mask=in_d, other=0.0)
-    other_center = tl.load(other + head * D + dims, mask=in_d, other=0.0)
+    tokens, centred, other_center = tokens_of(
+        x, center, other, each, start, rows, dims, x_b, x_h, x_g, x_t, heads, groups, length, D, BD, BT
+    )  # fmt: skip
     figures += head * 4
     size, sign, bound = tl.load(figures), tl.load(figures + 1), tl.load(figures + 3)
-    tokens = tile(x + row * x_b + head * x_h + g * x_g, start, rows, length, x_t, D, BD, BT).to(tl.float32)
     # Beyond the sequence both gradients are 0, and with them everything that is summed.
     of_r = numbers(d_r + each * length, start, rows, length, BT)
     of_log = numbers(d_log + each * length, start, rows, length, BT)
-    centred = tokens - own_center[None, :]
     if TRANSFORM:
         square, back = tl.zeros((BT,), tl.float32), tl.zeros((BT, BD), tl.float32)
         for first in range(0, D, BE):

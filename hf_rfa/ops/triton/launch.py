@@ -146,16 +146,9 @@ class Launch:
             )  # fmt: skip
             kv_state = self.flat(x.kv_state)
             forward.scan_sums[(triton.cdiv(self.size, SCAN_TILE), every)](
-                self.states,
-                block_peaks,
-                self.kept,
-                kv_state,
-                x.log_max,
-                blocks,
-                self.size,
-                BE=SCAN_TILE,
+                self.states, block_peaks, self.kept, kv_state, x.log_max, blocks, self.size, BE=SCAN_TILE,
                 STAGES=SCAN_STAGES,
-            )
+            )  # fmt: skip
             output = _output_like(x.query, value_dim)
             tokens = (self.batch, self.heads, self.groups, self.length)
             self.log_total, self.log_weight = new(tokens), new(tokens)

@@ -58,13 +58,7 @@ def gradients(
             settings.block, **launch.part_tiles, **launch.part_options,
         )  # fmt: skip
         scan_flows[(triton.cdiv(launch.size, SCAN_TILE), every)](
-            flows,
-            _block_decay(launch),
-            flow,
-            blocks,
-            launch.size,
-            BE=SCAN_TILE,
-            STAGES=SCAN_STAGES,
+            flows, _block_decay(launch), flow, blocks, launch.size, BE=SCAN_TILE, STAGES=SCAN_STAGES
         )
         query_gradients[(blocks, every)](
             x.query, launch.far_key, launch.far_value, above, x.query_r, x.key_r, x.key_scale, inner, launch.log_total,
