@@ -15,8 +15,8 @@ from hf_rfa.budget_curve import CurveStep
 from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.runtime.adapter import RFAAdapter
 
-#: The numbers of kept keys that there are to choose from.
-NUMBERS = (0, 32, 64, 128, 256, 512, 1024)
+#: The numbers of kept keys that there are to choose from, as far as the text is long enough to tell (`numbers_for`).
+NUMBERS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,18 @@ class Way:
     kept_keys: int | None
     price: float
     cost: float
+
+
+def numbers_for(tokens: int) -> tuple[int, ...]:
+    """The numbers of kept keys whose costs a text of so many tokens shows: up to half of it.
+
+    With more a head forgets next to nothing of this text, and would seem to cost nothing in longer ones either.
+
+    Example:
+        >>> numbers_for(1024)
+        (0, 32, 64, 128, 256, 512)
+    """
+    return tuple(number for number in NUMBERS if 2 * number <= tokens)
 
 
 def total_bytes(config: RFAConfig, adapters: Sequence[RFAAdapter], element: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from hf_rfa.budget_curve import CurveStep
-from hf_rfa.calibration.budget import NUMBERS, Way, exact_way, linear_way, spend, total_bytes
+from hf_rfa.calibration.budget import Way, exact_way, linear_way, numbers_for, spend, total_bytes
 from hf_rfa.calibration.head_costs import HeadOption, costs_on
 from hf_rfa.calibration.progress import Progress
 from hf_rfa.calibration.texts import Text
@@ -46,7 +46,7 @@ def choose_heads(
         return fixed, []
     if numbers_open:
         progress.stage("calibrating: the budget", 4 * sum(text.tokens for text in texts))
-        options = {number: HeadOption(kept_keys=number) for number in NUMBERS}
+        options = {number: HeadOption(kept_keys=number) for number in numbers_for(max(text.length for text in texts))}
         by_number = costs_on(base, texts, options, draws=1)
         progress.done(4 * sum(text.tokens for text in texts))
     adapters = {adapter.layer: adapter for _, _, adapter in named_adapters(base) if adapter.converted}
@@ -58,7 +58,7 @@ def choose_heads(
         if head in fixed:
             return [exact]
         if numbers_open:
-            own = {number: by_number[number][head] for number in NUMBERS}
+            own = {number: by_number[number][head] for number in options}
         else:
             kept = adapter.kept_keys
             own = {kept if isinstance(kept, int) else kept[head[1]]: costs[head]}

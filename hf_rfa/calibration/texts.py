@@ -22,12 +22,14 @@ class Text:
         inputs: Keyword arguments of the model.
         planted: How many tokens at the end of each row repeat earlier ones.
         tokens: Tokens (or other places) of all rows, as far as the arguments tell.
+        length: Of these, in each row.
         number: Of the batch.
     """
 
     inputs: Mapping[str, Any]
     planted: int
     tokens: int
+    length: int
     number: int
 
     def seeds(self, rows: int) -> list[int]:
@@ -49,15 +51,20 @@ def texts_of(model: PreTrainedModel, batches: list[ModelInput], plant_repeats: b
             inputs = call_arguments(model, planted)
             if accepts(model, "use_cache"):  # layers run again in the backward pass would fill it twice
                 inputs["use_cache"] = False
-            yield Text(inputs, span, count(group), number)
+            yield Text(inputs, span, *_size(group), number)
             number += 1
 
 
 def count(batch: ModelInput) -> int:
     """Tokens of all rows of a batch; of dictionaries the places of the first tensor that has rows and places."""
+    return _size(batch)[0]
+
+
+def _size(batch: ModelInput) -> tuple[int, int]:
+    """Tokens of all rows, and of each."""
     given = {"": batch} if isinstance(batch, torch.Tensor) else batch
     shapes = [t.shape for t in given.values() if isinstance(t, torch.Tensor) and t.dim() > 1]
-    return shapes[0][0] * shapes[0][1] if shapes else 1
+    return (shapes[0][0] * shapes[0][1], shapes[0][1]) if shapes else (1, 1)
 
 
 def first_tokens(texts: Iterable[Text], tokens: int) -> Iterator[Text]:

@@ -10,7 +10,7 @@ from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.options import Settings, option, part
 
 _CALIBRATION, _RUN, _LAYER = "Calibration", "Run", "Layer"
-_DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
+DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_HELP = "Precision of the weights; 'auto': as they were saved."
 
@@ -38,7 +38,7 @@ class ConvertSettings(Settings):
     batch_size: int = option("Texts per batch.", 2, group=_CALIBRATION, least=1)
     text_column: str = option("Column of the text in .jsonl, .parquet and hub datasets.", "text", group=_CALIBRATION)
     dtype: DType = option(_DTYPE_HELP, "auto", group=_RUN)
-    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    device: str = option(DEVICE_HELP, "auto", group=_RUN)
     trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
 
 
@@ -51,7 +51,7 @@ class ChatSettings(Settings):
     max_new_tokens: int = option("The most tokens of an answer.", 512, least=1)
     greedy: bool = option("The likeliest token each time; by default as the model's generation settings say.", False)
     dtype: DType = option(_DTYPE_HELP, "auto", group=_RUN)
-    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    device: str = option(DEVICE_HELP, "auto", group=_RUN)
     trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
 
 
@@ -59,7 +59,7 @@ class ChatSettings(Settings):
 class DoctorSettings(Settings):
     """Settings of `examine`, and the options of `hf-rfa doctor`."""
 
-    device: str = option(_DEVICE_HELP, "auto", group=_RUN)
+    device: str = option(DEVICE_HELP, "auto", group=_RUN)
     dtype: DType = option("Of the tokens; 'auto': bfloat16 on a GPU, else float32.", "auto", group=_RUN)
     heads: int = option("Query heads, each with a key head.", 8, group=_LAYER, least=1)
     head_dim: int = option("Numbers per head.", 64, group=_LAYER, least=1)

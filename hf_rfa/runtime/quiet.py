@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from hf_rfa.ops.first_use.decision import pytorch_unless_asked
+
 #: Devices for which autocast may be on.
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -20,6 +22,7 @@ def plain_torch() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
+        stack.enter_context(pytorch_unless_asked())
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

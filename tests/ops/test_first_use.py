@@ -23,6 +23,7 @@ from hf_rfa.ops.first_use import check, decision
 from hf_rfa.ops.first_use.decision import FirstUse
 from hf_rfa.ops.first_use.kind import Kind, size_class
 from hf_rfa.ops.first_use.verdicts import Verdict, VerdictFolder
+from hf_rfa.runtime.quiet import plain_torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stands in for a GPU")
@@ -264,6 +265,21 @@ def test_tensors_that_are_not_there_and_deterministic_runs_are_pytorchs(folder, 
         torch.use_deterministic_algorithms(False)
     assert first.serve(keeping)
     assert not FirstUse(folder).serve(plain)  # the interpreter is never chosen for its own sake
+
+
+@pytest.mark.usefixtures("times")
+def test_while_a_model_is_calibrated_no_kernels_are_compiled(folder, checks, monkeypatch):
+    """It tries each of many shapes for a moment, which takes less time than to compile kernels for them."""
+    kernels = asked(folder)
+    monkeypatch.setattr(decision, "KERNELS", kernels)
+    with plain_torch():
+        assert not kernels.serve(call_of())
+        assert dispatch.causal_form(call_of()) == "chunked"
+        assert dispatch.causal_form(call_of(backend="triton")) == "triton"  # as it is asked for
+    assert not checks
+    assert kernels.serve(call_of())
+    with plain_torch():
+        assert not kernels.serve(call_of())
 
 
 @pytest.mark.usefixtures("times")

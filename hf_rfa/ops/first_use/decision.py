@@ -11,9 +11,12 @@ check once on a machine, and is the same for every later run there.
   on have the same meaning in both, and gradients are summed over all of them, so that the weights stay equal.
 """
 
+import contextlib
+import contextvars
 import logging
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -23,6 +26,20 @@ from hf_rfa.ops.first_use.kind import Kind, Task
 from hf_rfa.ops.first_use.verdicts import Verdict, VerdictFolder
 
 logger = logging.getLogger(__name__)
+
+#: Set in `pytorch_unless_asked`, for the thread (and task) that it is entered in.
+_NOT_ASKED = contextvars.ContextVar("hf_rfa_kernels_not_asked", default=False)
+
+
+@contextlib.contextmanager
+def pytorch_unless_asked() -> Iterator[None]:
+    """Within the block `auto` means PyTorch: for work that uses each of many shapes for a moment, as calibration does,
+    which takes less time than to compile and check kernels for them."""
+    before = _NOT_ASKED.set(True)
+    try:
+        yield
+    finally:
+        _NOT_ASKED.reset(before)
 
 
 class FirstUse:
@@ -37,7 +54,7 @@ class FirstUse:
 
     def serve(self, call: OperatorCall, task: Task = "causal") -> bool:
         """Whether the kernels, which can run this call, are right and faster; checks them if that is not known."""
-        if not self._may_ask(call):
+        if _NOT_ASKED.get() or not self._may_ask(call):
             return False
         kind = Kind.of(call, task)
         known = self._known.get(kind)

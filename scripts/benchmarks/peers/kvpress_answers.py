@@ -2,7 +2,7 @@
 
     python -m venv KVPRESS && KVPRESS/bin/pip install -r scripts/benchmarks/peers/requirements-kvpress.txt
     KVPRESS/bin/python scripts/benchmarks/peers/kvpress_answers.py --prompts prompts.json --model MODEL
-        --output kvpress.json [--presses StreamingLLM SnapKV] [--shares 0.1 0.25 0.5]
+        --output kvpress.json [--presses StreamingLLM SnapKV] [--shares 0.1 0.25 0.5] [--device cuda]
 
 This file runs in that environment and imports nothing of hf_rfa. A document is read once with full attention; then
 each press makes a cache of its own of the full one, before any question is known. Questions and continuations are read
@@ -72,11 +72,11 @@ class Reader:
 
     def read(self, ids):
         """{column: cache} after a document: the full one under None, and that of each (press, share)."""
-        self.number = len(ids)
+        self.number, ids = len(ids), torch.tensor([ids], device=self.model.device)
         caches = {name: Cache() for name in (None, *self.presses) if self.press(name) is not False}
         hooks = [each.register_forward_hook(self._keep(caches), with_kwargs=True) for each in self.attentions]
         try:
-            self.model.model(input_ids=torch.tensor([ids]), past_key_values=DynamicCache())
+            self.model.model(input_ids=ids, past_key_values=DynamicCache())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -99,7 +99,7 @@ class Reader:
         chosen = self.scores.flatten().argsort()[: round(self.scores.numel() * heads)]
         press.streaming_mask = torch.zeros(self.scores.numel(), dtype=torch.bool)
         press.streaming_mask[chosen] = True
-        press.streaming_mask = press.streaming_mask.view(self.scores.shape)
+        press.streaming_mask = press.streaming_mask.view(self.scores.shape).to(self.model.device)
         return press
 
     def _keep(self, caches):
@@ -137,7 +137,7 @@ class Reader:
             nonlocal seen
             for attention, masked in zip(self.attentions, caches[0].masked, strict=True):
                 attention.masked_key_indices = masked
-            places = torch.arange(seen, seen + ids.shape[1]).expand(len(ids), -1)
+            places = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(len(ids), -1)
             logits = self.model(input_ids=ids, past_key_values=joined, position_ids=places, logits_to_keep=last).logits
             for attention in self.attentions:
                 attention.masked_key_indices = None
@@ -151,7 +151,8 @@ class Reader:
         end = self.model.generation_config.eos_token_id
         stop = set(end if isinstance(end, list) else [] if end is None else [end])
         step, answers = self.go_on(caches), [[] for _ in caches]
-        ids, open_ = torch.tensor([question["ids"]]).expand(len(caches), -1), set(range(len(caches)))
+        ids = torch.tensor([question["ids"]], device=self.model.device).expand(len(caches), -1)
+        open_ = set(range(len(caches)))
         for _ in range(question["new_tokens"]):
             ids = step(ids, last=1)[:, -1].argmax(-1, keepdim=True)
             for number in list(open_):
@@ -179,7 +180,7 @@ def head_scores(model, texts):
     if not texts:
         raise SystemExit("DuoAttention scores heads on texts. The prompts have none. Write them with --texts 4.")
     duo_attention_press.load_dataset = lambda *_, **__: Texts(texts)
-    return torch.as_tensor(duo_attention_press.duo_attention_on_the_fly(model, num_samples=len(texts)))
+    return torch.as_tensor(duo_attention_press.duo_attention_on_the_fly(model, num_samples=len(texts))).cpu()
 
 
 def column_name(column):
@@ -193,9 +194,14 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="file of the answers, JSON")
     parser.add_argument("--presses", nargs="+", choices=[*SCORING, DUO], default=[*SCORING, DUO])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.25, 0.5], help="shares that are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--full-cache", action=argparse.BooleanOptionalAction, default=True,
+        help="a column of the full cache, too; needed once where several runs share the presses out",
+    )  # fmt: skip
     given = parser.parse_args()
     prompts = json.loads(given.prompts.read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval().to(given.device)
     started = time.process_time()
     columns = [None, *((name, share) for name in given.presses for share in given.shares)]
     found = {column: {"shares": [], "kl": [], "answers": []} for column in columns}
@@ -211,8 +217,15 @@ def main():
                 f"document {number + 1} of {len(prompts['documents'])}, {time.process_time() - started:.0f} CPU s",
                 flush=True,
             )
+    if not given.full_cache:
+        del found[None]
     written = {
-        "environment": {"torch": torch.__version__, "transformers": transformers.__version__, "kvpress": version()},
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "kvpress": version(),
+            "device": given.device,
+        },
         "cpu_seconds": time.process_time() - started,
         "columns": {column_name(column): summary(each) for column, each in found.items()},
     }
@@ -222,7 +235,8 @@ def main():
 
 def measure_continuation(reader, given, found):
     """KL(full cache || press) over the tokens of the continuation, nats/token, and the shares of the bytes."""
-    caches, ids = reader.read(given["ids"]), torch.tensor([given["continuation"]])
+    caches = reader.read(given["ids"])
+    ids = torch.tensor([given["continuation"]], device=reader.model.device)
     log_p = reader.go_on([caches[None]])(ids)[0].float().log_softmax(-1)
     for column in found:
         if column not in caches:

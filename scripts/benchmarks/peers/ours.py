@@ -1,7 +1,7 @@
 """Answer the prompts of prompts.py by an original and its conversions.
 
     python scripts/benchmarks/peers/ours.py --prompts prompts.json --original MODEL --output ours.json
-        [--models "ours at 25 %=FOLDER" "ours at 10 %=FOLDER"] [--original_answers false]
+        [--models "ours at 25 %=FOLDER" "ours at 10 %=FOLDER"] [--original_answers false] [--device cuda]
 
 Each column has the bytes of its cache after each document, the divergence of its continuations from the original, and
 its greedy answers. The original itself is the first column, unless `--original_answers false` leaves it out:
@@ -19,8 +19,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+import hf_rfa
 from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
+from hf_rfa.commands.settings import DEVICE_HELP, device_of
 from hf_rfa.evaluation.continuation import divergence, logits_behind
 from hf_rfa.evaluation.tasks.asking import greedy_answers
 from hf_rfa.evaluation.tasks.prompts import Question, TaskDocument
@@ -36,18 +38,23 @@ class Options(Settings):
     output: Path = option("File of the answers, JSON.")
     models: tuple[str, ...] = option("Converted models, each NAME=FOLDER.", ())
     original_answers: bool = option("Whether the original answers the tasks, too.", True)
+    device: str = option(DEVICE_HELP, "auto")
+    backend: str = option("Form of the linear heads: auto, triton or chunked.", "auto")
 
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(Options, arguments, __doc__)
     prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
-    original = load_any(options.original, dtype=torch.float32)
+    device = device_of(options.device)
+    original = load_any(options.original, dtype=torch.float32).to(device)
     behind = [read(original, each) for each in prompts["continuations"]]
     columns = {"original": answered(original, prompts, behind)} if options.original_answers else {}
     for text in options.models:
         name, _, folder = text.partition("=")
-        columns[name] = answered(load_any(folder, dtype=torch.float32), prompts, behind)
-    environment = {"torch": torch.__version__, "transformers": transformers.__version__}
+        model = load_any(folder, dtype=torch.float32).to(device)
+        hf_rfa.set_backend(model, options.backend)
+        columns[name] = answered(model, prompts, behind)
+    environment = {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"environment": environment, "columns": columns}), encoding="utf-8")
 
