@@ -1,6 +1,5 @@
 """`hf-rfa convert`: from a pretrained model to a folder with its conversion."""
 
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import hf_rfa
 from hf_rfa.commands.settings import ConvertSettings, device_of
-from hf_rfa.data.documents import check_tokenizer, load_documents, tokenize_documents
-from hf_rfa.data.sequences import training_batches
+from hf_rfa.data.documents import check_tokenizer, load_documents
+from hf_rfa.data.sampled_rows import sampled_rows
 from hf_rfa.errors import ConfigError
 from hf_rfa.saving.card import write_card
 
@@ -103,6 +102,6 @@ def _batches(settings: ConvertSettings, model: PreTrainedModel, tokenizer: Any) 
         )
     check_tokenizer(tokenizer, model)
     documents = load_documents(str(settings.data), "train", text_column=settings.text_column)
-    tokens, _ = tokenize_documents(tokenizer, documents)
-    drawn = training_batches(tokens, settings.context, settings.batch_size, settings.conversion.seed + 1)
-    return list(itertools.islice(drawn, settings.calibration_batches))
+    rows = settings.batch_size * settings.calibration_batches
+    drawn = sampled_rows(tokenizer, documents, settings.context, rows, settings.conversion.seed + 1)
+    return list(drawn.split(settings.batch_size))

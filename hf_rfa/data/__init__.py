@@ -9,6 +9,7 @@ from hf_rfa.data.documents import (
     stream_documents,
     tokenize_documents,
 )
+from hf_rfa.data.sampled_rows import sampled_rows
 from hf_rfa.data.sequences import evaluation_windows, training_batches
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "evaluation_windows",
     "load_documents",
     "packed_batches",
+    "sampled_rows",
     "stream_documents",
     "tokenize_documents",
     "training_batches",
