@@ -10,6 +10,8 @@ from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.compiled import linear_heads_of_graph
+from hf_rfa.ops.dispatch import causal_form, form_of_call
+from hf_rfa.ops.joined_groups import Groups, join_groups, split_state
 from hf_rfa.ops.layout import TokenLayout
 from hf_rfa.ops.linear import linear_heads
 from hf_rfa.ops.reference import reference_attention
@@ -243,17 +245,36 @@ def _run(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
         state = cache.into(count_only(call.heads([]))) if call.output_final_state else None
         return output.flatten(1, 2).to(call.value.dtype), state
     output = call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype)
-    states = []
-    for heads, group in groups:
-        part, state = _linear(group)
+    parts, state = _groups(call, groups)
+    for heads, part in parts:
         output = _put(output, heads, part)
-        states.append(state)
-    state = _joined(states)
     if call.softmax_heads:
         part, cache = exact_heads(call.heads(call.softmax_heads), ExactCache.of_state(call.state))
         output = _put(output, call.softmax_heads, part)
         state = state and cache.into(state)
     return output.flatten(1, 2), state
+
+
+def _groups(call: OperatorCall, groups: Groups) -> tuple[list[tuple[list[int], torch.Tensor]], RFAState | None]:
+    """Outputs of the linear heads, each with the heads that it is of, and their states as one.
+
+    Kernels compute all groups together; else, as within a graph, they run one after the other.
+    """
+    if len(groups) > 1 and not torch.compiler.is_compiling() and form_of_call(call) == "causal":
+        form = causal_form(call)
+        if form == "triton":
+            for _, group in groups:
+                group.check_state()
+            output, state = linear_heads(join_groups(call, groups))
+            states = [] if state is None else split_state(state, call, groups)
+            return [(call.linear_heads, output)], _joined(states)
+        groups = [(heads, group.replace(backend=form)) for heads, group in groups]  # which are not to be asked again
+    parts, found = [], []
+    for heads, group in groups:
+        part, state = _linear(group)
+        parts.append((heads, part))
+        found.append(state)
+    return parts, _joined(found)
 
 
 def _joined(states: Sequence[RFAState | None]) -> RFAState | None:

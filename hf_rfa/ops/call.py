@@ -131,6 +131,11 @@ class OperatorCall:
         assert len(numbers) <= 1, "a call of several groups"
         return numbers.pop() if numbers else 0
 
+    @property
+    def most_kept(self) -> int:
+        """K, the most keys that a head keeps."""
+        return max(self.kept_of_heads, default=0)
+
     def groups(self) -> list[tuple[list[int], "OperatorCall"]]:
         """Linear heads grouped by their number of kept keys (ascending), each group with its own call and state.
 
@@ -175,7 +180,7 @@ class OperatorCall:
         if self.state is None:
             return
         shapes = RFAState.shapes(*self._state_size())
-        if not self.kept_keys and self.state.kept_key is not None:
+        if not self.most_kept and self.state.kept_key is not None:
             shapes["kept_key"] = (*self.state.kept_key.shape[:2], 0, self.state.kept_key.shape[3])
         for name, want in shapes.items():
             tensor = getattr(self.state, name)
@@ -189,7 +194,7 @@ class OperatorCall:
 
     def _state_size(self) -> tuple[int, torch.Tensor, torch.Tensor, int, int, int, int, int]:
         # A state of the bidirectional form has neither near nor kept keys.
-        window, kept_keys = (self.window, self.kept_keys) if self.causal else (0, 0)
+        window, kept_keys = (self.window, self.most_kept) if self.causal else (0, 0)
         exact = window, self.sink_tokens, kept_keys, self.query.shape[2]
         return len(self.query), self.key, self.value, self.far.num_components, *exact
 

@@ -92,8 +92,7 @@ def _form(module: nn.Module, adapter: RFAAdapter) -> str:
         for count in (heads, adapter.key_heads)
     )
     call = OperatorCall.of(query, key, key, adapter.kernel, settings, TokenLayout())
-    forms = {causal_form(group) for _, group in call.groups()}
-    return "triton" if forms == {"triton"} else "chunked"
+    return causal_form(call)
 
 
 def _tokens(module: nn.Module, adapter: RFAAdapter) -> tuple[torch.dtype, int]:

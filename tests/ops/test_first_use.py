@@ -15,7 +15,7 @@ import pytest
 import torch
 from operator_inputs import random_inputs
 
-from hf_rfa import ConfigError
+from hf_rfa import ConfigError, rfa_attention
 from hf_rfa.ops import dispatch
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
@@ -330,3 +330,21 @@ def test_the_operator_follows_the_verdict(monkeypatch, folder):
     assert dispatch.causal_form(call) == "chunked"
     with pytest.raises(ConfigError, match="float64"):
         dispatch.form_of_call(call_of(dtype=torch.float64).replace(backend="triton"))
+
+
+def test_a_layer_whose_heads_keep_different_numbers_asks_once(monkeypatch):
+    asked_for = []
+
+    class Kernels:
+        def serve(self, call):
+            asked_for.append(call.most_kept)
+            return False
+
+    monkeypatch.setattr(decision, "KERNELS", Kernels())
+    inputs = random_inputs(
+        20, dim=16, value_dim=16, num_features=4, dtype=torch.float32, heads=3, key_heads=3, batch=1
+    )
+    options = OPTIONS | {"kept_keys": (2, 0, 5)}
+    output = rfa_attention(**inputs, **options)
+    assert asked_for == [5]
+    assert torch.equal(output, rfa_attention(**inputs, **options, backend="chunked"))

@@ -65,6 +65,43 @@ def test_each_head_keeps_a_number_of_its_own():
     assert torch.equal(got.beside[0].kept_position.cpu(), want.beside[0].kept_position)
 
 
+def test_heads_with_different_numbers_are_computed_together(monkeypatch):
+    """One launch for a layer, whose heads come in any order; tiles that some of them leave empty are passed over."""
+    for module in (kept, launch_exact):
+        monkeypatch.setattr(module, "LIST_TILE", 16)
+    launches, choose_keys = [], kept.choose_keys
+    monkeypatch.setattr(
+        "hf_rfa.ops.triton.causal.choose_keys", lambda *given: launches.append(1) or choose_keys(*given)
+    )
+    inputs = small(75, heads=4, key_heads=4)
+    options = {**OPTIONS, "kept_keys": (20, 0, 5, 20)}
+    compare(inputs, **options)
+    launches.clear()
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    _, got = hf_rfa.rfa_attention(**on_device(inputs), **options, backend="triton", output_final_state=True)
+    assert len(launches) == 1
+    _, want = hf_rfa.rfa_attention_reference(**wide, **options, output_final_state=True)
+    assert got.kept_key is None
+    assert [state.kept_key.shape[1:3] for state in got.beside] == [(1, 5), (2, 20)]
+    for one, two in zip(got.beside, want.beside, strict=True):
+        assert_same_choice(one, two)
+
+
+def test_a_state_of_heads_with_different_numbers_is_continued():
+    inputs = small(70, heads=4, key_heads=4)
+    options = {**OPTIONS, "kept_keys": (12, 3, 0, 12)}
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    want, of_whole = hf_rfa.rfa_attention_reference(**wide, **options, output_final_state=True)
+    got, state = run_in_pieces(on_device(inputs), [33, 20, 17], **options, backend="triton")
+    assert_near(got.cpu(), want, TOLERANCE, "output")
+    for one, two in zip(state.beside, of_whole.beside, strict=True):
+        assert_same_choice(one, two)
+    with pytest.raises(hf_rfa.ConfigError, match="initial_state"):
+        run_in_pieces(
+            on_device(inputs), [70], state=state, **options | {"kept_keys": (12, 4, 0, 12)}, backend="triton"
+        )
+
+
 def test_padding_and_packed_documents():
     token_mask = torch.ones(2, 64, dtype=torch.bool)
     token_mask[0, :5] = token_mask[1, 40:43] = False

@@ -116,7 +116,7 @@ def lay_out(call: OperatorCall, short: ShortRule | None = None) -> Aligned:
         query, key, value, state.sink_key.to(key.dtype), state.sink_value.to(value.dtype), decay, _wide(call),
         state.kv_state.to(wide), log_max,
     )  # fmt: skip
-    if call.kept_keys:
+    if call.most_kept:
         assert state.kept_key is not None
         assert state.kept_value is not None
         kept_key, kept_value = state.kept_key.to(key.dtype), state.kept_value.to(value.dtype)

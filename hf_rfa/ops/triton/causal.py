@@ -23,12 +23,14 @@ BLOCKS = (8, 4, 2, 1)
 def triton_causal(call: OperatorCall, short: ShortRule | None = None) -> tuple[torch.Tensor, RFAState | None]:
     """Causal RFA of a call with q, k and v in their own dtype and the far kernel in float32.
 
+    Its heads may keep different numbers of keys, see `ops.joined_groups`.
+
     Returns the output (B, Hk, G, N, M) in value's dtype, zero for the `short` documents, and the state after the last
     token, or None if it is not wanted.
     """
     aligned = lay_out(call, short)
     x, plan = aligned.inputs, aligned.plan
-    choice = choose_keys(aligned, call) if call.kept_keys else None
+    choice = choose_keys(aligned, call) if call.most_kept else None
     query = fold_queries(x.query, call.far, call.scaling)
     key = fold_keys(x.key, call.far, call.scaling) if choice is None else fold_evicted(aligned, call, choice)
     form = form_of(call.far)

@@ -53,19 +53,21 @@ def order(score, there, places):
 
 @triton.jit
 def choose(
-    query, key, state_key, logits, codes, flags, ranks, position, size, mass, listed, evicted,
+    query, key, state_key, logits, codes, flags, ranks, numbers, position, size, mass, listed, evicted,
     query_b, query_h, query_g, query_t, key_b, key_h, key_t, code_row, flag_row, heads, groups, length, chunks, E,
     entries, scaling, least,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (A,). Fills `listed` (A, chunks + 1, S + K) behind its first chunk and `evicted` (A, chunks, C), which
-    come filled with the sinks and -1; adds to mass (A, G, entries). evicted[i] are the keys that leave after chunk
-    i + 1, position and size (A, entries) are each key's number in its document and its |v|."""
+    come filled with the sinks and -1; adds to mass (A, G, entries). A head keeps as many keys as `numbers` (heads,)
+    says, at most K. evicted[i] are the keys that leave after chunk i + 1, position and size (A, entries) are each
+    key's number in its document and its |v|."""
     a = tl.program_id(0).to(tl.int64)
     N: tl.constexpr = S + K
     ONE: tl.constexpr = BN >= K
     row, head = a // heads, a % heads
+    number = tl.load(numbers + head)
     rows, slots, places = tl.arange(0, BC), tl.arange(0, BN), tl.arange(0, BR)
     sink_slots = tl.arange(0, BS)
     query, key = query + row * query_b + head * query_h, key + row * key_b + head * key_h
@@ -107,9 +109,10 @@ def choose(
                 found, total = top, tl.zeros_like(top)
                 for first in range(0, K, BN):
                     index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
-                    kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-                    kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
-                    found, total = widen(kept, found, total)
+                    if tl.max(index, 0) >= 0:  # empty at the beginning of a text, and where a head keeps fewer
+                        kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                        kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                        found, total = widen(kept, found, total)
                 top = found
             own, before = tl.exp(own - top[:, None]), tl.exp(before - top[:, None])
             total += tl.sum(own, 1) + tl.sum(before, 1) + tl.sum(tl.exp(sink - top[:, None]), 1)
@@ -123,9 +126,10 @@ def choose(
             else:
                 for first in range(0, K, BN):
                     index = tl.load(listed + step * N + S + first + slots, mask=first + slots < K, other=-1)
-                    kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
-                    kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
-                    receive(received, index, tl.exp(kept - top[:, None]), asked, share)
+                    if tl.max(index, 0) >= 0:
+                        kept_keys = pool_tile(state_key, key, index, E, key_t, D, BD)
+                        kept = scores_of(queries, kept_keys, (index >= 0)[None, :], scaling, PRECISION)
+                        receive(received, index, tl.exp(kept - top[:, None]), asked, share)
         # What this program wrote to memory is read by other threads than those that wrote it.
         tl.debug_barrier()
         next_list = listed + (step + 1) * N + S
@@ -136,18 +140,19 @@ def choose(
                 left = tl.load(flags + step - 1) & ADVANCES
             leaving = (places >= K) & (places < K + C) & (left != 0)
             entry = tl.where(leaving, E + start - C + places - K, old)
-            number = tl.load(position + entry, mask=entry >= 0, other=-1)
-            there = number >= 0
+            token = tl.load(position + entry, mask=entry >= 0, other=-1)
+            there = token >= 0
             best, broken = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.int32)
             for g in range(groups):
                 given = tl.load(mass + g * entries + entry, mask=there, other=0.0)
                 best, broken = tl.maximum(best, given), broken | (given != given)
-            queries_seen = ((tl.load(ranks + step) + 1) * C - number - least).to(tl.float32)
+            queries_seen = ((tl.load(ranks + step) + 1) * C - token - least).to(tl.float32)
             score = best * tl.load(size + entry, mask=there, other=0.0) / queries_seen
             score = tl.where((broken != 0) | (score != score), -1.0, score)
             rivals = order(score, there, places)
-            # Among BR entries, the K largest are those from the (BR - K)-th in order on.
-            is_among = rivals >= tl.sum(tl.where(places == BR - K, tl.sort(rivals), 0), 0)
+            # Among BR entries, the `number` largest are those from the (BR - number)-th in order on.
+            least_rival = tl.sum(tl.where(places == BR - number, tl.sort(rivals), 0), 0)
+            is_among = rivals >= tl.where(number > 0, least_rival, 1 << 62)
             stays, goes = there & is_among, there & (is_among == 0)
             # One running count of both: of those that stay in the low 16 bits.
             both = tl.cumsum(stays.to(tl.int32) + (goes.to(tl.int32) << 16), 0)

@@ -7,6 +7,9 @@ kept keys, -1 in empty places.
 1. `exact_outputs`: softmax over these keys, and the log of its normaliser;
 2. `exact_query_gradients`: added to the far part's gradient of the queries;
 3. `exact_key_gradients`: added to the pool's gradient; many chunks may list the same key, hence atomically.
+
+Tiles of a list without any key are passed over: those of the first chunks of a text, and of heads that keep fewer keys
+than others of their layer.
 """
 
 import triton
@@ -88,12 +91,13 @@ def exact_outputs(
     values = tile(value, start - C, rows, length, value_t, M, BM, C)
     top, mass, result = attend(queries, keys, values, sees_before, scaling, top, mass, result, PRECISION)
     for part in range(0, N // BN * BN, BN):
-        index, listed_keys, listed_values = listed_tiles(
-            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
-        )  # fmt: skip
-        top, mass, result = attend(
-            queries, listed_keys, listed_values, (index >= 0)[None, :], scaling, top, mass, result, PRECISION
-        )  # fmt: skip
+        if tl.max(tl.load(listed + part + slots), 0) >= 0:
+            index, listed_keys, listed_values = listed_tiles(
+                listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+            )  # fmt: skip
+            top, mass, result = attend(
+                queries, listed_keys, listed_values, (index >= 0)[None, :], scaling, top, mass, result, PRECISION
+            )  # fmt: skip
     if N % BN:
         index, listed_keys, listed_values = listed_tiles(
             listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,
@@ -142,14 +146,15 @@ def exact_query_gradients(
     _, d_scores = share_gradients(queries, above, inners, total, keys, values, sees_before, scaling, PRECISION)
     result += dot(d_scores, keys, keys.dtype, PRECISION)
     for part in range(0, N // BN * BN, BN):
-        index, listed_keys, listed_values = listed_tiles(
-            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
-        )  # fmt: skip
-        sees = (index >= 0)[None, :]
-        _listed, d_listed = share_gradients(
-            queries, above, inners, total, listed_keys, listed_values, sees, scaling, PRECISION
-        )  # fmt: skip
-        result += dot(d_listed, listed_keys, listed_keys.dtype, PRECISION)
+        if tl.max(tl.load(listed + part + slots), 0) >= 0:
+            index, listed_keys, listed_values = listed_tiles(
+                listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+            )  # fmt: skip
+            sees = (index >= 0)[None, :]
+            _listed, d_listed = share_gradients(
+                queries, above, inners, total, listed_keys, listed_values, sees, scaling, PRECISION
+            )  # fmt: skip
+            result += dot(d_listed, listed_keys, listed_keys.dtype, PRECISION)
     if N % BN:
         index, listed_keys, listed_values = listed_tiles(
             listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,
@@ -224,14 +229,15 @@ def exact_key_gradients(
         C, PRECISION,
     )  # fmt: skip
     for part in range(0, N // BN * BN, BN):
-        index, listed_keys, listed_values = listed_tiles(
-            listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
-        )  # fmt: skip
-        add_gradients(
-            query, gradient, inner, log_total, listed_keys, listed_values, (index >= 0)[None, :], index, d_key,
-            d_value, start, rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM, C,
-            PRECISION,
-        )  # fmt: skip
+        if tl.max(tl.load(listed + part + slots), 0) >= 0:
+            index, listed_keys, listed_values = listed_tiles(
+                listed + part, slots, BN, state_key, key, state_value, value, E, key_t, value_t, D, BD, M, BM
+            )  # fmt: skip
+            add_gradients(
+                query, gradient, inner, log_total, listed_keys, listed_values, (index >= 0)[None, :], index, d_key,
+                d_value, start, rows, length, groups, query_g, query_t, gradient_g, gradient_t, scaling, D, BD, M, BM,
+                C, PRECISION,
+            )  # fmt: skip
     if N % BN:
         index, listed_keys, listed_values = listed_tiles(
             listed + N // BN * BN, tl.arange(0, BR), N % BN, state_key, key, state_value, value, E, key_t, value_t, D,

@@ -1,6 +1,7 @@
 """Which keys each chunk of a call keeps, chosen by a kernel, and the far kernel of the keys that are evicted."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Choice:
 def choose_keys(aligned: Aligned, call: OperatorCall) -> Choice:
     """The choice for a call with kept keys, without gradients."""
     x, plan, state = aligned.inputs, aligned.plan, aligned.state
-    recipe = _Recipe(plan, call.scaling, call.window)
+    recipe = _Recipe(plan, call.scaling, call.window, call.kept_of_heads)
     mass = mass_so_far(state, plan)
     tensors = (x.query, x.key, x.value, x.sink_key, x.sink_logits, x.kept_key, x.kept_value, state.kept[2], mass)
     return Choice(*recomputing(recipe, *tensors))
@@ -60,6 +61,11 @@ def fold_evicted(aligned: Aligned, call: OperatorCall, choice: Choice) -> Side:
     return dataclasses.replace(sides[1], r=r, log_scale=log_scale.masked_fill(nothing, -torch.inf))
 
 
+@functools.lru_cache(maxsize=256)
+def _numbers(of_heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(of_heads, dtype=torch.int32, device=device)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
     """See `ops.recomputing`; none of the outputs has a gradient."""
@@ -67,6 +73,7 @@ class _Recipe:
     plan: Plan
     scaling: float
     window: int
+    kept_of_heads: tuple[int, ...]
     outputs: int = len(dataclasses.fields(Choice))
     constant: tuple[int, ...] = tuple(range(outputs))
     forward_only: tuple[int, ...] = ()
@@ -89,12 +96,12 @@ class _Recipe:
         query, key = token_rows(query), token_rows(key.to(kind))
         state_key = torch.cat([sink_key, kept_key], dim=2).to(kind)
         codes, flags, _ = plan.codes
-        ranks = plan.rank.int()
+        ranks, numbers = plan.rank.int(), _numbers(self.kept_of_heads, key.device)
         code_row, flag_row = (0, 0) if len(codes) == 1 else (codes.stride(0), flags.stride(0))
         with on_device(query):
             choose[(every,)](
                 query, key, state_key, mass if logits is None else logits.float().contiguous(), codes, flags, ranks,
-                positions, lengths, mass, listed, evicted, *query.stride()[:4], *key.stride()[:3], code_row,
+                numbers, positions, lengths, mass, listed, evicted, *query.stride()[:4], *key.stride()[:3], code_row,
                 flag_row, heads, groups, length, chunks, sinks + count, positions.shape[1], self.scaling,
                 kept_keys.least_distance(self.window), D=dim, BD=tile_size(dim), C=size, BC=tile_size(size), S=sinks,
                 BS=tile_size(sinks), K=count, BN=min(LIST_TILE, tile_size(count)), BR=tile_size(count + size),
