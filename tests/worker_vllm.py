@@ -3,7 +3,8 @@
     python tests/worker_vllm.py JOBS.json ANSWERS.json
 
 A job is `{"folder": ..., "prompts": [[token ids]], "new": tokens of an answer, "options": of `LLM`}`; for each there
-is an answer `{"tokens": [[token ids]], "cached": [tokens], "blocks": tokens of a block}`.
+is an answer `{"tokens": [[token ids]], "cached": [tokens], "blocks": tokens of a block, "layers": [[names of what has
+a cache] of each rank]}`.
 """
 
 import json
@@ -33,7 +34,8 @@ def serve(folder: str, prompts: list[list[int]], new: int, options: dict) -> dic
         "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8,
         "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 2**26, "enable_prefix_caching": False, **options,
     }  # fmt: skip
-    engine = LLM(model=folder, skip_tokenizer_init=True, **options).llm_engine
+    llm = LLM(model=folder, skip_tokenizer_init=True, **options)
+    engine, layers = llm.llm_engine, [sorted(own) for own in llm.collective_rpc("get_kv_cache_spec")]
     settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     waiting, chance = list(enumerate(prompts)), random.Random(0)
     tokens, cached = [[]] * len(prompts), [0] * len(prompts)
@@ -44,7 +46,8 @@ def serve(folder: str, prompts: list[list[int]], new: int, options: dict) -> dic
         for output in engine.step():
             number = int(output.request_id.split("/")[0])
             tokens[number], cached[number] = list(output.outputs[0].token_ids), output.num_cached_tokens
-    return {"tokens": tokens, "cached": cached, "blocks": engine.vllm_config.cache_config.block_size}
+    blocks = engine.vllm_config.cache_config.block_size
+    return {"tokens": tokens, "cached": cached, "blocks": blocks, "layers": layers}
 
 
 if __name__ == "__main__":
