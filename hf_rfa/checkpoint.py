@@ -191,7 +191,7 @@ def load_tokenizer(folder_or_id: str | Path, **kwargs: Any) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{Source.of(folder_or_id, kwargs)} has no tokenizer that can be loaded, so that it reads no text. Got: "
-            f"{str(error).strip().splitlines()[0]} Save the original's beside the model: "
+            f"{' '.join(str(error).split())} Save the original's beside the model: "
             "`AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`."
         ) from error
 

@@ -8,10 +8,11 @@ import torch
 from transformers import TextStreamer
 
 from hf_rfa.checkpoint import load_any, load_tokenizer
-from hf_rfa.commands.settings import ChatSettings, device_of
+from hf_rfa.commands.settings import ChatSettings
 from hf_rfa.errors import ConfigError
 from hf_rfa.runtime.arguments import cache_argument, cache_of
 from hf_rfa.runtime.cache import cache_bytes
+from hf_rfa.runtime.devices import chosen_device
 
 COMMANDS = "/reset forgets the conversation, /exit leaves"
 
@@ -125,8 +126,8 @@ def chat(settings: ChatSettings, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError, OSError: The model cannot be loaded, or is not for conversations.
     """
-    code = {"trust_remote_code": settings.trust_remote_code}
-    model = load_any(settings.folder, dtype=settings.dtype, **code).eval().to(device_of(settings.device))
+    code, device = {"trust_remote_code": settings.trust_remote_code}, chosen_device(settings.device)
+    model = load_any(settings.folder, dtype=settings.dtype, **code).eval().to(device)
     tokenizer = load_tokenizer(settings.folder, **code)
     options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
     if settings.greedy:

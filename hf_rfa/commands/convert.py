@@ -1,5 +1,6 @@
 """`hf-rfa convert`: from a pretrained model to a folder with its conversion."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_rfa
-from hf_rfa.commands.settings import ConvertSettings, device_of
+from hf_rfa.commands.settings import ConvertSettings
 from hf_rfa.data.documents import check_tokenizer, load_documents
 from hf_rfa.data.sampled_rows import sampled_rows
 from hf_rfa.errors import ConfigError
+from hf_rfa.runtime.devices import chosen_device
 from hf_rfa.saving.card import write_card
 
 
@@ -29,6 +31,8 @@ def convert_folder(settings: ConvertSettings, say: Callable[[str], None]) -> Pre
     """
     output = Path(settings.output)
     _refuse_used(output)
+    _refuse_unwritable(output)
+    _refuse_missing(settings.model)
     started = time.monotonic()
 
     def tell(line: str) -> None:
@@ -65,6 +69,25 @@ def how_to_load(model: PreTrainedModel, output: str) -> str:
     )
 
 
+def _refuse_missing(model: str) -> None:
+    """What can be no hub id and is no folder; Transformers would look for it on the hub, and say so."""
+    if not Path(model).is_dir() and (Path(model).exists() or model.startswith((".", "/", "~"))):
+        raise ConfigError(
+            f"MODEL must be a folder of a pretrained model, or its hub id. Got {model!r}, which is no folder. Correct "
+            "the path."
+        )
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Before the model is converted, which may take long, and not after."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"OUTPUT must be a folder that can be written. Got {str(output)!r}, and nothing can be written to "
+            f"{str(there)!r}. Choose another place."
+        )
+
+
 def _refuse_used(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"OUTPUT must be a folder. Got the file {str(output)!r}. Choose another name.")
@@ -77,7 +100,7 @@ def _refuse_used(output: Path) -> None:
 
 def _load(settings: ConvertSettings) -> tuple[PreTrainedModel, Any]:
     """The model by the class that it was saved as, and its tokenizer; None if it has none."""
-    code = {"trust_remote_code": settings.trust_remote_code}
+    code, device = {"trust_remote_code": settings.trust_remote_code}, chosen_device(settings.device)
     config = AutoConfig.from_pretrained(settings.model, **code)
     named = (config.architectures or [""])[0]
     # A class of remote code is none of Transformers'.
@@ -90,7 +113,7 @@ def _load(settings: ConvertSettings) -> tuple[PreTrainedModel, Any]:
         if settings.data is not None:  # which needs one
             raise
         tokenizer = None
-    return model.eval().to(device_of(settings.device)), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def _batches(settings: ConvertSettings, model: PreTrainedModel, tokenizer: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from hf_rfa.commands.settings import DoctorSettings, device_of
+from hf_rfa.commands.settings import DoctorSettings
 from hf_rfa.features.omega import draw_omega
 from hf_rfa.ops.arguments import operator_arguments
 from hf_rfa.ops.call import OperatorCall
@@ -26,6 +26,7 @@ from hf_rfa.ops.first_use.kind import Kind, Task
 from hf_rfa.ops.first_use.problems import small_problem, timed_problem
 from hf_rfa.ops.first_use.verdicts import VerdictFolder
 from hf_rfa.ops.reference import reference_attention
+from hf_rfa.runtime.devices import chosen_device
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate")
 #: Packages that may be missing: what needs them, and what brings them.
@@ -46,7 +47,7 @@ def examine(settings: DoctorSettings, say: Callable[[str], None]) -> bool:
     Args:
         say: Gets each line.
     """
-    device = torch.device(device_of(settings.device))
+    device = chosen_device(settings.device)
     say("Versions")
     say(f"  Python {platform.python_version()}, hf_rfa {_version('hf_rfa')}")
     say(f"  {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from hf_rfa.config import RFAConfig
 from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.options import Settings, option, part
@@ -67,10 +65,3 @@ class DoctorSettings(Settings):
     window: int = option("Chunk size, tokens.", 64, group=_LAYER, least=1)
     kept_keys: int = option("Far keys per head that stay exact, in one of two layers.", 128, group=_LAYER, least=1)
     length: int = option("Tokens of the calls that are timed.", 4096, group=_LAYER, least=2)
-
-
-def device_of(name: str) -> str:
-    """The device that 'auto' stands for, or the one that is named."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -79,7 +79,8 @@ def test_a_pattern_is_written_and_applied(original, tmp_path):
         (["--feature-map", "cubic"], "`feature_map` must be one of"),
         (["--head-kept-keys", "1:3"], "`--head-kept-keys` must be"),
         (["--window", "60"], "nothing lies beyond two windows"),
-        (["--device", "nowhere"], "nowhere"),
+        (["--device", "nowhere"], "`--device` must be.*Got 'nowhere'"),
+        (["--device", "cuda:99"], "CUDA devices here. Got `--device cuda:99`"),
     ],
 )
 def test_mistakes_leave_nothing(arguments, message, original, tmp_path):
@@ -99,6 +100,21 @@ def test_an_output_that_is_used_is_refused_before_any_work(kind, tmp_path):
         (output / "mine").write_text("mine")
     result = run(tmp_path / "no model at all", output)
     assert "OUTPUT must be" in str(result.exception)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(original, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = run(original, tmp_path / "file" / "new" / "output")
+    assert "Saving" not in result.output
+    assert "Converting" not in result.output
+    assert re.search("nothing can be written to '.*file'", str(result.exception))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_model_that_is_no_folder_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = run(tmp_path / name, tmp_path / "output")
+    assert re.search(f"MODEL must be a folder.*Got '.*{name}'", str(result.exception))
 
 
 def test_a_converted_model_is_not_converted_again(original, tmp_path):

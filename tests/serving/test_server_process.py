@@ -1,6 +1,7 @@
 """`hf-rfa serve` as a process: killed and started again, stopped. (Under load: tests/scripts/test_serving_soak.py.)"""
 
 import signal
+import socket
 
 import httpx
 import pytest
@@ -17,6 +18,9 @@ from servers import (
 )
 
 import hf_rfa
+from hf_rfa.errors import ConfigError
+from hf_rfa.serving.server import serve
+from hf_rfa.serving.settings import ServeSettings
 
 QUESTIONS = [
     (prompt_of(length), count) for length, count in ((3, 9), (30, 1), (41, 14), (80, 25), (150, 6), (200, 17))
@@ -80,6 +84,16 @@ def test_a_server_that_was_killed_is_started_again(process, expected):
     text, count = QUESTIONS[3]
     with process.start().openai() as client:
         assert complete(client, text, count).choices[0].text.strip() == expected[text]
+
+
+@pytest.mark.parametrize(("host", "message"), [("127.0.0.1", "Address already in use"), ("nowhere.invalid", "Name")])
+def test_an_address_that_is_not_to_be_had_is_refused_before_the_model_is_loaded(host, message, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        settings = ServeSettings(folder=str(tmp_path / "no model at all"), host=host, port=listener.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"cannot listen on '{host}'.*Got: {message}"):
+            serve(settings)
 
 
 def test_a_server_that_is_told_to_stop_lets_requests_end(process):
