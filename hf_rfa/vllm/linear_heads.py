@@ -1,15 +1,15 @@
 """The linear heads of a step: sequences that decode in their pages, the others by the operator."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from hf_rfa.ops.attention import attend
 from hf_rfa.ops.layout import TokenLayout
-from hf_rfa.vllm.decoding import decode, decodes_in_place
+from hf_rfa.vllm.decoding import Slots, decode, decodes_in_place
 from hf_rfa.vllm.linear_part import LinearPart
-from hf_rfa.vllm.pages import HeadPages
+from hf_rfa.vllm.pages import HeadPages, PageLayout
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -27,6 +27,13 @@ class Step:
     starts: Sequence[int]
     lengths: Sequence[int]
     seen: Sequence[int]
+    _slots: dict[PageLayout, Slots] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def slots(self, layout: PageLayout, rows: Sequence[int], device: torch.device) -> Slots:
+        """What the sequences that decode see, the `rows` with the same layout in every layer: found once."""
+        if layout not in self._slots:
+            self._slots[layout] = Slots.of(layout, [self.seen[row] for row in rows], device)
+        return self._slots[layout]
 
 
 def advance(
@@ -46,7 +53,9 @@ def advance(
     if inside:
         index = torch.tensor([step.starts[row] for row in inside], device=output.device)
         own = tuple(x.index_select(0, index).float() for x in tokens)
-        answers = decode(part, own, [step.seen[row] for row in inside], heads, [place[inside] for place in places])
+        slots = step.slots(part.layout, inside, output.device)
+        every = len(inside) == len(step.lengths)
+        answers = decode(part, own, slots, heads, places if every else [place[inside] for place in places])
         output[index] = answers.to(output.dtype)
     others = [row for row in single if row not in set(inside)]
     if others:
