@@ -10,8 +10,10 @@ keys. Everything is float32 on the CPU, eagerly, in one process for each model a
 
 *Sequences that fit* is vLLM's own figure for the cache space given, each with as many tokens as the model's limit.
 *Prefill* is the first prompt alone. For decoding, N requests share that prompt (vLLM's prefix cache holds it once, so
-that it is computed once; the original then reads the same memory for all of them, which caches may speed up) and each
-makes `--new` tokens. Times are CPU seconds of the process (user and system), so that other work does not count.
+that it is computed once; softmax then reads the same memory for all of them, which caches speed up), or each has a
+prompt of its own, as users do (`--distinct`; reading them takes as long as it takes). The steps that count are those
+in which all of them decode, at least `--new`: with 64, each sequence fills a window once. Times are CPU seconds of the
+process (user and system), so that other work does not count.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+#: The most tokens of a step.
+BUDGET = 2048
 COLUMNS = ("model", "tokens", "block", "sequences that fit", "prefill tokens/s")
 
 
@@ -33,7 +37,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="of a prompt and its answer")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 32], help="at once; none: do not decode")
-    parser.add_argument("--new", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--new", type=int, default=64, help="tokens of each answer while all decode")
+    parser.add_argument("--distinct", action="store_true", help="a prompt of its own for each sequence")
     parser.add_argument("--space", type=float, default=2.0, help="for the cache, GiB")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -72,6 +77,7 @@ def write_models(folder: Path, layers: int) -> dict[str, Path]:
 def worker(name: str, path: Path, length: int, given: argparse.Namespace) -> dict[str, Any]:
     """Measure one model at one length in a process of its own."""
     options = ["--sequences", *map(str, given.sequences), "--new", str(given.new), "--space", str(given.space)]
+    options += ["--distinct"] if given.distinct else []
     command = [sys.executable, __file__, "--worker", str(path), "--tokens", str(length), *options]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -86,7 +92,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     [length] = given.tokens
     llm = LLM(
         given.worker, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=length,
-        max_num_seqs=max(given.sequences, default=1), max_num_batched_tokens=2048, enable_prefix_caching=True,
+        max_num_seqs=max(given.sequences, default=1), max_num_batched_tokens=BUDGET, enable_prefix_caching=True,
         kv_cache_memory_bytes=int(given.space * GIB),
     )  # fmt: skip
     engine = llm.llm_engine
@@ -98,24 +104,35 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     }
     if not given.sequences:
         return found
-    prompt = torch.randint(5, 4096, (length - given.new - 2,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(longest: int) -> list[int]:
+        return torch.randint(5, 4096, (length - longest - 2,), generator=generator).tolist()
 
     def run(prompts: list[list[int]], new: int, name: str) -> tuple[float, float]:
-        """CPU seconds up to the first token of all, and after that."""
+        """CPU seconds up to the first token of all; and of a step from there to the end of the first answer."""
         settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         for number, tokens in enumerate(prompts):
             engine.add_request(f"{name}/{number}", {"prompt_token_ids": tokens}, settings)
-        start, first, begun = time.process_time(), 0.0, set()
+        start, begun, ended, times = time.process_time(), set(), False, []
         while engine.has_unfinished_requests():
-            begun |= {output.request_id for output in engine.step()}
-            if not first and len(begun) == len(prompts):
-                first = time.process_time() - start
-        return first, time.process_time() - start - first
+            outputs = engine.step()
+            begun |= {output.request_id for output in outputs}
+            if len(begun) == len(prompts) and not ended:
+                times.append(time.process_time() - start)
+            ended = ended or any(output.finished for output in outputs)
+        return times[0], (times[-1] - times[0]) / max(1, len(times) - 1)
 
+    prompt = draw(given.new)
     found["prefill tokens/s"] = round(len(prompt) / run([prompt], 1, "prefill")[0])
     for count in given.sequences:
-        _, rest = run([[*prompt, 5 + number] for number in range(count)], given.new, f"decode{count}")
-        found[f"decode tokens/s, {count} at once"] = round(count * (given.new - 1) / rest, 1)
+        if given.distinct:  # the first one decodes while the others are read
+            new = given.new + count * -(-length // BUDGET)
+            prompts = [draw(new) for _ in range(count)]
+        else:
+            new, prompts = given.new, [[*prompt, 5 + number] for number in range(count)]
+        _, step = run(prompts, new, f"decode{count}")
+        found[f"decode tokens/s, {count} at once"] = round(count / step, 1)
     return found
 
 

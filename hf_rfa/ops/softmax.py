@@ -64,7 +64,7 @@ def exact_attention(
         options["enable_gqa"] = False
     # Pad to equal dims with zeros: with unequal dims torch does not use its linear-memory kernel on the CPU.
     widest = max(query.shape[-1], value_dim)
-    query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
+    query, key, value = (_widened(t, widest) for t in (query, key, value))
     simple = layout.is_plain and past_mask is None and sink_logits is None and sliding_window is None
     if simple and (not causal or length == 1):
         return F.scaled_dot_product_attention(query, key, value, **options)[..., :value_dim]
@@ -121,6 +121,12 @@ def exact_attention(
     return output if layout.token_mask is None else output * layout.token_mask.to(output)[:, None, :, None]
 
 
+def _widened(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor with zeros up to `dim`; itself if it is as wide: `F.pad` would copy all keys of a cache."""
+    missing = dim - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -137,7 +143,7 @@ def masked_attention(
     if sink_logits is not None:
         key, value, query = _with_sink(key, value, query, sink_logits, scaling, groups)
     widest = max(query.shape[-1], value_dim)
-    query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
+    query, key, value = (_widened(t, widest) for t in (query, key, value))
     outputs = []
     for block in blocks:
         visible = block.visible

@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_rfa import rfa_attention
+from hf_rfa.ops.layout import TokenLayout
+from hf_rfa.ops.softmax import exact_attention
 
 SHORT, LONG = 1024, 2048
 HEADS = 2
@@ -129,3 +131,10 @@ def test_what_softmax_heads_keep_for_the_backward_pass_is_linear(options):
         kept.append(sum(saved.values()))
     assert kept[1] < 2.2 * kept[0]
     assert kept[1] < LONG * LONG / 8
+
+
+def test_a_token_after_many_copies_no_keys_of_softmax_heads():
+    query, key = torch.randn(1, HEADS, 1, 8), torch.randn(1, 1, LONG, 8)
+    with LargestTensor() as forward, torch.no_grad():
+        exact_attention(query, key, key, scaling=1.0, causal=True, layout=TokenLayout())
+    assert 0 < forward.numel < key.numel()
