@@ -75,7 +75,7 @@ class RFAAttention(nn.Module):
         """Write the linear heads' part of the output (T, Hk, G, D)."""
         for part, pages in zip(self.parts, self.pages, strict=True):
             found = [metadata[head.name] for head in pages]
-            index = torch.tensor(part.heads, device=query.device)
+            index = part.index
             tokens = query.index_select(1, index), key.index_select(1, index), value.index_select(1, index)
             answer = torch.zeros_like(tokens[0])
             places = [own.places for own in found]

@@ -50,14 +50,17 @@ def advance(
     """
     single = [row for row, length in enumerate(step.lengths) if length == 1]
     inside = [row for row in single if decodes_in_place(part, step.seen[row])]
+    if len(inside) == len(step.lengths):  # nothing to be picked out
+        own = tuple(x[: len(inside)].float() for x in tokens)
+        output[: len(inside)] = decode(part, own, step.slots(part.layout, inside, output.device), heads, places)
+        return
     if inside:
         index = torch.tensor([step.starts[row] for row in inside], device=output.device)
         own = tuple(x.index_select(0, index).float() for x in tokens)
         slots = step.slots(part.layout, inside, output.device)
-        every = len(inside) == len(step.lengths)
-        answers = decode(part, own, slots, heads, places if every else [place[inside] for place in places])
-        output[index] = answers.to(output.dtype)
-    others = [row for row in single if row not in set(inside)]
+        output[index] = decode(part, own, slots, heads, [place[inside] for place in places]).to(output.dtype)
+    picked = set(inside)
+    others = [row for row in single if row not in picked]
     if others:
         index = torch.tensor([step.starts[row] for row in others], device=output.device)
         query, key, value = (x.index_select(0, index).unsqueeze(-2) for x in tokens)

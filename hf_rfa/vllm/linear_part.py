@@ -28,6 +28,11 @@ class LinearPart:
     layout: PageLayout
 
     @cached_property
+    def index(self) -> torch.Tensor:
+        """The numbers of the heads, for selecting them."""
+        return torch.tensor(self.heads, device=self.kernel.omega.device)
+
+    @cached_property
     def features(self) -> PreparedQueries:
         """psi of queries."""
         return PreparedQueries(self.kernel, self.settings.scaling)
