@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 import hf_rfa
 from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
-from hf_rfa.commands.settings import DEVICE_HELP, device_of
+from hf_rfa.commands.settings import DEVICE_HELP
 from hf_rfa.evaluation.continuation import divergence, logits_behind
 from hf_rfa.evaluation.tasks.asking import greedy_answers
 from hf_rfa.evaluation.tasks.prompts import Question, TaskDocument
 from hf_rfa.options import Settings, option
+from hf_rfa.runtime.devices import chosen_device
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Options(Settings):
 def main(arguments: list[str]) -> None:
     options = parse_arguments(Options, arguments, __doc__)
     prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
-    device = device_of(options.device)
+    device = str(chosen_device(options.device))
     original = load_any(options.original, dtype=torch.float32).to(device)
     behind = [read(original, each) for each in prompts["continuations"]]
     columns = {"original": answered(original, prompts, behind)} if options.original_answers else {}
