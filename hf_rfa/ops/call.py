@@ -167,6 +167,18 @@ class OperatorCall:
             return self
         return self.replace(query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype), far=far)
 
+    def cpu(self) -> "OperatorCall":
+        """The call with all of its tensors on the CPU; itself if they are there."""
+        there = torch.device("cpu")
+        if self.query.device == there:
+            return self
+        return self.replace(
+            query=self.query.cpu(), key=self.key.cpu(), value=self.value.cpu(),
+            far=self.far.to(self.far.omega.dtype, there),
+            sink_logits=None if self.sink_logits is None else self.sink_logits.cpu(),
+            state=None if self.state is None else self.state.to(there),
+        )  # fmt: skip
+
     def replace(self, **changes: Any) -> "OperatorCall":
         """The call with some fields changed."""
         return dataclasses.replace(self, **changes)

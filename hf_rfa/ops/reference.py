@@ -18,19 +18,25 @@ from hf_rfa.ops.state import RFAState
 
 
 def reference_attention(call: OperatorCall) -> tuple[torch.Tensor, RFAState | None]:
-    """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M)."""
+    """RFA of a float64 call, row by row and document by document; output (B, Hk, G, N, M).
+
+    It is computed on the CPU, where its masks are, and returned to the call's device.
+    """
+    device, call = call.query.device, call.cpu()
     output = call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
     finals = {}
     for row, document, query, sequence in _documents(call):
         output[row : row + 1, ..., document, :] = sequence.attend(query)
         if call.output_final_state:
             finals[row] = sequence.final_state()  # that of the row's last document
-    return output, RFAState.cat(list(finals.values())) if call.output_final_state else None
+    state = RFAState.cat(list(finals.values())).to(device) if call.output_final_state else None
+    return output.to(device), state
 
 
 @torch.no_grad()
 def reference_exact_keys(call: OperatorCall) -> torch.Tensor:
-    """exact(i) of a float64 call without an earlier state: (B, Hk, N, N) bool, queries first."""
+    """exact(i) of a float64 call without an earlier state: (B, Hk, N, N) bool on the CPU, queries first."""
+    call = call.cpu()
     batch, heads, _, length, _ = call.query.shape
     exact = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for row, document, query, sequence in _documents(call):

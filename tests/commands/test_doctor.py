@@ -68,3 +68,12 @@ def test_without_a_gpu_it_says_why_there_are_no_kernels_and_what_to_install(monk
     assert result.exit_code == 0
     assert "not used: " in result.stdout
     assert "for LoRA: pip install 'hf_rfa[train]'" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """The definition is computed on the CPU, whatever the device of the call."""
+    result = CliRunner().invoke(cli.app, ["doctor", "--device", "cuda", "--length", "512"], catch_exceptions=False)
+    assert result.exit_code == 0, result.stdout
+    assert "Every check has passed" in result.stdout

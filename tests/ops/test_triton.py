@@ -149,6 +149,17 @@ def test_its_state_is_that_of_the_chunked_form():
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_definition_takes_and_gives_tensors_of_a_gpu():
+    inputs = {name: tensor.to(DEVICE) for name, tensor in small(40).items()}
+    options = {"window": 8, "sink_tokens": 2, "kept_keys": 3, "output_final_state": True}
+    output, state = hf_rfa.rfa_attention_reference(**inputs, **options)
+    assert output.device == state.kv_state.device == inputs["query"].device
+    want, _ = hf_rfa.rfa_attention_reference(**{name: tensor.cpu() for name, tensor in inputs.items()}, **options)
+    assert torch.equal(output.cpu(), want)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [pytest.param(torch.bfloat16, 0.03, marks=ON_A_GPU), (torch.float16, 0.005)]
 )
