@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
 from hf_rfa.ops.causal.passes import ChunkedPass
@@ -89,6 +90,9 @@ class _ExactPass:
     chunks alternate between the last two places, so that chunk i overwrites chunk i - 2. What else is known of a key
     is one column of `entries`: index, position, |v|, and the attention from each of the G query heads. Integers and
     floats lie in one tensor, the latter by their bits, so that keys are joined and chosen in one operation each.
+
+    Of the K places only the last `width` are looked at, the most that any row has filled so far, and while a text is
+    so short that nothing is evicted, nothing is chosen either.
     """
 
     def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
@@ -104,18 +108,26 @@ class _ExactPass:
         for table, of_state in zip(self.tables, kept, strict=True):
             table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
         slots = torch.arange(size, device=position.device)
+        self._widths = self._most_kept()
+        self.width = self._widths[0]
         self.entries, self.tokens = self._entries(position, self._rows(places_of_rivals(plan, self.sinks)), mass)
+        self.entries = self.entries[:, :, self.count - self.width :]
         self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
-        self.all_asked = plan.asked.all(-1).all(0).tolist()
+        self.all_asked, self.any_asked = (x.tolist() for x in (plan.asked.all(-1).all(0), plan.asked.any(-1).any(0)))
         self.counted = self._counted(slots)
         nothing = position.new_zeros(len(position), size)
         self._nothing = nothing, torch.zeros_like(nothing, dtype=torch.bool)
         self._all = torch.ones_like(self._nothing[1])
         self._ends = self._rows((plan.rank + 1) * size)
         self._advances, self._begins = self._rows(plan.boundaries.advances), self._rows(plan.boundaries.begins)
+        self._longest = chunked.complete_chunks(self.count) * size
+        self._causal = self.asked.new_full((size, size), -torch.inf).triu(1)
+        #: Of a chunk and the one before it.
+        distance = slots[:, None] + size - torch.arange(2 * size, device=slots.device)
+        self._all_counted = (distance >= kept_keys.least_distance(size)).to(self.wide)
         self._places = torch.arange(len(position), device=position.device)
         self._slot = torch.arange(self.count + size, device=position.device)
-        self.full, self._masks = False, dict[int, torch.Tensor]()
+        self.full = False
         self._look()
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,13 +151,21 @@ class _ExactPass:
         tokens = whole[:, :, count:].unflatten(2, (chunks, size)).transpose(1, 2)
         return whole[:, :, :count].contiguous(), tokens.contiguous()
 
+    def _most_kept(self) -> list[int]:
+        """The most keys that any row keeps at each chunk, and once more after the last one."""
+        plan, size = self.plan, self.chunked.chunk
+        ranks = plan.rank.amax(0).tolist()
+        ranks[0] += plan.history  # the state before chunk c0 - 1 of a layout is that before chunk c0
+        kept = [kept_keys.number_kept(rank * size, size, self.sinks, self.count) for rank in ranks]
+        return [*kept, kept[-1]]
+
     def _floats(self, entries: torch.Tensor) -> torch.Tensor:
         """(..., G + 1, L): |v|, and the attention from each query head."""
         return entries.view(self.wide)[..., 2:, :]
 
     def _look(self) -> None:
-        """Whether each place holds a kept key, once all do for good."""
-        if not self.full:
+        """Whether each place that is looked at holds a kept key."""
+        if not self.full or self._there.shape[1] != self.width:
             self._there = self.entries[:, 1] >= 0
             self.full = bool(self._there.all())
 
@@ -159,19 +179,87 @@ class _ExactPass:
     def run(self) -> tuple[torch.Tensor, ...]:
         """The fields of `Choice`."""
         near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self.tables[1].shape[-1])
-        near_log, lists = near.new_empty(near.shape[:-1]), []
+        near_log, complete = near.new_zeros(near.shape[:-1]), self.chunked.complete_chunks(self.count)
+        index, there, evicted, evicted_mask = self._nothing_evicted(complete)
         for span in self.chunked.spans():
             query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
             query = query * (self.chunked.scaling * LOG2E)
             for i, chunk in enumerate(range(span.start, span.stop)):
-                self._enter(chunk)
-                near_log[:, chunk] = self._attend(query[:, i], chunk, near[:, chunk])
-                lists.append((self.entries[:, 0], self._there, *self._advance(chunk)))
-        index, there, evicted, evicted_mask = (torch.stack(x, dim=1) for x in zip(*lists, strict=True))
+                if chunk >= complete:
+                    self._enter(chunk)
+                if self.any_asked[chunk]:
+                    attend = self._attend_to_all if chunk < complete else self._attend
+                    near_log[:, chunk] = attend(query[:, i], chunk, near[:, chunk])
+                else:  # empty, or only the state's
+                    near[:, chunk] = 0.0
+                if chunk < complete - 1:
+                    continue
+                if chunk < complete:
+                    self._take_over(chunk)
+                first = self.count - self.width
+                index[:, chunk, first:], there[:, chunk, first:] = self.entries[:, 0], self._there
+                going, gone = self._advance(chunk)
+                first = evicted.shape[2] - going.shape[1]
+                evicted[:, chunk, first:], evicted_mask[:, chunk, first:] = going, gone
         last = torch.where(self.entries[:, 1] >= 0, self.entries[:, 0], -1).long()
         floats = self._floats(self.entries), self._floats(self.tokens).transpose(1, 2).flatten(2)
-        mass = torch.cat(floats, dim=2)[:, 1:]
-        return index.long(), there, evicted.long(), evicted_mask, near, near_log.mul_(LN2), last, mass
+        empty = self.count - self.width
+        mass = F.pad(torch.cat(floats, dim=2)[:, 1:], (empty, 0))
+        return index, there, evicted, evicted_mask, near, near_log.mul_(LN2), F.pad(last, (empty, 0), value=-1), mass
+
+    def _nothing_evicted(self, complete: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first fields of `Choice`, filled for the chunks before `complete`, which keep every far key."""
+        rows, chunks, size = len(self.tokens), self.tokens.shape[1], self.chunked.chunk
+        places = torch.arange(self.count, device=self.tokens.device)
+        index = places.new_zeros(rows, chunks, self.count)
+        there, evicted = torch.zeros_like(index, dtype=torch.bool), places.new_zeros(rows, chunks, size)
+        if complete:
+            widths = torch.tensor(self._widths[:complete], device=places.device).unsqueeze(-1)
+            number = places - self.count + widths  # among the kept keys, the first of which is behind the sinks
+            index[:, :complete] = self.count + self.sinks + number.clamp_min(0)
+            there[:, :complete] = number >= 0
+        return index, there, evicted, torch.zeros_like(evicted, dtype=torch.bool)
+
+    def _attend_to_all(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
+        """`_attend` for a chunk that sees its whole document."""
+        size, inputs = self.chunked.chunk, self.chunked.inputs
+        start, stop = chunk * size, min((chunk + 1) * size, inputs.key.shape[2])
+        key, value = (x.flatten(0, 1)[:, :stop].to(self.wide) for x in (inputs.key, inputs.value))
+        weights = self._weights(query, stop)
+        torch.bmm(query, key.mT, out=weights)
+        own = weights.view(len(query), -1, size, stop)[..., start:]
+        own.add_(self._causal[:, : stop - start])
+        total, share, highest = self._normalise(weights)
+        torch.mul(torch.bmm(weights, value), share.unsqueeze(-1), out=output)
+        # Weights of queries that are too near to a key do not count.
+        behind = max(0, start - size)
+        near = weights.view(len(query), -1, size, stop)[..., behind:]
+        near.mul_(self._all_counted[:, size - start + behind : size + stop - start])
+        given = self._given(weights, total, share, highest, chunk)
+        given = F.pad(given, (0, start + size - stop)).unflatten(2, (-1, size)).transpose(1, 2)
+        self._floats(self.tokens)[:, : chunk + 1, 1:].add_(given)
+        return highest + total.log2()
+
+    def _take_over(self, chunk: int) -> None:
+        """Fill tables and entries as they are before the choice after `chunk`, the last that sees everything."""
+        size, inputs = self.chunked.chunk, self.chunked.inputs
+        self.width = self._widths[chunk]
+        stop = self.sinks + self.width
+        self.entries = self.tokens[:, : max(chunk - 1, 0)].transpose(1, 2).flatten(2)[:, :, self.sinks : stop].clone()
+        for table, tokens in zip(self.tables, (inputs.key, inputs.value), strict=True):
+            flat = tokens.flatten(0, 1).transpose(0, 1)
+            sinks = flat[: self.sinks]
+            table[self.count - self.width : self.count] = flat[self.sinks : stop]
+            table[self.count : self.count + len(sinks)] = sinks
+        for entered in range(max(chunk - 1, 0), chunk + 1):
+            self._enter(entered)
+        self._look()
+
+    def _weights(self, query: torch.Tensor, width: int) -> torch.Tensor:
+        """A buffer (A, R, width)."""
+        size = query.shape[0] * query.shape[1]
+        most = max(self.tables[0].shape[0], self._longest)
+        return self.chunked.scratch("exact weights", query, size * most)[: size * width].view(*query.shape[:2], width)
 
     def _enter(self, chunk: int) -> None:
         """Write a chunk and its sinks to their slots."""
@@ -185,46 +273,55 @@ class _ExactPass:
 
     def _mask(self, chunk: int) -> torch.Tensor:
         """(1 or A, R, W): 0 where a query of the chunk sees a slot, else -inf."""
-        ordinary = self.full and self.plan.regular[chunk]
-        if ordinary and chunk % 2 in self._masks:
-            return self._masks[chunk % 2]
         near = self.chunked.masks.near(slice(chunk, chunk + 1))[:, 0]
         sinks, before, _, own = near.split([self.sinks, self.chunked.chunk] * 2, dim=-1)
-        kept = near.new_zeros(1, 1, self.count)
+        kept = near.new_zeros(1, 1, self.width)
         if not self.full:
             kept = near.new_zeros(self._there.shape).masked_fill_(~self._there, -torch.inf).unsqueeze(1)
         parts = [kept, sinks, before, own] if chunk % 2 else [kept, sinks, own, before]
         rows = max(len(part) for part in parts)
-        mask = torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
-        if ordinary:
-            self._masks[chunk % 2] = mask
-        return mask
+        return torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
 
     def _attend(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
         """Write a chunk's attention to `output` (A, R, M) and add up the mass it gives; log2 of the normaliser."""
-        key, value = (table.transpose(0, 1) for table in self.tables)
-        weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
-        torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
-        highest = weights.amax(-1)
-        weights.sub_(highest.unsqueeze(-1)).exp2_()
-        total = weights.sum(-1)
-        share = total.reciprocal()
+        key, value = (table[self.count - self.width :].transpose(0, 1) for table in self.tables)
+        weights = self._weights(query, key.shape[1])
+        first, size = self.width + self.sinks, self.chunked.chunk
+        if self.full and self.plan.regular[chunk]:  # only later tokens of the chunk are hidden
+            torch.bmm(query, key.mT, out=weights)
+            own = first + chunk % 2 * size
+            weights.view(len(query), -1, size, key.shape[1])[..., own : own + size].add_(self._causal)
+        else:
+            torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
+        total, share, highest = self._normalise(weights)
         torch.mul(torch.bmm(weights, value), share.unsqueeze(-1), out=output)
-        log = highest + total.log2()
-        if self.chunked.inputs.sink_logits is not None:
-            share = 1 / (total + (self._sink_logits() - highest).exp2_())
-        first, size = self.count + self.sinks, self.chunked.chunk
         weights[:, :, first:].mul_(self.counted[chunk % 2])
-        # Each query head separately.
-        asked = (share if self.all_asked[chunk] else share * self.asked[:, chunk]).view(-1, 1, size)
-        given = torch.bmm(asked, weights.view(-1, size, weights.shape[2])).view(len(query), -1, weights.shape[2])
-        kept, _, one, other = given.split([self.count, self.sinks, size, size], dim=2)
+        given = self._given(weights, total, share, highest, chunk)
+        kept, _, one, other = given.split([self.width, self.sinks, size, size], dim=2)
         own, before = (other, one) if chunk % 2 else (one, other)
         self._floats(self.entries)[:, 1:].add_(kept)
         self._floats(self.tokens[:, chunk])[:, 1:].add_(own)
         if chunk:
             self._floats(self.tokens[:, chunk - 1])[:, 1:].add_(before)
-        return log
+        return highest + total.log2()
+
+    def _normalise(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turn logits (A, R, W) into weights, in place; their sum, its reciprocal, and the largest logit (A, R)."""
+        highest = weights.amax(-1)
+        weights.sub_(highest.unsqueeze(-1)).exp2_()
+        total = weights.sum(-1)
+        return total, total.reciprocal(), highest
+
+    def _given(
+        self, weights: torch.Tensor, total: torch.Tensor, share: torch.Tensor, highest: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """The attention (A, G, W) that each key receives from a chunk's queries, of each query head separately."""
+        size = self.chunked.chunk
+        if self.chunked.inputs.sink_logits is not None:
+            share = 1 / (total + (self._sink_logits() - highest).exp2_())
+        asked = (share if self.all_asked[chunk] else share * self.asked[:, chunk]).view(-1, 1, size)
+        given = torch.bmm(asked, weights.view(-1, size, weights.shape[2]))
+        return given.view(len(weights), -1, weights.shape[2])
 
     def _sink_logits(self) -> torch.Tensor:
         """(A, R), times log2(e)."""
@@ -234,38 +331,47 @@ class _ExactPass:
         return rows.repeat(len(self.entries) // len(rows), 1)
 
     def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key."""
-        window, boundaries = self.chunked.window, self.plan.boundaries
+        """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key.
+
+        Of places that no row has filled, none are returned: (A, L), L <= C.
+        """
+        window, boundaries, width = self.chunked.window, self.plan.boundaries, self.width
         if not boundaries.any_advances[chunk]:
             self._begin(chunk)
             return self._nothing
         before = max(chunk - 1, 0)
-        ordinary = self.full and chunk > 0 and boundaries.all_advance[before] and boundaries.all_advance[chunk]
+        ordinary = self.full and self.plan.regular[chunk] and boundaries.all_advance[before]
+        ordinary = ordinary and boundaries.all_advance[chunk]
         whole, advances = torch.cat([self.entries, self.tokens[:, before]], dim=2), self._advances[:, chunk, None]
         position, floats = whole[:, 1], self._floats(whole)
         if not chunk or not boundaries.all_advance[before]:  # nothing is evicted where a document has just begun
-            leaving = position[:, self.count :]
+            leaving = position[:, width:]
             leaving.masked_fill_(~self._advances[:, before, None] if chunk else leaving > -2, -1)
         score = kept_keys.scores(floats[:, 1:], floats[:, 0], position, self._ends[:, chunk, None], window)
         if not boundaries.all_advance[chunk]:  # other rows do not change
-            still = self._slot < self.count
+            still = self._slot[: width + window] < width
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
             position.masked_fill_(~(advances | still), -1)
-        going, staying = kept_keys.split(score, self.count, all_keys=ordinary)
-        evicted = whole[:, 0].gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
+        # Never fewer than before: the rows whose document goes on have not begun another one yet.
+        self.width = max(width, self._widths[chunk + 1])
+        going, staying = kept_keys.split(score, self.width, all_keys=ordinary)
+        gone = self._all[:, : going.shape[1]] if ordinary else position.gather(1, going) >= 0
+        evicted = whole[:, 0].gather(1, going), gone
         self.entries = whole.gather(2, staying.unsqueeze(1).expand(-1, whole.shape[1], -1))
-        self._move(staying, before)
+        self._move(staying, width, before)
         self._begin(chunk)
         self._look()
         return evicted
 
-    def _move(self, staying: torch.Tensor, before: int) -> None:
-        """Write the keys and values `staying` (A, K), of the kept ones and those of chunk `before`, to their slots."""
+    def _move(self, staying: torch.Tensor, width: int, before: int) -> None:
+        """Write the keys and values `staying`, of the `width` kept ones and those of chunk `before`, to their slots."""
+        first = self.count - width
         shift = self.sinks + before % 2 * self.chunked.chunk
-        slots = torch.where(staying < self.count, staying, staying + shift)
+        slots = torch.where(staying < width, staying, staying + shift) + first
         rows = (slots * len(staying) + self._places.unsqueeze(1)).T.flatten()
         for table in self.tables:  # they are still in the CPU's cache, unlike the call's keys and values
-            table[: self.count].view(-1, table.shape[2]).copy_(table.view(-1, table.shape[2]).index_select(0, rows))
+            kept = table[self.count - self.width : self.count]
+            kept.view(-1, table.shape[2]).copy_(table.view(-1, table.shape[2]).index_select(0, rows))
 
     def _begin(self, chunk: int) -> None:
         """Forget everything in rows where the next chunk belongs to another document."""
@@ -274,4 +380,8 @@ class _ExactPass:
             self.entries[:, 1].masked_fill_(begins, -1)
             self._floats(self.entries)[:, 1:].masked_fill_(begins.unsqueeze(1), 0.0)
             self.full = False
+        # Filled places are the last ones.
+        first = max(0, self.width - self._widths[chunk + 1])
+        self.entries, self.width = self.entries[:, :, first:], self.width - first
+        if not self.full:
             self._there = self.entries[:, 1] >= 0

@@ -74,8 +74,17 @@ def _run(
             kv_state.new_empty(len(spans), *kv_state.shape), log_max.new_empty(len(spans), *log_max.shape),
             kv_state.new_empty(rows), kv_state.new_empty(rows),
         )  # fmt: skip
-        kept.kv_states[0], kept.log_maxima[0] = kv_state, log_max
-    for number, (span, block, parts, state, end_log_max) in enumerate(chunked.forward()):
+    exact = chunked.exact_blocks()
+    for span in spans[:exact]:
+        rows, log_total = chunked.exact_answer(span)
+        chunked.put(output, rows, span)
+        if kept is not None:
+            kept.log_total[:, span], kept.far_weight[:, span] = log_total, 0.0
+    if kept is not None:
+        kept.kv_states[: exact + 1], kept.log_maxima[: exact + 1] = kv_state, log_max
+    if exact == len(spans):
+        return output, inputs.kv_state.clone(), inputs.log_max.clone(), kept
+    for number, (span, block, parts, state, end_log_max) in enumerate(chunked.forward(exact), exact):
         rows_of_block = chunked.target(output, span)
         combined = combine_block(block, parts, rows_of_block)
         chunked.put(output, rows_of_block, span)

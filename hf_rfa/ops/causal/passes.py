@@ -105,12 +105,17 @@ class ChunkedPass:
         count = self.plan.token_mask.shape[1]
         return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
 
+    def complete_chunks(self, kept_keys: int) -> int:
+        """The number of first chunks that see every token of their document exactly, known only for simple layouts."""
+        plan, sinks = self.plan, self.inputs.sink_key.shape[2]
+        simple = plan.identity and not plan.history and not any(plan.boundaries.any_begins)
+        if not (self.window and simple and self.inputs.key.shape[2]):
+            return 0
+        return min(plan.token_mask.shape[1], (kept_keys + sinks) // self.chunk + 2)
+
     def block(self, span: slice) -> Block:
         """The block that consists of the chunks in a span."""
         inputs = self.inputs
-        logits = inputs.sink_logits
-        if logits is not None:
-            logits = logits.repeat_interleave(self.chunk, dim=1).repeat(len(inputs.key), 1).unsqueeze(1)
         decay = None
         if inputs.decay is not None:
             decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
@@ -127,7 +132,7 @@ class ChunkedPass:
             fold=fold[:, span],
             keep=self.keep[:, span],
             decay=decay,
-            sink_logits=logits,
+            sink_logits=self._logits(),
             log_gamma=self.log_gamma,
             log_limit=self.log_limit,
             scaling=self.scaling,
@@ -157,11 +162,33 @@ class ChunkedPass:
         query = self._bounded[0].gradient(made[0], psi.query, psi.query_scale)
         return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
 
-    def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
-        """Per block: both parts, in buffers that the next block reuses, and S^T and m after it."""
+    def exact_blocks(self) -> int:
+        """The number of first blocks whose exact part is known and which have no far keys."""
+        inputs = self.inputs
+        if inputs.near is None or inputs.kept_key is None:
+            return 0
+        complete = self.complete_chunks(inputs.kept_key.shape[2])
+        return sum(span.stop <= complete for span in self.spans())
+
+    def exact_answer(self, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output (A, n, R, M) of a block without far keys, and the log of its normaliser (A, n, R)."""
+        near, log, logits = self.inputs.near, self.inputs.near_log, self._logits()
+        assert near is not None
+        assert log is not None
+        near, log = near[:, span], log[:, span]
+        if logits is None:
+            return near, log
+        total = torch.logaddexp(log, logits.expand_as(log))
+        return near * (log - total).exp_().unsqueeze(-1), total
+
+    def forward(self, first: int = 0) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
+        """Per block from `first` on: both parts, in buffers that the next block reuses, and S^T and m after it.
+
+        No far keys may come before `first`.
+        """
         kv_state, log_max = (x.flatten(0, 1) for x in (self.inputs.kv_state, self.inputs.log_max))
         state = kv_state.mT.clone(memory_format=torch.contiguous_format)
-        for span in self.spans():
+        for span in self.spans()[first:]:
             block = self.block(span)
             made = self.bounded_psi(block)
             psi = self.psi(block.query, block.far_key, self.far) if made is None else features_of(made)
@@ -234,6 +261,13 @@ class ChunkedPass:
             tokens = F.pad(tokens, (0, 0, 0, stop - length))
         chunks = tokens.unflatten(3, (-1, self.chunk)).transpose(2, 3)
         return chunks.reshape(batch * heads, span.stop - span.start, groups * self.chunk, dim)
+
+    def _logits(self) -> torch.Tensor | None:
+        """The sink logits (A, 1, R), or None."""
+        logits = self.inputs.sink_logits
+        if logits is None:
+            return None
+        return logits.repeat_interleave(self.chunk, dim=1).repeat(len(self.inputs.key), 1).unsqueeze(1)
 
     def _chunks(self, x: torch.Tensor, span: slice) -> torch.Tensor:
         """The chunks of a span and the one before it (A, n + 1, C, D), which is zero if there is none."""
