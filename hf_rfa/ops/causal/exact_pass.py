@@ -100,7 +100,7 @@ class _ExactPass:
         assert inputs.kept_key is not None
         assert inputs.kept_value is not None
         kept = inputs.kept_key, inputs.kept_value
-        self.chunked, self.plan, self.wide = chunked, plan, inputs.wide
+        self.chunked, self.plan, self.wide, self._scale = chunked, plan, inputs.wide, chunked.scaling * LOG2E
         self.count, self.heads, self.sinks = kept[0].shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
         width = self.count + self.sinks + 2 * size
         # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
@@ -179,11 +179,12 @@ class _ExactPass:
     def run(self) -> tuple[torch.Tensor, ...]:
         """The fields of `Choice`."""
         near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self.tables[1].shape[-1])
-        near_log, complete = near.new_zeros(near.shape[:-1]), self.chunked.complete_chunks(self.count)
+        spans, near_log = self.chunked.spans(), near.new_zeros(near.shape[:-1])
+        complete = min(self.chunked.complete_chunks(self.count), spans[-1].stop)
+        near[:, spans[-1].stop :] = 0.0
         index, there, evicted, evicted_mask = self._nothing_evicted(complete)
-        for span in self.chunked.spans():
+        for span in spans:
             query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
-            query = query * (self.chunked.scaling * LOG2E)
             for i, chunk in enumerate(range(span.start, span.stop)):
                 if chunk >= complete:
                     self._enter(chunk)
@@ -226,7 +227,7 @@ class _ExactPass:
         start, stop = chunk * size, min((chunk + 1) * size, inputs.key.shape[2])
         key, value = (x.flatten(0, 1)[:, :stop].to(self.wide) for x in (inputs.key, inputs.value))
         weights = self._weights(query, stop)
-        torch.bmm(query, key.mT, out=weights)
+        weights.baddbmm_(query, key.mT, beta=0, alpha=self._scale)
         own = weights.view(len(query), -1, size, stop)[..., start:]
         own.add_(self._causal[:, : stop - start])
         total, share, highest = self._normalise(weights)
@@ -288,11 +289,11 @@ class _ExactPass:
         weights = self._weights(query, key.shape[1])
         first, size = self.width + self.sinks, self.chunked.chunk
         if self.full and self.plan.regular[chunk]:  # only later tokens of the chunk are hidden
-            torch.bmm(query, key.mT, out=weights)
+            weights.baddbmm_(query, key.mT, beta=0, alpha=self._scale)
             own = first + chunk % 2 * size
             weights.view(len(query), -1, size, key.shape[1])[..., own : own + size].add_(self._causal)
         else:
-            torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
+            torch.baddbmm(self._mask(chunk), query, key.mT, alpha=self._scale, out=weights)
         total, share, highest = self._normalise(weights)
         torch.mul(torch.bmm(weights, value), share.unsqueeze(-1), out=output)
         weights[:, :, first:].mul_(self.counted[chunk % 2])

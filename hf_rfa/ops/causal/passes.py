@@ -3,6 +3,7 @@
 Memory besides inputs and outputs: the far sums at the start of each block, and the features and scores of one block.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -82,36 +83,58 @@ class ChunkedPass:
             fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.masks.follows.unsqueeze(-1)
         keep = torch.cat([plan.segment_ids[:, :1] == 0, self.masks.follows[:, 1:]], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
-        gamma, batch = self.far.gamma, len(self.inputs.key)
+        batch = len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
         limit = self.far.log_limit()
         self.log_limit = None if limit is None else limit.repeat(batch).view(-1, 1, 1)
-        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
-        self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self.pools = self._pools()
-        self._bounded: tuple[BoundedMap, BoundedMap] | None = None
-        # Large exponents are looked up on the host, which would make a GPU wait.
-        if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
-            query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
-            self._bounded = query, key
 
     @property
     def chunk(self) -> int:
         """C, the chunk size."""
         return self.plan.token_mask.shape[-1]
 
+    @functools.cached_property
+    def sink_rows(self) -> list[torch.Tensor]:
+        """The sinks (A, n, s, D or M) that each chunk sees: keys, values."""
+        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
+        return [self._sink_rows(x, of_state) for x, of_state in pairs]
+
+    @functools.cached_property
+    def _bounded(self) -> tuple[BoundedMap, BoundedMap] | None:
+        # Large exponents are looked up on the host, which would make a GPU wait.
+        hyperbolic, device = set(self.far.feature_maps) == {"hyperbolic"}, self.far.gamma.device.type
+        if not (self.may_bound and hyperbolic and device == "cpu"):
+            return None
+        batch = len(self.inputs.key)
+        query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
+        return query, key
+
     def spans(self) -> list[slice]:
-        """The chunks of each block."""
-        count = self.plan.token_mask.shape[1]
-        return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
+        """The chunks of each block, first of those whose exact part is known and which have no far keys.
+
+        An empty last chunk, which only marks where the next token belongs, is left out.
+        """
+        count, first = self.plan.token_mask.shape[1], self._known_chunks()
+        if self.plan.identity and count > 1 and self.inputs.key.shape[2] <= (count - 1) * self.chunk:
+            count -= 1
+        return [
+            slice(i, min(i + BLOCK_CHUNKS, stop))
+            for start, stop in ((0, min(first, count)), (first, count))
+            for i in range(start, stop, BLOCK_CHUNKS)
+        ]
 
     def complete_chunks(self, kept_keys: int) -> int:
         """The number of first chunks that see every token of their document exactly, known only for simple layouts."""
+        return min(self.plan.token_mask.shape[1], self._complete(kept_keys))
+
+    def _complete(self, kept_keys: int) -> int:
+        """The same of a document without an end; after all of these but the last, nothing is evicted."""
         plan, sinks = self.plan, self.inputs.sink_key.shape[2]
         simple = plan.identity and not plan.history and not any(plan.boundaries.any_begins)
         if not (self.window and simple and self.inputs.key.shape[2]):
             return 0
-        return min(plan.token_mask.shape[1], (kept_keys + sinks) // self.chunk + 2)
+        return (kept_keys + sinks) // self.chunk + 2
 
     def block(self, span: slice) -> Block:
         """The block that consists of the chunks in a span."""
@@ -162,13 +185,16 @@ class ChunkedPass:
         query = self._bounded[0].gradient(made[0], psi.query, psi.query_scale)
         return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
 
-    def exact_blocks(self) -> int:
-        """The number of first blocks whose exact part is known and which have no far keys."""
+    def _known_chunks(self) -> int:
+        """The number of first chunks whose exact part is known, without far keys before or after them."""
         inputs = self.inputs
-        if inputs.near is None or inputs.kept_key is None:
+        if inputs.evicted is None or inputs.kept_key is None:
             return 0
-        complete = self.complete_chunks(inputs.kept_key.shape[2])
-        return sum(span.stop <= complete for span in self.spans())
+        return max(0, self._complete(inputs.kept_key.shape[2]) - 1)
+
+    def exact_blocks(self) -> int:
+        """The number of first blocks of such chunks."""
+        return -(-min(self._known_chunks(), self.spans()[-1].stop) // BLOCK_CHUNKS)
 
     def exact_answer(self, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The output (A, n, R, M) of a block without far keys, and the log of its normaliser (A, n, R)."""
@@ -230,7 +256,7 @@ class ChunkedPass:
         Call it from the last block to the first: the following block has already written to this one's last chunk.
         `begun`: All of `whole` holds a part of the gradient already.
         """
-        count, tokens = self.plan.token_mask.shape[1], chunks.flatten(1, 2)
+        count, tokens = self.spans()[-1].stop, chunks.flatten(1, 2)
         first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
         low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
         if begun:
