@@ -7,6 +7,7 @@ continues, then the aligned tokens.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -99,14 +100,11 @@ class _ExactPass:
         inputs, plan, size = chunked.inputs, chunked.plan, chunked.chunk
         assert inputs.kept_key is not None
         assert inputs.kept_value is not None
-        kept = inputs.kept_key, inputs.kept_value
         self.chunked, self.plan, self.wide, self._scale = chunked, plan, inputs.wide, chunked.scaling * LOG2E
-        self.count, self.heads, self.sinks = kept[0].shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
-        width = self.count + self.sinks + 2 * size
-        # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
-        self.tables = [inputs.kv_state.new_zeros(width, len(position), of_state.shape[-1]) for of_state in kept]
-        for table, of_state in zip(self.tables, kept, strict=True):
-            table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
+        self.count, self.heads = inputs.kept_key.shape[2], inputs.key.shape[1]
+        self.sinks = inputs.sink_key.shape[2]
+        self._read = [x.flatten(0, 1).transpose(0, 1) for x in (inputs.key, inputs.value)]
+        self.last = chunked.spans()[-1].stop - 1
         slots = torch.arange(size, device=position.device)
         self._widths = self._most_kept()
         self.width = self._widths[0]
@@ -151,6 +149,20 @@ class _ExactPass:
         tokens = whole[:, :, count:].unflatten(2, (chunks, size)).transpose(1, 2)
         return whole[:, :, :count].contiguous(), tokens.contiguous()
 
+    @functools.cached_property
+    def tables(self) -> list[torch.Tensor]:
+        """Keys and values, with those that the state keeps; while a chunk sees all tokens, they are not needed."""
+        inputs, slots = self.chunked.inputs, self.count + self.sinks + 2 * self.chunked.chunk
+        assert inputs.kept_key is not None
+        assert inputs.kept_value is not None
+        tables = []
+        for of_state in (inputs.kept_key, inputs.kept_value):
+            # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
+            table = inputs.kv_state.new_zeros(slots, len(self.tokens), of_state.shape[-1])
+            table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
+            tables.append(table)
+        return tables
+
     def _most_kept(self) -> list[int]:
         """The most keys that any row keeps at each chunk, and once more after the last one."""
         plan, size = self.plan, self.chunked.chunk
@@ -178,10 +190,10 @@ class _ExactPass:
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """The fields of `Choice`."""
-        near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self.tables[1].shape[-1])
+        near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self._read[1].shape[-1])
         spans, near_log = self.chunked.spans(), near.new_zeros(near.shape[:-1])
-        complete = min(self.chunked.complete_chunks(self.count), spans[-1].stop)
-        near[:, spans[-1].stop :] = 0.0
+        complete = min(self.chunked.complete_chunks(self.count), self.last + 1)
+        near[:, self.last + 1 :] = 0.0
         index, there, evicted, evicted_mask = self._nothing_evicted(complete)
         for span in spans:
             query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
@@ -223,9 +235,9 @@ class _ExactPass:
 
     def _attend_to_all(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
         """`_attend` for a chunk that sees its whole document."""
-        size, inputs = self.chunked.chunk, self.chunked.inputs
-        start, stop = chunk * size, min((chunk + 1) * size, inputs.key.shape[2])
-        key, value = (x.flatten(0, 1)[:, :stop].to(self.wide) for x in (inputs.key, inputs.value))
+        size = self.chunked.chunk
+        start, stop = chunk * size, min((chunk + 1) * size, len(self._read[0]))
+        key, value = (x[:stop].transpose(0, 1).to(self.wide) for x in self._read)
         weights = self._weights(query, stop)
         weights.baddbmm_(query, key.mT, beta=0, alpha=self._scale)
         own = weights.view(len(query), -1, size, stop)[..., start:]
@@ -243,31 +255,31 @@ class _ExactPass:
 
     def _take_over(self, chunk: int) -> None:
         """Fill tables and entries as they are before the choice after `chunk`, the last that sees everything."""
-        size, inputs = self.chunked.chunk, self.chunked.inputs
         self.width = self._widths[chunk]
         stop = self.sinks + self.width
         self.entries = self.tokens[:, : max(chunk - 1, 0)].transpose(1, 2).flatten(2)[:, :, self.sinks : stop].clone()
-        for table, tokens in zip(self.tables, (inputs.key, inputs.value), strict=True):
-            flat = tokens.flatten(0, 1).transpose(0, 1)
-            sinks = flat[: self.sinks]
-            table[self.count - self.width : self.count] = flat[self.sinks : stop]
+        self._look()
+        if chunk == self.last:
+            return
+        for table, tokens in zip(self.tables, self._read, strict=True):
+            sinks = tokens[: self.sinks]
+            table[self.count - self.width : self.count] = tokens[self.sinks : stop]
             table[self.count : self.count + len(sinks)] = sinks
         for entered in range(max(chunk - 1, 0), chunk + 1):
             self._enter(entered)
-        self._look()
 
     def _weights(self, query: torch.Tensor, width: int) -> torch.Tensor:
         """A buffer (A, R, width)."""
         size = query.shape[0] * query.shape[1]
-        most = max(self.tables[0].shape[0], self._longest)
+        most = max(self.count + self.sinks + 2 * self.chunked.chunk, self._longest)
         return self.chunked.scratch("exact weights", query, size * most)[: size * width].view(*query.shape[:2], width)
 
     def _enter(self, chunk: int) -> None:
         """Write a chunk and its sinks to their slots."""
-        size, inputs = self.chunked.chunk, self.chunked.inputs
+        size = self.chunked.chunk
         first = self.count + self.sinks + chunk % 2 * size
-        for table, tokens, sinks in zip(self.tables, (inputs.key, inputs.value), self.chunked.sink_rows, strict=True):
-            own = tokens.flatten(0, 1)[:, chunk * size : (chunk + 1) * size].transpose(0, 1)
+        for table, tokens, sinks in zip(self.tables, self._read, self.chunked.sink_rows, strict=True):
+            own = tokens[chunk * size : (chunk + 1) * size]
             table[first : first + len(own)] = own  # leftovers of an older chunk behind it are masked
             if not (chunk and self.plan.regular[chunk] and self.plan.regular[chunk - 1]):  # else they are the same
                 table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
@@ -344,6 +356,12 @@ class _ExactPass:
         ordinary = self.full and self.plan.regular[chunk] and boundaries.all_advance[before]
         ordinary = ordinary and boundaries.all_advance[chunk]
         whole, advances = torch.cat([self.entries, self.tokens[:, before]], dim=2), self._advances[:, chunk, None]
+        if ordinary and self._widths[chunk + 1] == width + window:  # there is place for all
+            staying = self._slot[: width + window].expand(len(whole), -1)
+            self.width, self.entries = width + window, whole
+            self._move(staying, width, chunk)
+            self._look()
+            return self._nothing[0][:, :0], self._nothing[1][:, :0]
         position, floats = whole[:, 1], self._floats(whole)
         if not chunk or not boundaries.all_advance[before]:  # nothing is evicted where a document has just begun
             leaving = position[:, width:]
@@ -359,15 +377,17 @@ class _ExactPass:
         gone = self._all[:, : going.shape[1]] if ordinary else position.gather(1, going) >= 0
         evicted = whole[:, 0].gather(1, going), gone
         self.entries = whole.gather(2, staying.unsqueeze(1).expand(-1, whole.shape[1], -1))
-        self._move(staying, width, before)
+        self._move(staying, width, chunk)
         self._begin(chunk)
         self._look()
         return evicted
 
-    def _move(self, staying: torch.Tensor, width: int, before: int) -> None:
-        """Write the keys and values `staying`, of the `width` kept ones and those of chunk `before`, to their slots."""
+    def _move(self, staying: torch.Tensor, width: int, chunk: int) -> None:
+        """Write the keys and values `staying`, of the `width` kept ones and those of the one before `chunk`, to their slots."""
+        if chunk == self.last:
+            return
         first = self.count - width
-        shift = self.sinks + before % 2 * self.chunked.chunk
+        shift = self.sinks + max(chunk - 1, 0) % 2 * self.chunked.chunk
         slots = torch.where(staying < width, staying, staying + shift) + first
         rows = (slots * len(staying) + self._places.unsqueeze(1)).T.flatten()
         for table in self.tables:  # they are still in the CPU's cache, unlike the call's keys and values
