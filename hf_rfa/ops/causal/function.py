@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
 from hf_rfa.ops.causal.gradients import Answered, Gradients, block_gradients
+from hf_rfa.ops.causal.narrow_products import narrow_products
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of
 from hf_rfa.ops.causal.pool import PoolGradient
 from hf_rfa.ops.combine import FarStatistics
@@ -32,6 +33,7 @@ class PassSettings:
     window: int
     scaling: float
     statistics: FarStatistics | None
+    narrow: bool = False  # whether products are bfloat16, see `narrow_products`
 
 
 def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,6 +43,8 @@ def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.
     """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     kernel = {name: getattr(settings.far, name) for name in KERNEL}
+    narrow = narrow_products(inputs.query, inputs.key, inputs.value, settings.far, settings.window)
+    settings = dataclasses.replace(settings, narrow=narrow)
     if any(follows([*tensors, *kernel.values()])):
         tensors = [t.to(inputs.wide) if t is not None and t.is_floating_point() else t for t in tensors]
     constant = (2,) if inputs.decay is None else ()
@@ -135,7 +139,10 @@ class _Recipe:
         far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
         inputs = PassInputs(*tensors[:count])
         learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
-        return ChunkedPass(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
+        return ChunkedPass(
+            inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned,
+            narrow=settings.narrow and not learned,
+        )  # fmt: skip
 
 
 class _Backward:

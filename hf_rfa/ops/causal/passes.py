@@ -71,6 +71,7 @@ class ChunkedPass:
     window: int
     scaling: float
     may_bound: bool = True  # whether `BoundedMap` may be used: it gives no gradients of the kernel
+    narrow: bool = False  # whether products are bfloat16, see `narrow_products`; needs `BoundedMap`
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,8 @@ class ChunkedPass:
         if not (self.may_bound and hyperbolic and device == "cpu"):
             return None
         batch = len(self.inputs.key)
-        query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
+        options = self.far, self.scaling, batch
+        query, key = (BoundedMap(*options, keys, self.scratch, self.narrow) for keys in (False, True))
         return query, key
 
     def spans(self) -> list[slice]:
@@ -161,6 +163,7 @@ class ChunkedPass:
             scaling=self.scaling,
             delay=self.delay,
             steady=all(self.plan.regular[span]),
+            narrow=self.narrow,
             kept=kept,
         )
 
