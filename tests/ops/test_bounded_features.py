@@ -55,12 +55,14 @@ def test_psi_and_its_gradient_are_those_of_the_kernel(keys, plain, outlier):
     assert_near(got, gradient, 1e-12, "gradient")
 
 
-def test_an_outlier_changes_no_bit_of_other_tokens():
+@pytest.mark.parametrize("narrow", [False, True], ids=["", "bfloat16"])
+def test_an_outlier_changes_no_bit_of_other_tokens(narrow):
     far = kernel(plain=True)
     tokens = torch.randn(ROWS * HEADS, CHUNKS, TOKENS, DIM, generator=torch.Generator().manual_seed(1)).double()
     changed = tokens.clone()
     changed[:, :, -1] = 100.0
-    one, two = (BoundedMap(far, SCALING, ROWS, False, Scratch())(x) for x in (tokens, changed))
+    one, two = (BoundedMap(far, SCALING, ROWS, False, Scratch(), narrow)(x) for x in (tokens, changed))
+    assert (one.features.dtype == torch.bfloat16) == narrow
     assert torch.equal(one.features[:, :, :-1], two.features[:, :, :-1])
     assert torch.equal(one.log_scale[:, :, :-1], two.log_scale[:, :, :-1])
     assert bool(two.features.isfinite().all())

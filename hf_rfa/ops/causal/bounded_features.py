@@ -80,11 +80,10 @@ class BoundedMap:
         like = x.new_empty(0, dtype=torch.bfloat16) if self._narrow else x
         buffer = self._scratch(f"{side} features", like, count * chunks, 2, *exponent.shape[1:])
         projection, inverse = buffer[:, 0], buffer[:, 1]
-        if self._narrow and large is None:
-            torch.exp2(exponent, out=projection)
+        torch.exp2(exponent, out=projection)
+        if self._narrow:  # not of a rounded number
             torch.exp2(exponent.neg_(), out=inverse)
         else:
-            torch.exp2(exponent, out=projection)
             torch.reciprocal(projection, out=inverse)
         log_scale = self._constant - self._half_square * inside
         if large is not None:

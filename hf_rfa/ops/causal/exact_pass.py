@@ -125,7 +125,7 @@ class _ExactPass:
         self._all_counted = (distance >= kept_keys.least_distance(size)).to(self.wide)
         self._places = torch.arange(len(position), device=position.device)
         self._slot = torch.arange(self.count + size, device=position.device)
-        self.full = False
+        self.full, self._there = False, self.entries[:, 1] >= 0
         self._look()
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -383,7 +383,7 @@ class _ExactPass:
         return evicted
 
     def _move(self, staying: torch.Tensor, width: int, chunk: int) -> None:
-        """Write the keys and values `staying`, of the `width` kept ones and those of the one before `chunk`, to their slots."""
+        """Write the keys and values `staying`, of the `width` kept ones and the chunk before, to their slots."""
         if chunk == self.last:
             return
         first = self.count - width

@@ -80,8 +80,8 @@ def _run(
         )  # fmt: skip
     exact = chunked.exact_blocks()
     for span in spans[:exact]:
-        rows, log_total = chunked.exact_answer(span)
-        chunked.put(output, rows, span)
+        answer, log_total = chunked.exact_answer(span)
+        chunked.put(output, answer, span)
         if kept is not None:
             kept.log_total[:, span], kept.far_weight[:, span] = log_total, 0.0
     if kept is not None:
