@@ -1,10 +1,11 @@
-"""The hyperbolic map for small exponents: exp(w.x') without a maximum, exp(-w.x') as its reciprocal.
+"""The maps of pairs, whose gradient is written out: the hyperbolic one for small exponents, the trigonometric one.
 
+The hyperbolic map is exp(w.x') without a maximum, and exp(-w.x') as its reciprocal:
 `FarKernel` divides the features of each token by their maximum, so that no exponent can overflow. Tokens whose |w.x'|
 is at most `LARGEST` (tempered kernels hardly ever come near it) need no division, which saves half of the exponentials
-and three passes over the features. The gradient is written out as well. The features are computed transposed,
-(F, tokens), so that the two halves of F are contiguous, and as powers of two, which take a third of the time of powers
-of e.
+and three passes over the features. The trigonometric map needs no division anyway. The features are computed
+transposed, (F, tokens), so that the two halves of F are contiguous, and as powers of two, which take a third of the
+time of powers of e.
 """
 
 import math
@@ -15,6 +16,8 @@ import torch
 from hf_rfa.features.far_kernel import FarKernel, pull_in, squared_bound
 from hf_rfa.ops.causal.scratch import Scratch
 
+#: The maps that are computed here, where all heads of a layer have the same one.
+MAPS = ("hyperbolic", "trigonometric")
 #: psi(q).psi(k) then lies within exp(+-2 * 20): far from the ends of float32, for any number of keys.
 LARGEST = 20.0
 LN2 = math.log(2)
@@ -37,7 +40,7 @@ class BoundedFeatures:
 
 
 class BoundedMap:
-    """Features of the queries or of the keys, for a far kernel whose heads are all hyperbolic."""
+    """Features of the queries or of the keys, for a far kernel whose heads all have one of `MAPS`."""
 
     def __init__(
         self, far: FarKernel, scaling: float, rows: int, keys: bool, scratch: Scratch, narrow: bool = False
@@ -57,9 +60,11 @@ class BoundedMap:
             self._bound = of_rows(squared_bound(radius)).view(-1, 1, 1)
         self._omega = of_rows(far.omega * size[:, None, None])
         self._longest = torch.linalg.vector_norm(self._omega, dim=-1).amax(-1)
-        self._half_square = of_rows(size.square() / 2).view(-1, 1, 1)
+        self._waves = far.feature_maps[0] == "trigonometric"
+        #: -|x'|^2 / 2 per |y|^2; of the trigonometric map with the other sign.
+        self._slope = of_rows(size.square() / (2 if self._waves else -2)).view(-1, 1, 1)
         self._narrow = narrow
-        self._constant = -math.log(2 * far.omega.shape[1]) / 2
+        self._constant = -math.log((1 if self._waves else 2) * far.omega.shape[1]) / 2
         self._multiples: dict[float, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor) -> BoundedFeatures:
@@ -68,7 +73,7 @@ class BoundedMap:
         centred = x if self._center is None else x - self._center.unsqueeze(2)
         y = centred if self._transform is None else (centred.flatten(1, 2) @ self._transform.mT).view_as(x)
         square = torch.linalg.vector_norm(y, dim=-1).square_()
-        omega, side = self._times(1 / LN2), "key" if self._keys else "query"
+        omega, side = self._times(1.0 if self._waves else 1 / LN2), "key" if self._keys else "query"
         exponent = self._scratch(f"{side} exponents", x, count * chunks, omega.shape[1], tokens)
         for row, (left, right) in enumerate(zip(omega, y.mT, strict=True)):  # omega is not copied for each chunk
             torch.bmm(left.expand(chunks, -1, -1), right, out=exponent[row * chunks : (row + 1) * chunks])
@@ -76,16 +81,16 @@ class BoundedMap:
         if self._bound is not None:
             shrink, inside = pull_in(square, self._bound), torch.minimum(square, self._bound)
             exponent.mul_(shrink.view(-1, 1, tokens))
-        large = self._large(exponent, inside)
+        large = None if self._waves else self._large(exponent, inside)
         like = x.new_empty(0, dtype=torch.bfloat16) if self._narrow else x
         buffer = self._scratch(f"{side} features", like, count * chunks, 2, *exponent.shape[1:])
         projection, inverse = buffer[:, 0], buffer[:, 1]
-        torch.exp2(exponent, out=projection)
-        if self._narrow:  # not of a rounded number
-            torch.exp2(exponent.neg_(), out=inverse)
+        if self._waves:
+            torch.sin(exponent, out=projection)
+            torch.cos(exponent, out=inverse)
         else:
-            torch.reciprocal(projection, out=inverse)
-        log_scale = self._constant - self._half_square * inside
+            self._powers(exponent, projection, inverse)
+        log_scale = self._constant + self._slope * inside
         if large is not None:
             # Handled apart, so that other tokens do not change.
             where, peak, highest = large
@@ -103,8 +108,11 @@ class BoundedMap:
         count, chunks, tokens = made.square.shape
         halves = [x.mT.reshape(count * chunks, 2, -1, tokens) for x in (features, made.features)]
         (given, given_inverse), (value, inverse) = (half.unbind(1) for half in halves)
-        projection = given.mul_(value).addcmul_(given_inverse, inverse, value=-1)
-        square = -self._half_square * log_scale
+        if self._waves:
+            projection = given.mul_(inverse).addcmul_(given_inverse, value, value=-1)
+        else:
+            projection = given.mul_(value).addcmul_(given_inverse, inverse, value=-1)
+        square = self._slope * log_scale
         omega = self._times(1.0)
         if made.shrink is not None:
             projection.mul_(made.shrink.view(-1, 1, tokens))
@@ -124,6 +132,14 @@ class BoundedMap:
         if self._other is not None:
             x.addcmul_(log_scale.unsqueeze(-1), self._other.unsqueeze(2), value=self._scaling)
         return x
+
+    def _powers(self, exponent: torch.Tensor, projection: torch.Tensor, inverse: torch.Tensor) -> None:
+        """Write 2^exponent and 2^-exponent to `projection` and `inverse`; `exponent` is overwritten."""
+        torch.exp2(exponent, out=projection)
+        if self._narrow:  # not of a rounded number
+            torch.exp2(exponent.neg_(), out=inverse)
+        else:
+            torch.reciprocal(projection, out=inverse)
 
     def _large(
         self, exponent: torch.Tensor, square: torch.Tensor

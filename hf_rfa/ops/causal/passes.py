@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Block, Combined, Features, KeptRows, Parts, block_parts, block_sums
-from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal.bounded_features import MAPS, BoundedFeatures, BoundedMap
 from hf_rfa.ops.causal.masks import ExactMasks
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
@@ -104,8 +104,8 @@ class ChunkedPass:
     @functools.cached_property
     def _bounded(self) -> tuple[BoundedMap, BoundedMap] | None:
         # Large exponents are looked up on the host, which would make a GPU wait.
-        hyperbolic, device = set(self.far.feature_maps) == {"hyperbolic"}, self.far.gamma.device.type
-        if not (self.may_bound and hyperbolic and device == "cpu"):
+        maps, device = set(self.far.feature_maps), self.far.gamma.device.type
+        if not (self.may_bound and len(maps) == 1 and maps <= set(MAPS) and device == "cpu"):
             return None
         batch = len(self.inputs.key)
         options = self.far, self.scaling, batch
