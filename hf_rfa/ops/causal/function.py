@@ -139,8 +139,10 @@ class _Recipe:
         far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
         inputs = PassInputs(*tensors[:count])
         learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
+        # Signed sums amplify rounding: what is computed without gradients must be what a learned omega gives.
+        bound = not learned and (any(followed) or "trigonometric" not in far.feature_maps)
         return ChunkedPass(
-            inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned,
+            inputs, far, settings.plan, settings.window, settings.scaling, may_bound=bound,
             narrow=settings.narrow and not learned,
         )  # fmt: skip
 
