@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from hf_rfa.runtime.adopted_cache import remember_recording
 from hf_rfa.runtime.forward import ARGUMENTS, converted_forward
 from hf_rfa.runtime.generation import generate, prepare_cache
+from hf_rfa.runtime.newest_tokens import update_model_kwargs
 from hf_rfa.runtime.record import INSIDE, ORIGINAL, RECORD, original_class
 from hf_rfa.saving.hub import push_with_conversion
 from hf_rfa.saving.peft_files import load_lora, teach_peft
@@ -33,6 +34,7 @@ _MODEL_METHODS: dict[str, Callable[..., Any]] = {
 _GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "_prepare_cache_for_generation": prepare_cache,
+    "_update_model_kwargs_for_generation": update_model_kwargs,
 }
 
 

@@ -113,14 +113,14 @@ class OperatorCall:
 
     def heads(self, heads: Sequence[int]) -> "OperatorCall":
         """The call restricted to some key heads; the state is passed on unchanged."""
-        index = list(heads)
+        index = consecutive(heads)
         logits = None if self.sink_logits is None else self.sink_logits[index]
         return self.replace(
             query=self.query[:, index],
             key=self.key[:, index],
             value=self.value[:, index],
             far=self.far.select(heads),
-            kept_of_heads=tuple(self.kept_of_heads[head] for head in index),
+            kept_of_heads=tuple(self.kept_of_heads[head] for head in heads),
             sink_logits=logits,
         )
 
@@ -209,6 +209,14 @@ class OperatorCall:
         window, kept_keys = (self.window, self.most_kept) if self.causal else (0, 0)
         exact = window, self.sink_tokens, kept_keys, self.query.shape[2]
         return len(self.query), self.key, self.value, self.far.num_components, *exact
+
+
+def consecutive(heads: Sequence[int]) -> slice | list[int]:
+    """An index of these heads: a slice if possible, which copies nothing."""
+    index = list(heads)
+    if index and index == list(range(index[0], index[-1] + 1)):
+        return slice(index[0], index[-1] + 1)
+    return index
 
 
 def check_backend(name: str) -> None:

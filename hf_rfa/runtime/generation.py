@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -15,10 +14,8 @@ from hf_rfa.runtime.arguments import CACHE_NAMES
 from hf_rfa.runtime.attention_call import shares_keys
 from hf_rfa.runtime.cache import RFACacheLayer
 from hf_rfa.runtime.layer_cache import attends_here
+from hf_rfa.runtime.newest_tokens import Generation, needs_newest_only, running
 from hf_rfa.runtime.record import INSIDE
-
-#: The caches of the `generate` that this thread is in.
-_caches: ContextVar[list[Any] | None] = ContextVar("caches", default=None)
 
 
 def prepare_cache(
@@ -40,11 +37,13 @@ def prepare_cache(
     cache = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), Cache)), None)
     if cache is not None:
         records = adopt_cache(model, cache)
-        prepared = _caches.get()
+        generation = running.get()
+        if generation is not None and generation.plain:
+            generation.newest_only = needs_newest_only(model, generation_config, cache)
         if generation_config.is_assistant:  # Transformers asked the layers that were just replaced
             cache.activate_past_recording()
-        elif prepared is not None and not records:  # if it records already, the caller decides when that ends
-            prepared.append(weakref.ref(cache))
+        elif generation is not None and not records:  # if it records already, the caller decides when that ends
+            generation.caches.append(weakref.ref(cache))
     return result
 
 
@@ -57,13 +56,16 @@ def generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", None)
-    prepared: list[Any] = []
-    token = _caches.set(prepared)
+    others = ("assistant_model", "custom_generate")
+    # `inputs` and `generation_config` may come by place; what else does so is not looked through.
+    plain = len(args) <= 2 and not any(kwargs.get(name) is not None for name in others)
+    generation = Generation(plain)
+    token = running.set(generation)
     try:
         return own(*args, **kwargs)
     finally:
-        _caches.reset(token)
-        for cache in (reference() for reference in prepared):
+        running.reset(token)
+        for cache in (reference() for reference in generation.caches):
             if cache is not None:
                 stop_recording(cache)
         if layers is not None and config.num_hidden_layers != layers:

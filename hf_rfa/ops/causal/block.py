@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_rfa.ops.causal.narrow_products import narrowed, product, read_states
 from hf_rfa.ops.causal.near import near_attention, windows
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
@@ -34,6 +35,7 @@ class Block:
         log_gamma: (A, 1, 1), -inf where gamma is 0.
         log_limit: (A, 1, 1), log of the kernel's `far_limit`, inf for none; or None.
         steady: Whether `keep` is known to be all True.
+        narrow: Whether products are bfloat16, see `narrow_products`.
         kept: The far keys that the chunks see exactly, and those that they evict; None if none are kept.
     """
 
@@ -52,6 +54,7 @@ class Block:
     scaling: float
     delay: int
     steady: bool
+    narrow: bool = False
     kept: "KeptRows | None" = None
 
     @property
@@ -196,13 +199,17 @@ def block_parts(
 ) -> Parts:  # fmt: skip
     """Both parts of every query; advances the state S^T (A, M + 1, F) in place. near: The near part, if known."""
     rows, chunks, queries = psi.query.shape[:3]
-    far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # contiguous per chunk
-    steps = zip(
-        *(x.unbind(1) for x in (psi.query, psi.key, sums.extended.mT, sums.shrink[..., None, None], far)), strict=True
-    )
-    for query, key, new, factor, read in steps:
-        torch.bmm(query, state.mT, out=read)
-        state.mul_(factor).baddbmm_(new, key)
+    if block.narrow:
+        states = narrow_scratch(scratch, "states", psi.query, state)
+        states = read_states(narrowed(psi.key), sums.extended, sums.shrink, state, states)
+        far = scratch("far", state, rows, chunks, queries, state.shape[1])
+        product(narrowed(psi.query), states.mT, far)
+    else:
+        far = scratch("far", state, chunks, rows, queries, state.shape[1]).transpose(0, 1)  # contiguous per chunk
+        steps = (psi.query, psi.key, sums.extended.mT, sums.shrink[..., None, None], far)
+        for query, key, new, factor, read in zip(*(x.unbind(1) for x in steps), strict=True):
+            torch.bmm(query, state.mT, out=read)
+            state.mul_(factor).baddbmm_(new, key)
     if block.delay:
         if near is None:
             assert block.mask is not None
@@ -212,6 +219,11 @@ def block_parts(
     far.mul_(own.lifted.unsqueeze(-1))
     far += (own.weights * own.scores) @ extend(block.value[:, 1:], None, scratch)
     return Parts(None, None, far, sums.query_scale + own.base)
+
+
+def narrow_scratch(scratch: Scratch, name: str, query: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A buffer (A, n, M + 1, F) in bfloat16, for query features (A, n, R, F) and sums S^T (A, M + 1, F)."""
+    return scratch(f"narrow {name}", state[:0].to(torch.bfloat16), *query.shape[:2], *state.shape[1:])
 
 
 def exact_rows(block: Block, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:

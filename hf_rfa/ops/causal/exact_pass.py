@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_rfa.ops import kept_keys
+from hf_rfa.ops.causal.exact_attention import ExactAttention
 from hf_rfa.ops.causal.passes import ChunkedPass
-from hf_rfa.ops.causal.rivals import mass_so_far, places_of_rivals, value_lengths
+from hf_rfa.ops.causal.rivals import mass_so_far
 from hf_rfa.ops.recomputing import Flags, recomputing
 from hf_rfa.ops.state import RFAState
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
+LN2 = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,190 +84,122 @@ class _Recipe:
         raise AssertionError("a choice has no gradient")
 
 
-class _ExactPass:
-    """Goes through the chunks in order; logits are in base 2, since powers of two take a third of the time of exp.
+class _ExactPass(ExactAttention):
+    """Goes through the chunks in order, and chooses behind each which keys are kept.
 
-    The keys and values that a chunk sees lie in tables `[kept | sinks | one chunk | the other chunk]` of W slots:
-    chunks alternate between the last two places, so that chunk i overwrites chunk i - 2. What else is known of a key
-    is one column of `entries`: index, position, |v|, and the attention from each of the G query heads. Integers and
-    floats lie in one tensor, the latter by their bits, so that keys are joined and chosen in one operation each.
+    While a text is so short that nothing is evicted, nothing is chosen either, and no table is filled.
     """
-
-    def __init__(self, chunked: ChunkedPass, position: torch.Tensor, mass: torch.Tensor) -> None:
-        inputs, plan, size = chunked.inputs, chunked.plan, chunked.chunk
-        assert inputs.kept_key is not None
-        assert inputs.kept_value is not None
-        kept = inputs.kept_key, inputs.kept_value
-        self.chunked, self.plan, self.wide = chunked, plan, inputs.wide
-        self.count, self.heads, self.sinks = kept[0].shape[2], inputs.key.shape[1], inputs.sink_key.shape[2]
-        width = self.count + self.sinks + 2 * size
-        # Slots come first, so that the kept keys are contiguous; zeros, since masked entries must not be NaN.
-        self.tables = [inputs.kv_state.new_zeros(width, len(position), of_state.shape[-1]) for of_state in kept]
-        for table, of_state in zip(self.tables, kept, strict=True):
-            table[: self.count] = of_state.flatten(0, 1).transpose(0, 1)
-        slots = torch.arange(size, device=position.device)
-        self.entries, self.tokens = self._entries(position, self._rows(places_of_rivals(plan, self.sinks)), mass)
-        self.asked = self._rows(plan.asked).repeat(1, 1, inputs.query.shape[2]).to(self.wide)
-        self.all_asked = plan.asked.all(-1).all(0).tolist()
-        self.counted = self._counted(slots)
-        nothing = position.new_zeros(len(position), size)
-        self._nothing = nothing, torch.zeros_like(nothing, dtype=torch.bool)
-        self._all = torch.ones_like(self._nothing[1])
-        self._ends = self._rows((plan.rank + 1) * size)
-        self._advances, self._begins = self._rows(plan.boundaries.advances), self._rows(plan.boundaries.begins)
-        self._places = torch.arange(len(position), device=position.device)
-        self._slot = torch.arange(self.count + size, device=position.device)
-        self.full, self._masks = False, dict[int, torch.Tensor]()
-        self._look()
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """(R, ...) expanded to (1 or A, ...)."""
-        return x.repeat_interleave(self.heads, 0) if len(x) > 1 else x
-
-    def _entries(
-        self, position: torch.Tensor, places: torch.Tensor, mass: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`entries` of the kept keys (A, G + 3, K), and of the tokens (A, n, G + 3, C)."""
-        inputs, (count, size) = self.chunked.inputs, (self.count, places.shape[2])
-        assert inputs.kept_value is not None
-        bits = torch.int32 if self.wide == torch.float32 else torch.int64
-        rows, chunks = len(position), places.shape[1]
-        position = torch.where(self._rows(self.plan.segment_ids[:, :1] == 0), position, -1)
-        index = torch.arange(count + chunks * size, device=position.device).expand(rows, -1)
-        numbers = torch.cat([position, places.flatten(1).expand(rows, -1)], dim=1)
-        length = value_lengths(inputs.kept_value, inputs.value, self.plan, self.wide).flatten(0, 1)
-        floats = torch.cat([length.unsqueeze(1), mass], dim=1).view(bits)
-        whole = torch.cat([torch.stack([index, numbers], dim=1).to(bits), floats], dim=1)
-        tokens = whole[:, :, count:].unflatten(2, (chunks, size)).transpose(1, 2)
-        return whole[:, :, :count].contiguous(), tokens.contiguous()
-
-    def _floats(self, entries: torch.Tensor) -> torch.Tensor:
-        """(..., G + 1, L): |v|, and the attention from each query head."""
-        return entries.view(self.wide)[..., 2:, :]
-
-    def _look(self) -> None:
-        """Whether each place holds a kept key, once all do for good."""
-        if not self.full:
-            self._there = self.entries[:, 1] >= 0
-            self.full = bool(self._there.all())
-
-    def _counted(self, slots: torch.Tensor) -> torch.Tensor:
-        """(2, R, 2C): 1 where a query of an even or odd chunk is far enough from a near key to count for it."""
-        distance, size, least = slots[:, None] - slots, len(slots), kept_keys.least_distance(len(slots))
-        own, before = distance >= least, distance + size >= least
-        counted = torch.stack([torch.cat([own, before], dim=1), torch.cat([before, own], dim=1)])
-        return counted.repeat(1, self.chunked.inputs.query.shape[2], 1).to(self.wide)
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """The fields of `Choice`."""
-        near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self.tables[1].shape[-1])
-        near_log, lists = near.new_empty(near.shape[:-1]), []
-        for span in self.chunked.spans():
+        near = self.asked.new_empty(*self.tokens.shape[:2], self.asked.shape[2], self._read[1].shape[-1])
+        spans, near_log = self.chunked.spans(), near.new_zeros(near.shape[:-1])
+        complete = min(self.chunked.complete_chunks(self.count), self.last + 1)
+        near[:, self.last + 1 :] = 0.0
+        index, there, evicted, evicted_mask = self._nothing_evicted(complete)
+        for span in spans:
             query = self.chunked.queries(self.chunked.inputs.query, span).to(self.wide)
-            query = query * (self.chunked.scaling * LOG2E)
             for i, chunk in enumerate(range(span.start, span.stop)):
-                self._enter(chunk)
-                near_log[:, chunk] = self._attend(query[:, i], chunk, near[:, chunk])
-                lists.append((self.entries[:, 0], self._there, *self._advance(chunk)))
-        index, there, evicted, evicted_mask = (torch.stack(x, dim=1) for x in zip(*lists, strict=True))
+                if chunk >= complete:
+                    self._enter(chunk)
+                if self.any_asked[chunk]:
+                    attend = self._attend_to_all if chunk < complete else self._attend
+                    near_log[:, chunk] = attend(query[:, i], chunk, near[:, chunk])
+                else:  # empty, or only the state's
+                    near[:, chunk] = 0.0
+                if chunk < complete - 1:
+                    continue
+                if chunk < complete:
+                    self._take_over(chunk)
+                first = self.count - self.width
+                index[:, chunk, first:], there[:, chunk, first:] = self.entries[:, 0], self._there
+                going, gone = self._advance(chunk)
+                first = evicted.shape[2] - going.shape[1]
+                evicted[:, chunk, first:], evicted_mask[:, chunk, first:] = going, gone
         last = torch.where(self.entries[:, 1] >= 0, self.entries[:, 0], -1).long()
         floats = self._floats(self.entries), self._floats(self.tokens).transpose(1, 2).flatten(2)
-        mass = torch.cat(floats, dim=2)[:, 1:]
-        return index.long(), there, evicted.long(), evicted_mask, near, near_log.mul_(LN2), last, mass
+        empty = self.count - self.width
+        mass = F.pad(torch.cat(floats, dim=2)[:, 1:], (empty, 0))
+        return index, there, evicted, evicted_mask, near, near_log.mul_(LN2), F.pad(last, (empty, 0), value=-1), mass
 
-    def _enter(self, chunk: int) -> None:
-        """Write a chunk and its sinks to their slots."""
-        size, inputs = self.chunked.chunk, self.chunked.inputs
-        first = self.count + self.sinks + chunk % 2 * size
-        for table, tokens, sinks in zip(self.tables, (inputs.key, inputs.value), self.chunked.sink_rows, strict=True):
-            own = tokens.flatten(0, 1)[:, chunk * size : (chunk + 1) * size].transpose(0, 1)
-            table[first : first + len(own)] = own  # leftovers of an older chunk behind it are masked
-            if not (chunk and self.plan.regular[chunk] and self.plan.regular[chunk - 1]):  # else they are the same
-                table[self.count : self.count + self.sinks] = sinks[:, chunk].transpose(0, 1)
+    def _nothing_evicted(self, complete: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first fields of `Choice`, filled for the chunks before `complete`, which keep every far key."""
+        rows, chunks, size = len(self.tokens), self.tokens.shape[1], self.chunked.chunk
+        places = torch.arange(self.count, device=self.tokens.device)
+        index = places.new_zeros(rows, chunks, self.count)
+        there, evicted = torch.zeros_like(index, dtype=torch.bool), places.new_zeros(rows, chunks, size)
+        if complete:
+            widths = torch.tensor(self._widths[:complete], device=places.device).unsqueeze(-1)
+            number = places - self.count + widths  # among the kept keys, the first of which is behind the sinks
+            index[:, :complete] = self.count + self.sinks + number.clamp_min(0)
+            there[:, :complete] = number >= 0
+        return index, there, evicted, torch.zeros_like(evicted, dtype=torch.bool)
 
-    def _mask(self, chunk: int) -> torch.Tensor:
-        """(1 or A, R, W): 0 where a query of the chunk sees a slot, else -inf."""
-        ordinary = self.full and self.plan.regular[chunk]
-        if ordinary and chunk % 2 in self._masks:
-            return self._masks[chunk % 2]
-        near = self.chunked.masks.near(slice(chunk, chunk + 1))[:, 0]
-        sinks, before, _, own = near.split([self.sinks, self.chunked.chunk] * 2, dim=-1)
-        kept = near.new_zeros(1, 1, self.count)
-        if not self.full:
-            kept = near.new_zeros(self._there.shape).masked_fill_(~self._there, -torch.inf).unsqueeze(1)
-        parts = [kept, sinks, before, own] if chunk % 2 else [kept, sinks, own, before]
-        rows = max(len(part) for part in parts)
-        mask = torch.cat([part.expand(rows, near.shape[1], -1) for part in parts], dim=-1)
-        if ordinary:
-            self._masks[chunk % 2] = mask
-        return mask
-
-    def _attend(self, query: torch.Tensor, chunk: int, output: torch.Tensor) -> torch.Tensor:
-        """Write a chunk's attention to `output` (A, R, M) and add up the mass it gives; log2 of the normaliser."""
-        key, value = (table.transpose(0, 1) for table in self.tables)
-        weights = self.chunked.scratch("exact weights", query, *query.shape[:2], key.shape[1])
-        torch.baddbmm(self._mask(chunk), query, key.mT, out=weights)
-        highest = weights.amax(-1)
-        weights.sub_(highest.unsqueeze(-1)).exp2_()
-        total = weights.sum(-1)
-        share = total.reciprocal()
-        torch.mul(torch.bmm(weights, value), share.unsqueeze(-1), out=output)
-        log = highest + total.log2()
-        if self.chunked.inputs.sink_logits is not None:
-            share = 1 / (total + (self._sink_logits() - highest).exp2_())
-        first, size = self.count + self.sinks, self.chunked.chunk
-        weights[:, :, first:].mul_(self.counted[chunk % 2])
-        # Each query head separately.
-        asked = (share if self.all_asked[chunk] else share * self.asked[:, chunk]).view(-1, 1, size)
-        given = torch.bmm(asked, weights.view(-1, size, weights.shape[2])).view(len(query), -1, weights.shape[2])
-        kept, _, one, other = given.split([self.count, self.sinks, size, size], dim=2)
-        own, before = (other, one) if chunk % 2 else (one, other)
-        self._floats(self.entries)[:, 1:].add_(kept)
-        self._floats(self.tokens[:, chunk])[:, 1:].add_(own)
-        if chunk:
-            self._floats(self.tokens[:, chunk - 1])[:, 1:].add_(before)
-        return log
-
-    def _sink_logits(self) -> torch.Tensor:
-        """(A, R), times log2(e)."""
-        logits = self.chunked.inputs.sink_logits
-        assert logits is not None
-        rows = logits.repeat_interleave(self.chunked.chunk, dim=1) * LOG2E
-        return rows.repeat(len(self.entries) // len(rows), 1)
+    def _take_over(self, chunk: int) -> None:
+        """Fill tables and entries as they are before the choice after `chunk`, the last that sees everything."""
+        self.width = self._widths[chunk]
+        stop = self.sinks + self.width
+        self.entries = self.tokens[:, : max(chunk - 1, 0)].transpose(1, 2).flatten(2)[:, :, self.sinks : stop].clone()
+        self._look()
+        if chunk == self.last:
+            return
+        for table, tokens in zip(self.tables, self._read, strict=True):
+            sinks = tokens[: self.sinks]
+            table[self.count - self.width : self.count] = tokens[self.sinks : stop]
+            table[self.count : self.count + len(sinks)] = sinks
+        for entered in range(max(chunk - 1, 0), chunk + 1):
+            self._enter(entered)
 
     def _advance(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key."""
-        window, boundaries = self.chunked.window, self.plan.boundaries
+        """Choose again where the next chunk continues the document; the evicted indices, and whether each is a key.
+
+        Of places that no row has filled, none are returned: (A, L), L <= C.
+        """
+        window, boundaries, width = self.chunked.window, self.plan.boundaries, self.width
         if not boundaries.any_advances[chunk]:
             self._begin(chunk)
             return self._nothing
         before = max(chunk - 1, 0)
-        ordinary = self.full and chunk > 0 and boundaries.all_advance[before] and boundaries.all_advance[chunk]
+        ordinary = self.full and self.plan.regular[chunk] and boundaries.all_advance[before]
+        ordinary = ordinary and boundaries.all_advance[chunk]
         whole, advances = torch.cat([self.entries, self.tokens[:, before]], dim=2), self._advances[:, chunk, None]
+        if ordinary and self._widths[chunk + 1] == width + window:  # there is place for all
+            staying = self._slot[: width + window].expand(len(whole), -1)
+            self.width, self.entries = width + window, whole
+            self._move(staying, width, chunk)
+            self._look()
+            return self._nothing[0][:, :0], self._nothing[1][:, :0]
         position, floats = whole[:, 1], self._floats(whole)
         if not chunk or not boundaries.all_advance[before]:  # nothing is evicted where a document has just begun
-            leaving = position[:, self.count :]
+            leaving = position[:, width:]
             leaving.masked_fill_(~self._advances[:, before, None] if chunk else leaving > -2, -1)
         score = kept_keys.scores(floats[:, 1:], floats[:, 0], position, self._ends[:, chunk, None], window)
         if not boundaries.all_advance[chunk]:  # other rows do not change
-            still = self._slot < self.count
+            still = self._slot[: width + window] < width
             score = torch.where(advances, score, torch.where(still, 0.0, kept_keys.NOTHING))
             position.masked_fill_(~(advances | still), -1)
-        going, staying = kept_keys.split(score, self.count, all_keys=ordinary)
-        evicted = whole[:, 0].gather(1, going), self._all if ordinary else position.gather(1, going) >= 0
+        # Never fewer than before: the rows whose document goes on have not begun another one yet.
+        self.width = max(width, self._widths[chunk + 1])
+        going, staying = kept_keys.split(score, self.width, all_keys=ordinary)
+        gone = self._all[:, : going.shape[1]] if ordinary else position.gather(1, going) >= 0
+        evicted = whole[:, 0].gather(1, going), gone
         self.entries = whole.gather(2, staying.unsqueeze(1).expand(-1, whole.shape[1], -1))
-        self._move(staying, before)
+        self._move(staying, width, chunk)
         self._begin(chunk)
         self._look()
         return evicted
 
-    def _move(self, staying: torch.Tensor, before: int) -> None:
-        """Write the keys and values `staying` (A, K), of the kept ones and those of chunk `before`, to their slots."""
-        shift = self.sinks + before % 2 * self.chunked.chunk
-        slots = torch.where(staying < self.count, staying, staying + shift)
+    def _move(self, staying: torch.Tensor, width: int, chunk: int) -> None:
+        """Write the keys and values `staying`, of the `width` kept ones and the chunk before, to their slots."""
+        if chunk == self.last:
+            return
+        first = self.count - width
+        shift = self.sinks + max(chunk - 1, 0) % 2 * self.chunked.chunk
+        slots = torch.where(staying < width, staying, staying + shift) + first
         rows = (slots * len(staying) + self._places.unsqueeze(1)).T.flatten()
         for table in self.tables:  # they are still in the CPU's cache, unlike the call's keys and values
-            table[: self.count].view(-1, table.shape[2]).copy_(table.view(-1, table.shape[2]).index_select(0, rows))
+            kept = table[self.count - self.width : self.count]
+            kept.view(-1, table.shape[2]).copy_(table.view(-1, table.shape[2]).index_select(0, rows))
 
     def _begin(self, chunk: int) -> None:
         """Forget everything in rows where the next chunk belongs to another document."""
@@ -274,4 +208,8 @@ class _ExactPass:
             self.entries[:, 1].masked_fill_(begins, -1)
             self._floats(self.entries)[:, 1:].masked_fill_(begins.unsqueeze(1), 0.0)
             self.full = False
+        # Filled places are the last ones.
+        first = max(0, self.width - self._widths[chunk + 1])
+        self.entries, self.width = self.entries[:, :, first:], self.width - first
+        if not self.full:
             self._there = self.entries[:, 1] >= 0

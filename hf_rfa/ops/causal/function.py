@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
 from hf_rfa.ops.causal.gradients import Answered, Gradients, block_gradients
+from hf_rfa.ops.causal.narrow_products import narrow_products
 from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of
 from hf_rfa.ops.causal.pool import PoolGradient
 from hf_rfa.ops.combine import FarStatistics
@@ -32,6 +33,7 @@ class PassSettings:
     window: int
     scaling: float
     statistics: FarStatistics | None
+    narrow: bool = False  # whether products are bfloat16, see `narrow_products`
 
 
 def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,6 +43,8 @@ def causal_attention(inputs: PassInputs, settings: PassSettings) -> tuple[torch.
     """
     tensors = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     kernel = {name: getattr(settings.far, name) for name in KERNEL}
+    narrow = narrow_products(inputs.query, inputs.key, inputs.value, settings.far, settings.window)
+    settings = dataclasses.replace(settings, narrow=narrow)
     if any(follows([*tensors, *kernel.values()])):
         tensors = [t.to(inputs.wide) if t is not None and t.is_floating_point() else t for t in tensors]
     constant = (2,) if inputs.decay is None else ()
@@ -74,8 +78,17 @@ def _run(
             kv_state.new_empty(len(spans), *kv_state.shape), log_max.new_empty(len(spans), *log_max.shape),
             kv_state.new_empty(rows), kv_state.new_empty(rows),
         )  # fmt: skip
-        kept.kv_states[0], kept.log_maxima[0] = kv_state, log_max
-    for number, (span, block, parts, state, end_log_max) in enumerate(chunked.forward()):
+    exact = chunked.exact_blocks()
+    for span in spans[:exact]:
+        answer, log_total = chunked.exact_answer(span)
+        chunked.put(output, answer, span)
+        if kept is not None:
+            kept.log_total[:, span], kept.far_weight[:, span] = log_total, 0.0
+    if kept is not None:
+        kept.kv_states[: exact + 1], kept.log_maxima[: exact + 1] = kv_state, log_max
+    if exact == len(spans):
+        return output, inputs.kv_state.clone(), inputs.log_max.clone(), kept
+    for number, (span, block, parts, state, end_log_max) in enumerate(chunked.forward(exact), exact):
         rows_of_block = chunked.target(output, span)
         combined = combine_block(block, parts, rows_of_block)
         chunked.put(output, rows_of_block, span)
@@ -126,7 +139,12 @@ class _Recipe:
         far = dataclasses.replace(settings.far, **dict(zip(KERNEL, tensors[count:], strict=True)))
         inputs = PassInputs(*tensors[:count])
         learned = any(follow for name, follow in zip(KERNEL, followed[count:], strict=True) if name != "gamma")
-        return ChunkedPass(inputs, far, settings.plan, settings.window, settings.scaling, may_bound=not learned)
+        # Signed sums amplify rounding: what is computed without gradients must be what a learned omega gives.
+        bound = not learned and (any(followed) or "trigonometric" not in far.feature_maps)
+        return ChunkedPass(
+            inputs, far, settings.plan, settings.window, settings.scaling, may_bound=bound,
+            narrow=settings.narrow and not learned,
+        )  # fmt: skip
 
 
 class _Backward:

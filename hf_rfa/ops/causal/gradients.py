@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_rfa.ops.causal.block import Block, Features, Sums, exact_rows, extend, intra_chunk
+from hf_rfa.ops.causal import narrow_products
+from hf_rfa.ops.causal.block import Block, Features, Sums, exact_rows, extend, intra_chunk, narrow_scratch
+from hf_rfa.ops.causal.narrow_products import narrowed, product, read_states
 from hf_rfa.ops.causal.near import near_gradients, split_windows
 from hf_rfa.ops.causal.scratch import Scratch
 
@@ -73,19 +75,29 @@ def block_gradients(
     read = far if own is None else far * own.lifted.unsqueeze(-1)
     # All sums are transposed, (M + 1, F), like the features that `BoundedMap` computes.
     from_reads = scratch("from reads", kv_state, *psi.query.shape[:2], kv_state.shape[2], kv_state.shape[1])
-    _product(read.mT, psi.query, from_reads)
-    states = _states(psi, sums, kv_state, scratch)
+    narrow, multiply = block.narrow, product if block.narrow else _product
+    query_features, key_features, reads, extended = (
+        narrowed(x) if narrow else x for x in (psi.query, psi.key, read, sums.extended)
+    )
+    multiply(reads.mT, query_features, from_reads)
+    if narrow:
+        state = kv_state.mT.clone(memory_format=torch.contiguous_format)
+        buffer = narrow_scratch(scratch, "states", psi.query, state)
+        states = read_states(key_features, sums.extended, sums.shrink, state, buffer)
+    else:
+        states = _states(psi, sums, kv_state, scratch)
     # The state's gradient after each chunk, from the last one to the first.
     flow, forgotten = kv_state_gradient.mT, [log_max_gradient]
-    added = scratch("added", kv_state, *from_reads.shape)
+    added = narrow_scratch(scratch, "added", psi.query, flow) if narrow else scratch("added", flow, *from_reads.shape)
     for i in reversed(range(block.query.shape[1])):
         added[:, i] = flow
-        flow = torch.addcmul(from_reads[:, i], added[:, i], sums.shrink[:, i, None, None])
+        flow = torch.addcmul(from_reads[:, i], flow if narrow else added[:, i], sums.shrink[:, i, None, None])
         if block.decay is not None:
-            forgotten.append((flow * states[:, i]).sum((-2, -1)))
-    query_psi = _product(states.mT, read.mT, scratch("query psi", kv_state, *psi.query.mT.shape)).mT
-    key_psi = _product(added.mT, sums.extended.mT, scratch("key psi", kv_state, *psi.key.mT.shape)).mT
-    pushed = _product(psi.key, added.mT, scratch("pushed", kv_state, *sums.extended.shape))
+            forgotten.append((flow * states.view_as(from_reads)[:, i]).sum((-2, -1)))
+    added = added.flatten(0, 1) if narrow else added
+    query_psi = multiply(states.mT, reads.mT, scratch("query psi", kv_state, *psi.query.mT.shape)).mT
+    key_psi = multiply(added.mT, extended.mT, scratch("key psi", kv_state, *psi.key.mT.shape)).mT
+    pushed = multiply(key_features, added.mT, scratch("pushed", kv_state, *sums.extended.shape))
     key_scale = (pushed * sums.extended).sum(-1)
     near = None
     if own is not None:
@@ -99,7 +111,7 @@ def block_gradients(
     else:
         assert block.mask is not None
         keys, values = exact_rows(block, scratch)
-        query, key, near_value = near_gradients(
+        query, key, near_value = (narrow_products.near_gradients if narrow else near_gradients)(
             gradient, block.query, keys, values, answered.output, answered.log_total, block.mask, block.scaling
         )
         sinks, count = block.sink_key.shape[2], 0 if block.kept is None else block.kept.index.shape[2]

@@ -3,6 +3,7 @@
 Memory besides inputs and outputs: the far sums at the start of each block, and the features and scores of one block.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Block, Combined, Features, KeptRows, Parts, block_parts, block_sums
-from hf_rfa.ops.causal.bounded_features import BoundedFeatures, BoundedMap
+from hf_rfa.ops.causal.bounded_features import MAPS, BoundedFeatures, BoundedMap
 from hf_rfa.ops.causal.masks import ExactMasks
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.causal.scratch import Scratch
@@ -70,6 +71,7 @@ class ChunkedPass:
     window: int
     scaling: float
     may_bound: bool = True  # whether `BoundedMap` may be used: it gives no gradients of the kernel
+    narrow: bool = False  # whether products are bfloat16, see `narrow_products`; needs `BoundedMap`
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
@@ -82,35 +84,63 @@ class ChunkedPass:
             fold = F.pad(plan.fold[:, :-1], (0, 0, 1, 0)) & self.masks.follows.unsqueeze(-1)
         keep = torch.cat([plan.segment_ids[:, :1] == 0, self.masks.follows[:, 1:]], dim=1)
         self.fold, self.keep = (x.repeat_interleave(heads, 0) if len(x) > 1 else x for x in (fold, keep))
-        gamma, batch = self.far.gamma, len(self.inputs.key)
+        batch = len(self.inputs.key)
         self.log_gamma = self.far.log_gamma().repeat(batch).view(-1, 1, 1)
         limit = self.far.log_limit()
         self.log_limit = None if limit is None else limit.repeat(batch).view(-1, 1, 1)
-        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
-        self.sink_rows = [self._sink_rows(x, of_state) for x, of_state in pairs]
         self.pools = self._pools()
-        self._bounded: tuple[BoundedMap, BoundedMap] | None = None
-        # Large exponents are looked up on the host, which would make a GPU wait.
-        if self.may_bound and set(self.far.feature_maps) == {"hyperbolic"} and gamma.device.type == "cpu":
-            query, key = (BoundedMap(self.far, self.scaling, batch, keys, self.scratch) for keys in (False, True))
-            self._bounded = query, key
 
     @property
     def chunk(self) -> int:
         """C, the chunk size."""
         return self.plan.token_mask.shape[-1]
 
+    @functools.cached_property
+    def sink_rows(self) -> list[torch.Tensor]:
+        """The sinks (A, n, s, D or M) that each chunk sees: keys, values."""
+        pairs = (self.inputs.key, self.inputs.sink_key), (self.inputs.value, self.inputs.sink_value)
+        return [self._sink_rows(x, of_state) for x, of_state in pairs]
+
+    @functools.cached_property
+    def _bounded(self) -> tuple[BoundedMap, BoundedMap] | None:
+        # Large exponents are looked up on the host, which would make a GPU wait.
+        maps, device = set(self.far.feature_maps), self.far.gamma.device.type
+        if not (self.may_bound and len(maps) == 1 and maps <= set(MAPS) and device == "cpu"):
+            return None
+        batch = len(self.inputs.key)
+        options = self.far, self.scaling, batch
+        query, key = (BoundedMap(*options, keys, self.scratch, self.narrow) for keys in (False, True))
+        return query, key
+
     def spans(self) -> list[slice]:
-        """The chunks of each block."""
-        count = self.plan.token_mask.shape[1]
-        return [slice(i, min(i + BLOCK_CHUNKS, count)) for i in range(0, count, BLOCK_CHUNKS)]
+        """The chunks of each block, first of those whose exact part is known and which have no far keys.
+
+        An empty last chunk, which only marks where the next token belongs, is left out.
+        """
+        count, first = self.plan.token_mask.shape[1], self._known_chunks()
+        if self.plan.identity and count > 1 and self.inputs.key.shape[2] <= (count - 1) * self.chunk:
+            count -= 1
+        return [
+            slice(i, min(i + BLOCK_CHUNKS, stop))
+            for start, stop in ((0, min(first, count)), (first, count))
+            for i in range(start, stop, BLOCK_CHUNKS)
+        ]
+
+    def complete_chunks(self, kept_keys: int) -> int:
+        """The number of first chunks that see every token of their document exactly, known only for simple layouts."""
+        return min(self.plan.token_mask.shape[1], self._complete(kept_keys))
+
+    def _complete(self, kept_keys: int) -> int:
+        """The same of a document without an end; after all of these but the last, nothing is evicted."""
+        plan, sinks = self.plan, self.inputs.sink_key.shape[2]
+        simple = plan.identity and not plan.history and not any(plan.boundaries.any_begins)
+        if not (self.window and simple and self.inputs.key.shape[2]):
+            return 0
+        return (kept_keys + sinks) // self.chunk + 2
 
     def block(self, span: slice) -> Block:
         """The block that consists of the chunks in a span."""
         inputs = self.inputs
-        logits = inputs.sink_logits
-        if logits is not None:
-            logits = logits.repeat_interleave(self.chunk, dim=1).repeat(len(inputs.key), 1).unsqueeze(1)
         decay = None
         if inputs.decay is not None:
             decay = inputs.decay[:, :, max(span.start - 1, 0) : span.stop].flatten(0, 1)
@@ -127,12 +157,13 @@ class ChunkedPass:
             fold=fold[:, span],
             keep=self.keep[:, span],
             decay=decay,
-            sink_logits=logits,
+            sink_logits=self._logits(),
             log_gamma=self.log_gamma,
             log_limit=self.log_limit,
             scaling=self.scaling,
             delay=self.delay,
             steady=all(self.plan.regular[span]),
+            narrow=self.narrow,
             kept=kept,
         )
 
@@ -157,11 +188,36 @@ class ChunkedPass:
         query = self._bounded[0].gradient(made[0], psi.query, psi.query_scale)
         return query, self._bounded[1].gradient(made[1], psi.key, psi.key_scale)
 
-    def forward(self) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
-        """Per block: both parts, in buffers that the next block reuses, and S^T and m after it."""
+    def _known_chunks(self) -> int:
+        """The number of first chunks whose exact part is known, without far keys before or after them."""
+        inputs = self.inputs
+        if inputs.evicted is None or inputs.kept_key is None:
+            return 0
+        return max(0, self._complete(inputs.kept_key.shape[2]) - 1)
+
+    def exact_blocks(self) -> int:
+        """The number of first blocks of such chunks."""
+        return -(-min(self._known_chunks(), self.spans()[-1].stop) // BLOCK_CHUNKS)
+
+    def exact_answer(self, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output (A, n, R, M) of a block without far keys, and the log of its normaliser (A, n, R)."""
+        near, log, logits = self.inputs.near, self.inputs.near_log, self._logits()
+        assert near is not None
+        assert log is not None
+        near, log = near[:, span], log[:, span]
+        if logits is None:
+            return near, log
+        total = torch.logaddexp(log, logits.expand_as(log))
+        return near * (log - total).exp_().unsqueeze(-1), total
+
+    def forward(self, first: int = 0) -> Iterator[tuple[slice, Block, Parts, torch.Tensor, torch.Tensor]]:
+        """Per block from `first` on: both parts, in buffers that the next block reuses, and S^T and m after it.
+
+        No far keys may come before `first`.
+        """
         kv_state, log_max = (x.flatten(0, 1) for x in (self.inputs.kv_state, self.inputs.log_max))
         state = kv_state.mT.clone(memory_format=torch.contiguous_format)
-        for span in self.spans():
+        for span in self.spans()[first:]:
             block = self.block(span)
             made = self.bounded_psi(block)
             psi = self.psi(block.query, block.far_key, self.far) if made is None else features_of(made)
@@ -203,7 +259,7 @@ class ChunkedPass:
         Call it from the last block to the first: the following block has already written to this one's last chunk.
         `begun`: All of `whole` holds a part of the gradient already.
         """
-        count, tokens = self.plan.token_mask.shape[1], chunks.flatten(1, 2)
+        count, tokens = self.spans()[-1].stop, chunks.flatten(1, 2)
         first, stop = (span.start - 1) * self.chunk, min(span.stop * self.chunk, whole.shape[1])
         low, written = max(first, 0), min((span.stop - (span.stop < count)) * self.chunk, stop)
         if begun:
@@ -234,6 +290,13 @@ class ChunkedPass:
             tokens = F.pad(tokens, (0, 0, 0, stop - length))
         chunks = tokens.unflatten(3, (-1, self.chunk)).transpose(2, 3)
         return chunks.reshape(batch * heads, span.stop - span.start, groups * self.chunk, dim)
+
+    def _logits(self) -> torch.Tensor | None:
+        """The sink logits (A, 1, R), or None."""
+        logits = self.inputs.sink_logits
+        if logits is None:
+            return None
+        return logits.repeat_interleave(self.chunk, dim=1).repeat(len(self.inputs.key), 1).unsqueeze(1)
 
     def _chunks(self, x: torch.Tensor, span: slice) -> torch.Tensor:
         """The chunks of a span and the one before it (A, n + 1, C, D), which is zero if there is none."""
