@@ -14,7 +14,7 @@ from trained_on_topics import topical, trained
 import hf_rfa
 from hf_rfa import CheckpointError, ConfigError
 from hf_rfa.budget_curve import summary
-from hf_rfa.calibration.budget import Way, spend
+from hf_rfa.calibration.budget import Way, numbers_for, spend
 from hf_rfa.runtime.arguments import cache_of
 from hf_rfa.runtime.record import conversion_config
 
@@ -155,6 +155,16 @@ def test_a_budget_decides_the_heads_of_a_model(tmp_path):
     with torch.no_grad():  # the bytes that are counted are those of the cache, but for a few numbers per key
         cache = cache_of(model(input_ids=topical(1, 400, seed=2), use_cache=True))
     assert hf_rfa.cache_bytes(cache) == pytest.approx(report.curve[-1].bytes, rel=0.25)
+
+
+def test_no_head_is_offered_more_keys_than_half_of_the_text():
+    """Of a text that a head keeps almost whole it forgets nothing, and would seem to cost nothing in longer ones."""
+    settings = BUDGET | {"budget": "400 tokens"}  # more than there is to buy
+    for length, most in ((150, 64), (300, 128)):
+        model = hf_rfa.convert(build("llama"), hf_rfa.RFAConfig(**settings), calibrate=token_ids(2, length))
+        assert {step.kept_keys for step in hf_rfa.calibration_report(model).curve} - {None} <= set(numbers_for(length))
+        assert max(number for _, number in conversion_config(model).head_kept_keys) == most
+    assert numbers_for(8192)[-3:] == (1024, 2048, 4096)
 
 
 def test_more_bytes_cost_fewer_nats():

@@ -5,6 +5,7 @@ python scripts/benchmarks/peers/table.py --prompts prompts.json --answers ours.j
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from hf_rfa.command_line import parse_arguments
 from hf_rfa.errors import ConfigError
 from hf_rfa.evaluation.tasks.measuring import Answered, score_cell, scored, task_score
 from hf_rfa.options import Settings, option
+
+#: Of fewer continuations no interval is given.
+LEAST_FOR_INTERVAL = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,14 @@ def of_kind(prompts: dict[str, Any], kind: tuple[str, int]) -> list[dict[str, An
 
 
 def mean(values: Any) -> str:
+    """The mean, with half its 95 % interval (normal) where there are enough values to tell."""
     given = list(values)
-    return "—" if not given or None in given else f"{sum(given) / len(given):.4f}"
+    if not given or None in given:
+        return "—"
+    found = f"{statistics.fmean(given):.4f}"
+    if len(given) < LEAST_FOR_INTERVAL:
+        return found
+    return f"{found} ± {1.96 * statistics.stdev(given) / len(given) ** 0.5:.4f}"
 
 
 def task_cell(
