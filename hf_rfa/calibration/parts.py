@@ -17,7 +17,8 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.block import Block, exact_rows
 from hf_rfa.ops.causal.chunked import align
 from hf_rfa.ops.causal.near import near_attention
-from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
+from hf_rfa.ops.causal.pass_inputs import PassInputs
+from hf_rfa.ops.causal.passes import ChunkedPass
 from hf_rfa.ops.chunks import queries_to_chunks, take
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.settings import AttentionSettings

@@ -16,7 +16,8 @@ from hf_rfa.ops.call import OperatorCall
 from hf_rfa.ops.causal.exact_pass import Choice, choose_keys
 from hf_rfa.ops.causal.function import PassSettings, causal_attention
 from hf_rfa.ops.causal.keeping import decay_of_evicted, with_kept_keys
-from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs
+from hf_rfa.ops.causal.pass_inputs import PassInputs
+from hf_rfa.ops.causal.passes import ChunkedPass
 from hf_rfa.ops.chunks import PURE_CHUNK, take, tokens_of
 from hf_rfa.ops.combine import Part
 from hf_rfa.ops.layout import Plan, PlanSpec

@@ -11,7 +11,8 @@ from hf_rfa.features.far_kernel import FarKernel
 from hf_rfa.ops.causal.block import Features, block_sums, combine_block
 from hf_rfa.ops.causal.gradients import Answered, Gradients, block_gradients
 from hf_rfa.ops.causal.narrow_products import narrow_products
-from hf_rfa.ops.causal.passes import ChunkedPass, PassInputs, features_of
+from hf_rfa.ops.causal.pass_inputs import PassInputs
+from hf_rfa.ops.causal.passes import ChunkedPass, features_of
 from hf_rfa.ops.causal.pool import PoolGradient
 from hf_rfa.ops.combine import FarStatistics
 from hf_rfa.ops.layout import Plan

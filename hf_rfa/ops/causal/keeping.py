@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_rfa.ops.causal.exact_pass import Choice
-from hf_rfa.ops.causal.passes import PassInputs
+from hf_rfa.ops.causal.pass_inputs import PassInputs
 from hf_rfa.ops.causal.pool import Pool
 from hf_rfa.ops.layout import Plan
 from hf_rfa.ops.state import RFAState
