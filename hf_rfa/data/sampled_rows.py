@@ -54,11 +54,13 @@ def sampled_rows(tokenizer, documents: Sequence[Document], context: int, rows: i
 def _row(tokenizer, documents: Sequence[Document], number: int, offset: int, context: int) -> torch.Tensor:
     """The first `context` tokens behind a place of a document."""
     row = torch.empty(0, dtype=torch.long)
+    begin = offset + _to_next_word(documents[number].text[offset : offset + LONGEST_WORD]) if offset else 0
     for step in range(len(documents) + 1):
         document = documents[(number + step) % len(documents)]
-        text = document.text[:offset] if step == len(documents) else document.text[offset if step == 0 else 0 :]
-        if step == 0 and offset:
-            text = _from_next_word(text)
+        # What was passed over at the beginning is the end of what the last document has left.
+        text = document.text[:begin] if step == len(documents) else document.text[begin if step == 0 else 0 :]
+        if not text:  # nothing of the document is there, nor its bos token
+            continue
         row = torch.cat([row, _first_tokens(tokenizer, Document(document.name, text), context - len(row))])
         if len(row) >= context:
             return row
@@ -78,6 +80,6 @@ def _first_tokens(tokenizer, document: Document, wanted: int) -> torch.Tensor:
         characters *= 2
 
 
-def _from_next_word(text: str) -> str:
-    first = next((place for place, letter in enumerate(text[:LONGEST_WORD]) if letter.isspace()), -1)
-    return text[first + 1 :]
+def _to_next_word(text: str) -> int:
+    """How many characters there are up to the first white space, it included; 0 without any."""
+    return next((place + 1 for place, letter in enumerate(text) if letter.isspace()), 0)

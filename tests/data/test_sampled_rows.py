@@ -52,6 +52,28 @@ def test_where_a_document_ends_the_next_one_begins_with_its_bos_token():
     assert len(text_of(row, bos=7)) <= length
 
 
+def test_a_text_of_just_so_many_tokens_is_enough_wherever_the_row_begins():
+    """What is passed over up to the next word comes at the end."""
+    document = Document("one", " ".join(letter * 40 for letter in "abcdef"))
+    length = len(document.text)
+    rows = sampled_rows(Counting(), [document], length, 20, seed=0)
+    assert all(sorted(text_of(row)) == sorted(document.text) for row in rows)
+    with pytest.raises(ConfigError, match=f"at most {length},"):
+        sampled_rows(Counting(), [document], length + 1, 1, seed=0)
+
+
+def test_a_document_of_which_nothing_is_left_leaves_no_bos_token():
+    """Rows that begin behind the last white space of a document, and those that come back to its first character."""
+    rows = sampled_rows(Counting(bos=7), [Document("a", "a\n"), Document("b", "b\n")], 5, 20, seed=0)
+    for row in rows.tolist():
+        assert row[0] == 7
+        assert [7, 7] not in [row[place : place + 2] for place in range(4)]
+    (row,) = sampled_rows(Counting(bos=7), [Document("a", "a\n")], 3, 1, seed=0).tolist()
+    assert row == [7, ord("a"), ord("\n")]
+    with pytest.raises(ConfigError, match="at most 3,"):
+        sampled_rows(Counting(bos=7), [Document("a", "a\n")], 4, 1, seed=0)
+
+
 def test_a_large_collection_is_not_read_as_a_whole():
     documents = [Document(str(n), f"{n} words and more " * 20_000) for n in range(5)]
     tokenizer = Counting()
