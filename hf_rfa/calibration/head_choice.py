@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_rfa.budget_curve import CurveStep
 from hf_rfa.calibration.budget import Way, exact_way, linear_way, numbers_for, spend, total_bytes
 from hf_rfa.calibration.head_costs import HeadOption, costs_on
+from hf_rfa.calibration.processes import greatest_over_processes
 from hf_rfa.calibration.progress import Progress
 from hf_rfa.calibration.texts import Text
 from hf_rfa.config import HeadIndex, RFAConfig
@@ -46,7 +47,9 @@ def choose_heads(
         return fixed, []
     if numbers_open:
         progress.stage("calibrating: the budget", 4 * sum(text.tokens for text in texts))
-        options = {number: HeadOption(kept_keys=number) for number in numbers_for(max(text.length for text in texts))}
+        # The same numbers in all processes, whose costs are added.
+        longest = greatest_over_processes(max(text.length for text in texts))
+        options = {number: HeadOption(kept_keys=number) for number in numbers_for(longest)}
         by_number = costs_on(base, texts, options, draws=1)
         progress.done(4 * sum(text.tokens for text in texts))
     adapters = {adapter.layer: adapter for _, _, adapter in named_adapters(base) if adapter.converted}

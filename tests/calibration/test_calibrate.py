@@ -377,6 +377,8 @@ def test_statistics_are_added_over_processes(tmp_path):
     launch([str(paths.TESTS / "worker_calibrate.py"), str(tmp_path)], 2)
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
+    patterns = [(tmp_path / f"pattern-{rank}.json").read_text() for rank in (0, 1)]
+    assert patterns[0] == patterns[1]
     alone = hf_rfa.calibration_report(converted("llama", calibrate=token_ids(4, 120))).to_dict()
     assert first["tokens"] == alone["tokens"] == 480
     assert first["divergence"] == pytest.approx(alone["divergence"], rel=1e-4)
