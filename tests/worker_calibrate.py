@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
     (folder / f"report-{rank}.json").write_text(json.dumps(report))
     # Texts of different lengths tell different numbers of kept keys apart.
     budget = replace(SHORT, kept_keys=0, budget="70 tokens")
-    model = hf_rfa.convert(build("llama"), budget, calibrate=token_ids(1, 140 + 60 * rank))
+    model = hf_rfa.convert(build("llama"), budget, calibrate=token_ids(1, 140 + 120 * rank))
     hf_rfa.save_pattern(model, folder / f"pattern-{rank}.json")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
