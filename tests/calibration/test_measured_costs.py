@@ -75,10 +75,14 @@ def test_of_the_embedded_model():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(LARGE, "config.json").is_file(), reason="needs SmolLM2-135M, see HF_RFA_SMOLLM2")
 def test_of_a_real_model():
-    """Layer by layer."""
+    """Layer by layer. Costs rank the layers as they are measured to; of the few that cost most they are too low, since
+    they are of second order, and what all layers cost together is more than the sum of what each does by itself."""
     tokenizer, original = AutoTokenizer.from_pretrained(LARGE), AutoModelForCausalLM.from_pretrained(LARGE).eval()
     text = "".join(document for _, document in stdlib_documents("validation")[:4])
     ids = tokenizer(text[:12_000], return_tensors="pt")["input_ids"][:, :2048].view(2, 1024)
-    got, want, whole = compared(original, ids, hf_rfa.RFAConfig(), by_layer=True)
-    assert rank_correlation(got, want) > 0.8
-    assert sum(got) == pytest.approx(whole, rel=0.5)
+    got, want, whole = compared(original, ids, hf_rfa.RFAConfig(kept_keys=128), by_layer=True)
+    print(f"rank correlation {rank_correlation(got, want):.3f}; nats/token: estimated {sum(got):.4f}, "
+          f"measured layer by layer {sum(want):.4f}, all at once {whole:.4f}")  # fmt: skip
+    assert rank_correlation(got, want) > 0.95
+    assert 0.4 < sum(got) / sum(want) < 1.5
+    assert 0.25 < sum(got) / whole < 1.5
