@@ -43,6 +43,7 @@ from hf_rfa.evaluation.results import COLUMNS, COLUMNS_HELP, DEFAULT_COLUMNS, OR
 from hf_rfa.evaluation.speed import measure_speed
 from hf_rfa.evaluation.tasks import TaskSettings
 from hf_rfa.options import Settings, option, part
+from hf_rfa.runtime.devices import chosen_device
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -79,7 +80,7 @@ class Options(Settings):
 
 def main(arguments: list[str]) -> None:
     given = parse_arguments(Options, arguments, __doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device("auto")
     original = load_any(given.original, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(given.original)
     check_tokenizer(tokenizer, original)

@@ -6,9 +6,9 @@ from typing import Literal
 from hf_rfa.config import RFAConfig
 from hf_rfa.data.documents import SOURCE_HELP
 from hf_rfa.options import Settings, option, part
+from hf_rfa.runtime.devices import DEVICE_HELP
 
 _CALIBRATION, _RUN, _LAYER = "Calibration", "Run", "Layer"
-DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_HELP = "Precision of the weights; 'auto': as they were saved."
 

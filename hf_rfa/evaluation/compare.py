@@ -38,6 +38,7 @@ from hf_rfa.evaluation.results import (
     column_titles,
 )
 from hf_rfa.evaluation.speed import measure_speed
+from hf_rfa.runtime.devices import chosen_device
 from hf_rfa.runtime.record import conversion_config
 from hf_rfa.training.config import FinetuneConfig
 from hf_rfa.training.loop import finetune
@@ -153,9 +154,7 @@ def compare(
 
 
 def _load(settings: CompareSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(settings.device)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval().to(device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max(settings.contexts) > limit:

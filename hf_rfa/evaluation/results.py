@@ -12,6 +12,7 @@ from hf_rfa.evaluation.measures import PositionBin
 from hf_rfa.evaluation.speed import Speed
 from hf_rfa.evaluation.tasks.measuring import TaskScore, TaskSettings
 from hf_rfa.options import Settings, option, part
+from hf_rfa.runtime.devices import DEVICE_HELP
 from hf_rfa.runtime.kept_tokens import KeptTokens
 
 #: Version of report.json.
@@ -117,7 +118,7 @@ class CompareSettings(Settings):
     threads: int | None = option(
         "CPU threads; by default the cores that are idle at the start.", None, group=_RUN, least=1
     )
-    device: str = option("'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.", "auto", group=_RUN)
+    device: str = option(DEVICE_HELP, "auto", group=_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()

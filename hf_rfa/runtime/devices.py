@@ -7,6 +7,9 @@ from torch import nn
 
 from hf_rfa.errors import ConfigError
 
+#: The help text of every option that names a device.
+DEVICE_HELP = "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'."
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """The device on which `module` computes: where Accelerate brings its offloaded weights to, else its weights' own.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_rfa.options import Settings, option
+from hf_rfa.runtime.devices import DEVICE_HELP
 
 _LIMITS, _RUN = "Limits", "Run"
 
@@ -31,6 +32,6 @@ class ServeSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "Of the weights; 'auto' is what they were saved in.", "auto", group=_RUN
     )
-    device: str = option("'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:1'.", "auto", group=_RUN)
+    device: str = option(DEVICE_HELP, "auto", group=_RUN)
     trust_remote_code: bool = option("Run code that lies beside the weights; read it first.", False, group=_RUN)
     threads: int | None = option("CPU threads; by default PyTorch's number.", None, group=_RUN, least=1)

@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 import hf_rfa
 from hf_rfa.checkpoint import load_any
 from hf_rfa.command_line import parse_arguments
-from hf_rfa.commands.settings import DEVICE_HELP
 from hf_rfa.evaluation.continuation import divergence, logits_behind
 from hf_rfa.evaluation.tasks.asking import greedy_answers
 from hf_rfa.evaluation.tasks.prompts import Question, TaskDocument
 from hf_rfa.options import Settings, option
-from hf_rfa.runtime.devices import chosen_device
+from hf_rfa.runtime.devices import DEVICE_HELP, chosen_device
 
 
 @dataclass(frozen=True)
