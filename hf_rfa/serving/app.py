@@ -18,8 +18,8 @@ from hf_rfa.serving.engine import Engine
 from hf_rfa.serving.errors import RequestError, broken, invalid
 from hf_rfa.serving.metrics import Metrics
 from hf_rfa.serving.orders import Orders
-from hf_rfa.serving.replies import Reply
-from hf_rfa.serving.requests import AnyRequest, ChatRequest, CompletionRequest
+from hf_rfa.serving.replies import Reply, sent
+from hf_rfa.serving.requests import AnyRequest, ChatRequest, CompletionRequest, LoadRequest
 from hf_rfa.serving.sequence import Event, Finished, Sequence, Text
 
 
@@ -63,6 +63,15 @@ def create_app(engine: Engine, orders: Orders, metrics: Metrics) -> FastAPI:
     async def one_model(name: str) -> dict[str, Any]:
         orders.check_name(name)
         return model
+
+    @app.post("/load_model")
+    async def load_model(body: LoadRequest) -> Response:
+        try:
+            orders.check_name(body.model)
+            event = {"status": "ready", "model": body.model, "cached": True}
+        except RequestError as error:  # its client shows the message of an event, and only the status of a response
+            event = {"status": "error", "model": body.model, "message": str(error)}
+        return Response(sent(event), media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> Response:

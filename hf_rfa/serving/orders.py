@@ -48,9 +48,9 @@ class Orders:
             prompt, self._limit(request, len(prompt)),
             Sampling(
                 1.0 if request.temperature is None else request.temperature,
-                1.0 if request.top_p is None else request.top_p, request.seed,
+                1.0 if request.top_p is None else request.top_p, request.top_k or None, request.seed,
             ),
-            tuple(request.stops), self._ends,
+            tuple(request.stops), self._ends if request.ends is None else request.ends,
         )  # fmt: skip
         return Sequence(order, TextStream(self._writer, prompt, order.stop), emit)
 

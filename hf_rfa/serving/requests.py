@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from hf_rfa.serving.generation_config import fields_of
+from hf_rfa.serving.unsupported import refuse_unless_neutral
+
 #: Fields that this server does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
@@ -58,8 +61,10 @@ class AnyRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
+    eos_token_id: int | Tokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -68,11 +73,21 @@ class AnyRequest(BaseModel):
     def _leave_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {name: value for name, value in values.items() if name not in _IGNORED and name not in _NEUTRAL}
         for name in _NEUTRAL.keys() & values.keys():
-            if not _asks_for_nothing(values[name], _NEUTRAL[name]):
-                raise ValueError(f"`{name}` is not supported. Got {_short(values[name])}. {_advice(name)}")
-        return kept
+            refuse_unless_neutral(name, values[name], _NEUTRAL[name], _advice(name))
+        return {name: value for name, value in values.items() if name not in _IGNORED and name not in _NEUTRAL}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_generation_config(cls, values: Any) -> Any:
+        """Fields that a request names itself come before those of its generation config."""
+        if not isinstance(values, dict) or "generation_config" not in values:
+            return values
+        own = {name: value for name, value in values.items() if name != "generation_config" and value is not None}
+        named = {} if values["generation_config"] is None else fields_of(values["generation_config"])
+        if "max_completion_tokens" in own:
+            named.pop("max_tokens", None)
+        return named | own
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -84,6 +99,12 @@ class AnyRequest(BaseModel):
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def ends(self) -> frozenset[int] | None:
+        """The tokens that end the answer; None for the model's own."""
+        found = self.eos_token_id
+        return None if found is None else frozenset([found] if isinstance(found, int) else found)
 
     @property
     def wants_usage(self) -> bool:
@@ -132,6 +153,14 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content or "", **named}
 
 
+class LoadRequest(BaseModel):
+    """The body of POST /load_model, by which `transformers chat` asks for a model before it sends messages."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: String
+
+
 class ChatRequest(AnyRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -147,18 +176,6 @@ class ChatRequest(AnyRequest):
             )
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
-
-
-def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value is one of `neutral`, or null; true is not 1."""
-    return value is None or any(
-        isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _advice(name: str) -> str:

@@ -13,12 +13,19 @@ class Sampling:
     Attributes:
         temperature: Logits are divided by it; 0 is greedy.
         top_p: Tokens are drawn from the smallest set of the most probable ones with at least this probability.
+        top_k: From at most as many of the most probable ones, before `top_p` counts; None for all.
         seed: The same seed gives the same tokens; None for another one every time.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
     seed: int | None = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only the most probable tokens are drawn."""
+        return self.top_p < 1 or self.top_k is not None
 
 
 class Sampler:
@@ -48,17 +55,18 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None
     """A token for each row of logits (B, V); None where they are not finite, from which nothing can be chosen."""
     logits = logits.float()
     best, tokens = logits.max(dim=-1)
-    for nucleus in (False, True):  # apart, so that what others ask for does not change the order of a row's tokens
-        drawn = [row for row, each in enumerate(samplers) if each.draws and (each.sampling.top_p < 1) == nucleus]
+    for truncated in (False, True):  # apart, so that what others ask for does not change the order of a row's tokens
+        drawn = [row for row, each in enumerate(samplers) if each.draws and each.sampling.truncates == truncated]
         if drawn:
-            tokens[drawn] = _draw(logits[drawn], [samplers[row] for row in drawn], nucleus)
+            tokens[drawn] = _draw(logits[drawn], [samplers[row] for row in drawn], truncated)
     return [token if good else None for token, good in zip(tokens.tolist(), best.isfinite().tolist(), strict=True)]
 
 
-def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> torch.Tensor:
+def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], truncated: bool) -> torch.Tensor:
     """The tokens (B,) at which the rows' random numbers fall into their cumulated probabilities.
 
-    With a `nucleus` tokens are in the order of their probability, and only the first ones with top_p together count.
+    Where they are `truncated` tokens are in the order of their probability: of the first top_k, the first ones with
+    top_p of their probability together count.
     """
 
     def column(values: Sequence[float]) -> torch.Tensor:
@@ -66,12 +74,14 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> t
 
     scaled = logits.double() / column([sampler.sampling.temperature for sampler in samplers])
     order = None
-    if nucleus:
+    if truncated:
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+        kept = column([each.sampling.top_k or torch.inf for each in samplers])
+        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=scaled.device) >= kept, -torch.inf)
     share = scaled.softmax(dim=-1).cumsum(dim=-1)
     end = share.shape[1] - 1
     mass = share[:, -1:]
-    if nucleus:
+    if truncated:
         last = torch.searchsorted(share, column([sampler.sampling.top_p for sampler in samplers])).clamp(max=end)
         mass = share.gather(1, last)
     point = column([sampler.draw() for sampler in samplers]) * mass

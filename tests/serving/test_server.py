@@ -8,6 +8,7 @@ import openai
 import pytest
 from families import llama
 from servers import NAME, POSITIONS, generated, prompt_of, serving, tiny_model, tokenizer, words
+from transformers import GenerationConfig
 
 import hf_rfa
 from hf_rfa.errors import CheckpointError
@@ -162,6 +163,57 @@ def test_a_seed_gives_the_same_answer_and_temperature_another(client, model):
     assert words(nucleus.choices[0].text) == generated(model, "w3", 20)
 
 
+def chat_by(client, generation_config, **options):
+    """An answer with the settings that `transformers chat` sends."""
+    messages = [{"role": "user", "content": prompt_of(40)}]
+    body = {"generation_config": generation_config.to_json_string()}
+    return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **options).choices[0]
+
+
+def test_a_generation_config_chooses_as_generate_does(client, model):
+    text = f"w9 {prompt_of(40)} w10"
+    greedy = generated(model, text, 12)
+    for config in (GenerationConfig(max_new_tokens=12), GenerationConfig(max_new_tokens=12, do_sample=False)):
+        assert words(chat_by(client, config).message.content) == greedy
+    drawn = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
+    assert words(chat_by(client, drawn).message.content) != greedy
+    drawn.update(top_k=1)
+    assert words(chat_by(client, drawn).message.content) == greedy
+    drawn.update(top_k=None, top_p=0.0)
+    assert words(chat_by(client, drawn).message.content) == greedy
+
+
+def test_a_generation_config_ends_answers(client, model):
+    text = f"w9 {prompt_of(40)} w10"
+    greedy = generated(model, text, 12)
+    place = next(n for n in range(3, 12) if greedy[n] not in greedy[:n])
+    for end in (greedy[place], [1, greedy[place]]):
+        answer = chat_by(client, GenerationConfig(max_new_tokens=12, eos_token_id=end))
+        assert (words(answer.message.content), answer.finish_reason) == (greedy[:place], "stop")
+    answer = chat_by(client, GenerationConfig(max_new_tokens=12, stop_strings=[f" w{greedy[place]}"]))
+    assert (words(answer.message.content), answer.finish_reason) == (greedy[:place], "stop")
+
+
+def test_fields_of_the_request_come_before_those_of_its_generation_config(client, model):
+    greedy = generated(model, f"w9 {prompt_of(40)} w10", 12)
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
+    for limit in ("max_tokens", "max_completion_tokens"):
+        answer = chat_by(client, config, temperature=0, **{limit: 7})
+        assert words(answer.message.content) == greedy[:7]
+
+
+def test_what_real_generation_configs_hold_besides_is_taken(server):
+    config = {
+        "_from_model_config": True, "transformers_version": "5.24.0", "bos_token_id": 1, "pad_token_id": 0,
+        "eos_token_id": [2, 3], "use_cache": True, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 4096,
+        "max_new_tokens": 2, "do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7,
+    }  # fmt: skip
+    with server.http() as client:
+        answer = client.post("/v1/chat/completions", json=CHAT | {"generation_config": json.dumps(config)})
+        assert client.post("/v1/chat/completions", json=CHAT | {"generation_config": None}).status_code == 200
+    assert answer.status_code == 200, answer.text
+
+
 def test_the_token_that_ends_a_text_ends_an_answer(model):
     expected = generated(model, prompt_of(33), 20)
     last = expected[4]
@@ -194,6 +246,19 @@ def test_models_and_health(client, server):
     assert client.models.retrieve(NAME).id == NAME
     with server.http() as plain:
         assert plain.get("/health").json() == {"status": "ok"}
+
+
+def test_a_model_is_loaded_already(server):
+    """What `transformers chat` asks first, and reads as server-sent events."""
+    with server.http() as client:
+        ready = client.post("/load_model", json={"model": NAME})
+        error = client.post("/load_model", json={"model": "another"})
+        assert client.post("/load_model", json={}).json()["error"]["param"] == "model"
+    assert ready.headers["content-type"].startswith("text/event-stream")
+    assert json.loads(ready.text.removeprefix("data: ")) == {"status": "ready", "model": NAME, "cached": True}
+    found = json.loads(error.text.removeprefix("data: "))
+    assert (found["status"], found["model"]) == ("error", "another")
+    assert found["message"] == "There is no model 'another' here. Ask for 'tiny'."
 
 
 def test_metrics(client, server):
@@ -281,7 +346,9 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tok
         ({"logprobs": 5}, 400, "`logprobs` is not supported. Got 5"),
         ({"echo": True}, 400, "`echo` is not supported"),
         ({"logit_bias": {"3": 1}}, 400, "`logit_bias` is not supported"),
-        ({"top_k": 5}, 400, "`top_k` is unknown"),
+        ({"best": 5}, 400, "`best` is unknown"),
+        ({"top_k": -1}, 400, "`top_k`: Input should be greater than or equal to 0"),
+        ({"eos_token_id": [3, "w4"]}, 400, "`eos_token_id"),
         ({"stop": ""}, 400, "`stop`"),
         ({"stop": 17 * ["w3"]}, 400, "`stop`: List should have at most 16 items"),
         ({"stop": 1001 * "w"}, 400, "`stop`: String should have at most 1000 characters"),
@@ -317,6 +384,15 @@ def test_requests_that_are_refused(server, changes, status, message):
         ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
         ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
         ({"max_completion_tokens": 3}, "old name of `max_completion_tokens`"),
+        ({"generation_config": "{"}, "must be the JSON of an object, as `GenerationConfig.to_json_string()` writes"),
+        ({"generation_config": {"do_sample": False}}, "in a string. Got {'do_sample': False}"),
+        ({"generation_config": "[3]"}, "Got '[3]'"),
+        ({"generation_config": '{"do_sample": 1}'}, "`generation_config.do_sample` must be true or false. Got 1"),
+        ({"generation_config": '{"num_beams": 4}'}, "`generation_config.num_beams` is not supported. Got 4. Set it"),
+        ({"generation_config": '{"repetition_penalty": 1.1}'}, "`generation_config.repetition_penalty` is not supp"),
+        ({"generation_config": '{"max_length": 20}'}, "`generation_config.max_length` is not supported. Got 20. Set"),
+        ({"generation_config": '{"no_such": 1}'}, "`generation_config.no_such` is not supported. Got 1."),
+        ({"generation_config": '{"do_sample": true, "temperature": 3}'}, "`temperature`: Input should be less than"),
     ],
 )
 def test_chats_that_are_refused(server, changes, message):

@@ -90,6 +90,10 @@ def drawn(logits, count=4000, **sampling):
         ({"top_p": 0.0}, [0, 0, 0, 1]),
         ({"temperature": 0.0}, [0, 0, 0, 1]),
         ({"temperature": 0.5, "top_p": 0.5}, [0, 0, 0, 1]),
+        ({"top_k": 1}, [0, 0, 0, 1]),
+        ({"top_k": 3}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        ({"top_k": 3, "top_p": 0.75}, [0, 0, 3 / 7, 4 / 7]),  # of what is left by top_k
+        ({"top_k": 9}, [0.1, 0.2, 0.3, 0.4]),
     ],
 )
 def test_frequencies(sampling, expected):
