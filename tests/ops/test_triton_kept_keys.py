@@ -87,6 +87,13 @@ def test_heads_with_different_numbers_are_computed_together(monkeypatch):
         assert_same_choice(one, two)
 
 
+def test_a_head_without_kept_keys_keeps_none_whatever_the_scores_of_its_neighbours():
+    """Scores grow with the values, and have no bound."""
+    inputs = small(26, heads=2, key_heads=2)
+    inputs["value"] *= 100
+    compare(inputs, **OPTIONS, kept_keys=(3, 0))
+
+
 def test_a_state_of_heads_with_different_numbers_is_continued():
     inputs = small(70, heads=4, key_heads=4)
     options = {**OPTIONS, "kept_keys": (12, 3, 0, 12)}

@@ -18,6 +18,8 @@ from hf_rfa.ops.triton.pieces import ADVANCES, ASKED, FOLLOWS, near_masks, slot_
 
 #: Scores above it are equal: the largest float32.
 LARGEST = tl.constexpr(3.4028234663852886e38)
+#: Above every number that `order` gives.
+MORE_THAN_ANY = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -49,6 +51,14 @@ def order(score, there, places):
     """
     bits = tl.where(score >= 0, tl.minimum(score, LARGEST).to(tl.int32, bitcast=True), -1)
     return (tl.where(there, bits, -2).to(tl.int64) << 32) | places
+
+
+@triton.jit
+def largest(rivals, places, number, BR: tl.constexpr):
+    """Which of BR rivals, as `order` gives them, are the `number` largest; `places` count from 0 to BR."""
+    # In ascending order those are the ones from the (BR - number)-th on.
+    least = tl.sum(tl.where(places == BR - number, tl.sort(rivals), 0), 0)
+    return rivals >= tl.where(number > 0, least, MORE_THAN_ANY)
 
 
 @triton.jit
@@ -149,10 +159,7 @@ def choose(
             queries_seen = ((tl.load(ranks + step) + 1) * C - token - least).to(tl.float32)
             score = best * tl.load(size + entry, mask=there, other=0.0) / queries_seen
             score = tl.where((broken != 0) | (score != score), -1.0, score)
-            rivals = order(score, there, places)
-            # Among BR entries, the `number` largest are those from the (BR - number)-th in order on.
-            least_rival = tl.sum(tl.where(places == BR - number, tl.sort(rivals), 0), 0)
-            is_among = rivals >= tl.where(number > 0, least_rival, 1 << 62)
+            is_among = largest(order(score, there, places), places, number, BR)
             stays, goes = there & is_among, there & (is_among == 0)
             # One running count of both: of those that stay in the low 16 bits.
             both = tl.cumsum(stays.to(tl.int32) + (goes.to(tl.int32) << 16), 0)

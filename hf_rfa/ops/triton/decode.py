@@ -13,11 +13,8 @@ chunk's end nothing moves but the keys that are kept anew. The number of tokens 
 import triton
 import triton.language as tl
 
-from hf_rfa.ops.triton.choice import order
+from hf_rfa.ops.triton.choice import largest, order
 from hf_rfa.ops.triton.pieces import TINY, decay, features, fold_in, put_sums, sums, weights
-
-#: Above every number that `order` gives.
-MORE_THAN_ANY = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -191,11 +188,7 @@ def end_of_chunk(
                 score, broken = tl.maximum(score, given), broken | (given != given)
             score *= tl.load(sizes + slot, mask=there, other=0.0) / (count - number - least).to(tl.float32)
             score = tl.where((broken != 0) | (score != score), -1.0, score)
-        rivals = order(score, there, tl.maximum(number, 0))
-        # Among BR entries, the K largest are those from the (BR - K)-th in order on.
-        least_staying = tl.sum(tl.where(places == BR - kept, tl.sort(rivals), 0), 0)
-        least_staying = tl.where(kept > 0, least_staying, MORE_THAN_ANY)
-        stays = there & (rivals >= least_staying)
+        stays = there & largest(order(score, there, tl.maximum(number, 0)), places, kept, BR)
         goes, comes, free = there & ~stays, stays & in_chunk, (places < kept) & ~stays
         tl.store(lists + tl.cumsum(goes.to(tl.int32), 0) - 1, slot, mask=goes)
         tl.store(lists + BR + tl.cumsum(comes.to(tl.int32), 0) - 1, slot, mask=comes)
