@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hf_rfa.errors import ConfigError
 from hf_rfa.options import Settings, help_text, near_names, options_of
+from hf_rfa.text_files import read_text
 from hf_rfa.value_types import describe, holds_list
 
 _Settings = TypeVar("_Settings", bound=Settings)
@@ -16,12 +17,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: The file is not YAML, or not a mapping.
+        ConfigError: The file is not UTF-8, not YAML, or not a mapping.
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{str(path)!r} is no YAML file: {error}. Write lines such as `steps: 100`.") from error
     if found is None:

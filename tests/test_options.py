@@ -143,6 +143,13 @@ def test_wrong_yaml_files_are_named(tmp_path, text, message):
         parse_arguments(Run, [str(path)])
 
 
+def test_a_yaml_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "run.yml"
+    path.write_bytes("rate: 0.5\nname: café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yml, line 2 must be UTF-8 text\. Got the byte 0xe9"):
+        parse_arguments(Run, [str(path)])
+
+
 def test_the_help_has_every_text_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(Run, ["--help"], "What it does.")

@@ -155,9 +155,15 @@ def chat(settings: ChatSettings, say: Callable[[str], None]) -> None:
 def _lines() -> Iterator[str]:
     """The user's lines, without the white space around them."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            print(f"> {line.strip()}")
-            yield line.strip()
+        try:
+            for line in sys.stdin:
+                print(f"> {line.strip()}")
+                yield line.strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"Standard input must be {error.encoding} text. Got the byte {error.object[error.start]:#04x}. "
+                "Convert it, for example by `iconv`."
+            ) from error
         return
     while True:
         try:

@@ -11,19 +11,18 @@ Datasets of the hub that load without scripts: "emozilla/pg19" (books), "ccdv/go
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from hf_rfa.data.rows import ROW_SUFFIXES, Row, datasets_library, rows_of
 from hf_rfa.data.stdlib_corpus import stdlib_documents
 from hf_rfa.errors import ConfigError
+from hf_rfa.text_files import read_text
 
 SPLITS = ("train", "validation")
-ROW_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = (".txt", ".md", ".py", *ROW_SUFFIXES)
 HELD_OUT_SHARE = 0.1
 
@@ -62,7 +61,8 @@ def load_documents(
     - anything else: a dataset of the Hugging Face Hub, `"owner/name"` or `"owner/name:config"`. If it has no
       split named "validation", every tenth row of "train" is held out.
 
-    Documents that are only white space are left out.
+    Text files and `.jsonl` are UTF-8, with or without a byte order mark. Documents that are only white space are left
+    out.
 
     Args:
         source: see above.
@@ -73,7 +73,8 @@ def load_documents(
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a readable file.
-        ConfigError: an unknown split or file type, a missing text column, no text, `max_documents` below 1.
+        ConfigError: an unknown split or file type, a file that is not UTF-8 or damaged, a missing text column, no
+            text, `max_documents` below 1.
         ConnectionError: the hub could not be reached, or has no such dataset.
         ImportError: a `.parquet` file or hub dataset without the `datasets` package.
     """
@@ -146,59 +147,14 @@ def _read_files(files: Iterable[Path], root: Path, text_column: str) -> list[Doc
     for file in files:
         name = file.relative_to(root).as_posix()
         if file.suffix in ROW_SUFFIXES:
-            documents += _rows_to_documents(rows_of(file), name, text_column)
+            documents += _row_documents(rows_of(file), name, text_column)
         else:
-            documents.append(Document(name, file.read_text("utf-8", "replace")))
+            documents.append(Document(name, read_text(file)))
     return [document for document in documents if document.text.strip()]
 
 
-def rows_of(file: Path) -> Iterable[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file."""
-    if file.suffix == ".jsonl":
-        return _jsonl_rows(file)
-    # Streaming leaves no copy in the datasets cache.
-    rows: Iterable[dict[str, Any]] = _datasets().load_dataset(
-        "parquet", data_files=str(file), split="train", streaming=True
-    )
-    return rows
-
-
-def _datasets():
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Parquet and hub datasets need `datasets`: `pip install 'hf_rfa[train]'`.") from error
-    return datasets
-
-
-def _jsonl_rows(file: Path) -> Iterator[dict]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{file.name}, line {number} must be one JSON object. It is not: {error}."
-                ) from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{file.name}, line {number} must be one JSON object. Got {line[:60]!r}.")
-            yield row
-
-
-def _rows_to_documents(rows: Iterable[dict], name: str, text_column: str) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        if text_column not in row:
-            raise ConfigError(
-                f"{name} has no column {text_column!r}. Its columns are {', '.join(map(repr, row))}. "
-                "Set `text_column` to one of them."
-            )
-        if not isinstance(row[text_column], str):
-            raise ConfigError(
-                f"Column {text_column!r} of {name}, row {number} must be text. Got {type(row[text_column]).__name__}."
-            )
-        yield Document(f"{name}:{number}", row[text_column])
+def _row_documents(rows: Iterable[Row], name: str, text_column: str) -> Iterator[Document]:
+    return (Document(f"{name}:{number}", row.text(text_column)) for number, row in enumerate(rows))
 
 
 def _hold_out(documents: list[Document], split: str) -> list[Document]:
@@ -215,7 +171,7 @@ def _hold_out(documents: list[Document], split: str) -> list[Document]:
 def _hub_documents(source: str, split: str, text_column: str, streaming: bool) -> Iterator[Document]:
     name, _, config = source.partition(":")
     try:
-        splits = _datasets().load_dataset(name, config or None, streaming=streaming)
+        splits = datasets_library().load_dataset(name, config or None, streaming=streaming)
     except OSError as error:  # `datasets` raises it without a network, offline and for an unknown dataset
         raise ConnectionError(
             f"Could not load the dataset {name!r} from the Hugging Face Hub: {error}. Check its name and the network, "
@@ -229,7 +185,8 @@ def _hub_documents(source: str, split: str, text_column: str, streaming: bool) -
     if "train" not in splits and split not in splits:
         raise ConfigError(f"The dataset {name!r} has no split {split!r}. Its splits are {', '.join(splits)}.")
     rows = splits[split if split in splits else "train"]
-    documents = _rows_to_documents(rows, name, text_column)
+    numbered = (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    documents = _row_documents(numbered, name, text_column)
     if "validation" not in splits:
         documents = (doc for i, doc in enumerate(documents) if (i % 10 == 9) == (split == "validation"))
     return (document for document in documents if document.text.strip())

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_rfa.data.documents import ROW_SUFFIXES, SPLITS, Document, load_documents, local_files, rows_of
+from hf_rfa.data.documents import SPLITS, Document, load_documents, local_files
+from hf_rfa.data.rows import ROW_SUFFIXES, rows_of
 from hf_rfa.errors import ConfigError
 from hf_rfa.options import Settings, option
 
@@ -155,20 +156,14 @@ def _labelled(path: Path, split: str, text: str, label: str) -> tuple[list[tuple
     files, _, apart = local_files(path, split, ROW_SUFFIXES)
     found: list[tuple[str, str]] = []
     for file in files:
-        for number, row in enumerate(rows_of(file), 1):
-            for column in (text, label):
-                if column not in row:
-                    raise ConfigError(
-                        f"{file.name} has no column {column!r}. Its columns are {', '.join(map(repr, row))}. Set "
-                        "`text_column` and `label_column` to two of them."
-                    )
-            if row[label] is None or not isinstance(row[text], str) or not row[text].strip():
+        for row in rows_of(file):
+            identity, words = row.value(label, "label_column"), row.value(text, "text_column")
+            if identity is None or words is None or (isinstance(words, str) and not words.strip()):
                 raise ConfigError(
-                    f"Row {number} of {file.name} must have a label in {label!r} and words in {text!r}. Got "
-                    f"{row[label]!r} and {row[text]!r}. Leave such rows out, or name other columns by `label_column` "
-                    "and `text_column`."
+                    f"{row.place} must have a label in {label!r} and words in {text!r}. Got {identity!r} and "
+                    f"{words!r}. Leave such rows out, or name other columns by `label_column` and `text_column`."
                 )
-            found.append((str(row[label]), row[text]))
+            found.append((str(identity), row.text(text)))
     return found, apart
 
 

@@ -238,10 +238,15 @@ def check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     key_heads, value_dim = key.shape[1], value.shape[-1]
     _expect("key", key.shape, (batch, key_heads, length, dim), "(batch, key_heads, seq, head_dim of query)")
     _expect("value", value.shape, (batch, key_heads, length, value_dim), "(batch, key_heads, seq, value_dim)")
-    if length == 0 or key_heads == 0 or heads % key_heads:
+    if batch == 0 or length == 0:
         raise ConfigError(
-            f"There must be at least one token and a number of query heads that key heads divide. Got {length} "
-            f"tokens, {heads} query heads, {key_heads} key heads. Pass key and value without repetition."
+            f"There must be at least one row with one token. Got {batch} rows of {length} tokens. Leave empty batches "
+            "out."
+        )
+    if key_heads == 0 or heads % key_heads:
+        raise ConfigError(
+            f"There must be a number of query heads that key heads divide. Got {heads} query heads, {key_heads} key "
+            "heads. Pass key and value without repetition."
         )
 
 

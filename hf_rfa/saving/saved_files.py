@@ -52,13 +52,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """`values` as a whole file."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(values, indent=2) + "\n"))
+    write_whole(path, lambda partial: partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `CheckpointError` for anything else."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {error}. The file is damaged: save the model again."

@@ -1,5 +1,7 @@
 """`hf-rfa chat`: each turn goes on where the last one stopped, with the answers of a model that reads it all anew."""
 
+import io
+
 import pytest
 import torch
 from conversions import converted
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 
 import hf_rfa
 from hf_rfa import ConfigError, cli
-from hf_rfa.commands.chat import Conversation
+from hf_rfa.commands.chat import Conversation, _lines
 
 PLAIN = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 #: Writes how many messages there are at the start, and so everything anew.
@@ -123,3 +125,9 @@ def test_the_command_reads_its_lines_to_the_end(tmp_path):
     assert "There is no command '/help': /reset forgets the conversation, /exit leaves" in shown
     assert f"> {TURNS[1]}\n{again}\n[11 tokens, cache" in shown
     assert TURNS[2] not in shown
+
+
+def test_standard_input_of_another_encoding_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(ConfigError, match=r"Standard input must be utf-8 text\. Got the byte 0xe9"):
+        list(_lines())

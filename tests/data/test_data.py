@@ -165,20 +165,61 @@ def test_empty_documents(tmp_path, split):
 
 def test_missing_text_column_names_the_columns(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"content": "a", "id": 1}\n')
-    with pytest.raises(ValueError, match=r"no column 'text'. Its columns are 'content', 'id'. Set `text_column`"):
+    with pytest.raises(
+        ValueError, match=r"line 1 has no column 'text'\. Its columns are 'content', 'id'\. Set `text_c"
+    ):
         load_documents(tmp_path, "train")
 
 
 def test_text_column_of_numbers(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(ValueError, match=r"Column 'text' of rows\.jsonl, row 1 must be text\. Got int"):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"Column 'text' of .*rows\.jsonl, line 3 must be text\. Got int"):
         load_documents(tmp_path, "train")
 
 
-@pytest.mark.parametrize("line", ['{"text": ', '["a"]'])
-def test_broken_jsonl_names_file_and_line(tmp_path, line):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 must be one JSON object"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', r"must be one JSON object\. It is not: Expecting value behind \d+ characters\."),
+        ('["a"]', r"must be one JSON object\. Got '\[\"a\"\]"),
+        ('{"text": "a", "n": ' + 5000 * "1" + "}", r"cannot be read: .*digits"),
+        ('{"text": ' + 100_000 * "[", r"cannot be read: .*recursion"),
+    ],
+)
+def test_broken_jsonl_names_file_and_line(tmp_path, line, message):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "rows.jsonl").write_text('{"text": "a"}\n' + line + '\n{"text": "b"}\n')
+    with pytest.raises(ConfigError, match=rf"part/rows\.jsonl, line 2 {message}"):
+        load_documents(tmp_path, "train")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl"])
+def test_what_is_not_utf_8_is_refused_by_file_and_line(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes('{"text": "cafe"}\n{"text": "café"}\n'.encode(encoding))
+    line, byte = {"latin-1": (2, "0xe9"), "utf-16": (1, "0xff")}[encoding]
+    with pytest.raises(ConfigError, match=rf"{name}, line {line} must be UTF-8 text\. Got the byte {byte} .*iconv"):
+        load_documents(tmp_path, "train")
+
+
+def test_byte_order_marks_and_ends_of_lines_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé\r\nb\rc\n".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "é"}\r\n{"text": "b"}\n'.encode())
+    (tmp_path / "validation.txt").write_text("held out")
+    assert [document.text for document in load_documents(tmp_path, "train")] == ["é\nb\nc\n", "é", "b"]
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 must be text\. Got '\\ud83d', half"):
+        load_documents(tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet"])
+def test_damaged_parquet_is_named(tmp_path, content):
+    pytest.importorskip("datasets")
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"rows\.parquet cannot be read as Parquet: .*[^.]\. The file is damaged"):
         load_documents(tmp_path, "train")
 
 

@@ -119,5 +119,5 @@ def test_one_identity_is_not_enough(tmp_path):
 )
 def test_rows_without_a_label_or_words_are_named(tmp_path, row):
     (tmp_path / "one.jsonl").write_text('{"text": "a", "who": "x"}\n' + row + "\n")
-    with pytest.raises(ConfigError, match=r"Row 2 of one\.jsonl must have a label in 'who' and words in 'text'"):
+    with pytest.raises(ConfigError, match=r"one\.jsonl, line 2 must have a label in 'who' and words in 'text'"):
         load_passages(tmp_path / "one.jsonl", "train", PassageSettings(label_column="who"))

@@ -243,11 +243,15 @@ def of_shape(*shape: int) -> torch.Tensor:
         ({"value": of_shape(2, 2, 21, 6)}, r"`value` must have shape .*= \(2, 2, 20, 6\)\. Got \(2, 2, 21, 6\)\."),
         (
             {"key": of_shape(2, 3, 20, 8), "value": of_shape(2, 3, 20, 6)},
-            r"key heads divide\. Got 20 tokens, 4 query heads, 3 key heads\.",
+            r"key heads divide\. Got 4 query heads, 3 key heads\.",
         ),
         (
             {"query": of_shape(2, 4, 0, 8), "key": of_shape(2, 2, 0, 8), "value": of_shape(2, 2, 0, 6)},
-            r"at least one token .*Got 0 tokens",
+            r"one row with one token\. Got 2 rows of 0 tokens\.",
+        ),
+        (
+            {"query": of_shape(0, 4, 20, 8), "key": of_shape(0, 2, 20, 8), "value": of_shape(0, 2, 20, 6)},
+            r"one row with one token\. Got 0 rows of 20 tokens\.",
         ),
         ({"omega": of_shape(3, 16, 8)}, r"`omega` must have shape .*= \(2, m, 8\)\. Got \(3, 16, 8\)\."),
         ({"omega": of_shape(2, 16, 7)}, r"`omega` must have shape .*= \(2, m, 8\)\. Got \(2, 16, 7\)\."),
