@@ -58,6 +58,9 @@ class CalibrationReport:
         kept_keys: The most that a head of the config keeps.
         curve: How bytes were spent on heads, step by step, by a budget or until the cost was small enough
             (`softmax_heads="auto"`, `kept_keys="auto"`); empty where the config left nothing to choose.
+        budget: The bytes that there were to spend; None without a budget, and in reports of versions that did not
+            record it.
+        sold_out: Whether nothing was left to buy that lowers the cost on the calibration text.
     """
 
     heads: list[HeadCalibration]
@@ -70,6 +73,8 @@ class CalibrationReport:
     sink_tokens: int | None = None
     kept_keys: int = 0
     curve: list[CurveStep] = field(default_factory=list)
+    budget: float | None = None
+    sold_out: bool = False
 
     @property
     def ranking(self) -> list[tuple[int, int, float]]:
@@ -147,4 +152,7 @@ class CalibrationReport:
             lines += ["", "what bytes buy, of the cache of one text (all steps: `curve_table()`)"]
             rows = budget_curve.summary(self.curve)
             lines += [f"{size:>11}  {nats:>10}  {bought}".rstrip() for size, nats, bought in rows]
+        if self.curve and self.budget is not None:
+            rest = ": nothing else lowers the cost on the calibration text" * self.sold_out
+            lines += [f"budget: {self.budget / 2**20:.3f} MiB, spent: {self.curve[-1].bytes / 2**20:.3f} MiB{rest}"]
         return "\n".join(lines)

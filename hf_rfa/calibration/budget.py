@@ -124,6 +124,17 @@ def spend(
     return chosen, curve
 
 
+def sold_out(ways: Mapping[HeadIndex, Sequence[Way]], chosen: Mapping[HeadIndex, Way]) -> bool:
+    """Whether no head has a way left that costs fewer nats than the chosen one, at any price.
+
+    Example:
+        >>> ways = {(0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1)]}
+        >>> [sold_out(ways, spend(ways, budget)[0]) for budget in (15, 1000)]
+        [False, True]
+    """
+    return all(way.cost >= chosen[head].cost for head in ways for way in ways[head])
+
+
 def _first(ways: Sequence[Way], *, by_bytes: bool) -> Way:
     """Where a head begins: its cheapest way; where few may be exact, the cheapest that is not, if there is one."""
     linear = [way for way in ways if way.kept_keys is not None]

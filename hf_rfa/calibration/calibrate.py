@@ -113,21 +113,22 @@ def calibrate_on(
     set_softmax_heads(model, [])
     fits = {layer: fit.choose(fitted.scale) for layer, fit in fitted.layers.items()}
     costs = {(layer, head): fit.cost for layer, rows in fits.items() for head, fit in enumerate(rows)}
-    kept, curve = choose_heads(base, config, costs, [text for text, _ in fitted.measured], progress)
+    choice = choose_heads(base, config, costs, [text for text, _ in fitted.measured], progress)
     config = conversion_config(model)
-    set_softmax_heads(model, sorted(kept))
+    set_softmax_heads(model, sorted(choice.exact))
     progress.stage("calibrating: measuring")
     with quiet_eval(model):
         silenced, after, window = _hold_to_window(base, fitted.measured, converted, fits, progress)
     heads = [
-        HeadCalibration(layer, head, softmax=(layer, head) in kept, **_fields(fit, layer in silenced))
+        HeadCalibration(layer, head, softmax=(layer, head) in choice.exact, **_fields(fit, layer in silenced))
         for layer, rows in fits.items()
         for head, fit in enumerate(rows)
     ]
     seen = {"window": config.window, "sink_tokens": config.sink_tokens, "kept_keys": config.most_kept_keys}
     report = CalibrationReport(
-        heads, fitted.tokens, after.unit, after.mean, window.mean, silenced, **seen, curve=curve
-    )
+        heads, fitted.tokens, after.unit, after.mean, window.mean, silenced, **seen, curve=choice.curve,
+        budget=choice.budget, sold_out=choice.sold_out,
+    )  # fmt: skip
     store_report(base, report)
     return report
 

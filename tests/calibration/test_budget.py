@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -165,6 +166,31 @@ def test_no_head_is_offered_more_keys_than_half_of_the_text():
         assert {step.kept_keys for step in hf_rfa.calibration_report(model).curve} - {None} <= set(numbers_for(length))
         assert max(number for _, number in conversion_config(model).head_kept_keys) == most
     assert numbers_for(8192)[-3:] == (1024, 2048, 4096)
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ("30 tokens", r"take at least \d\.\d{3} MiB of cache, more than the budget='30 tokens', \d\.\d{3} MiB.*Raise"),
+        ("120 tokens", None),
+        ("400 tokens", r"budget='400 tokens', .* only \d\.\d{3} MiB are spent: .* 200 tokens .* 64 kept keys\. Calib"),
+    ],
+)
+def test_a_budget_that_is_not_what_is_spent_is_told(caplog, budget, told):
+    """Short texts offer few kept keys, and no head takes less than its window."""
+    settings = BUDGET | {"budget": budget, "window": 16}
+    with caplog.at_level("WARNING", logger="hf_rfa"):
+        model = hf_rfa.convert(build("llama"), hf_rfa.RFAConfig(**settings), calibrate=token_ids(2, 200))
+    said = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]
+    assert len(said) == (told is not None)
+    assert told is None or re.search(told, said[0])
+    report = hf_rfa.calibration_report(model)
+    token = sum(2 * a.omega.shape[2] * 4 * a.key_heads for a in adapters(model))
+    assert report.budget == int(budget.split()[0]) * token
+    assert report.sold_out == (budget == "400 tokens")
+    spent = f"budget: {report.budget / 2**20:.3f} MiB, spent: {report.curve[-1].bytes / 2**20:.3f} MiB"
+    assert spent + ": nothing else lowers the cost" * report.sold_out in str(report)
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 def test_more_bytes_cost_fewer_nats():
