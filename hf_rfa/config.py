@@ -125,9 +125,10 @@ class RFAConfig:
     )
     loss_budget: float = _help(
         "The loss that softmax_heads='auto' and kept_keys='auto' accept: bytes are spent on exact heads (at most a "
-        "quarter of all), on kept keys or on both, each where it lowers the divergence most, until the heads that are "
-        "not exact add at most this much of it (KL of the next token, nats/token). The same curve as `budget`'s, "
-        "walked until the loss is small instead of until the bytes are spent.",
+        "quarter of all), on kept keys or on both, each where it lowers the divergence most, until the converted "
+        "model diverges by at most this much, as measured on the first 2,048 tokens of the calibration text (KL of "
+        "the next token, nats/token). The same curve as `budget`'s, walked until the loss is small instead of until "
+        "the bytes are spent.",
         0.005,
     )
     budget: float | str | None = _help(

@@ -70,7 +70,7 @@ def exact_way(config: RFAConfig, adapter: RFAAdapter, element: int) -> Way:
 
 def spend(
     ways: Mapping[HeadIndex, Sequence[Way]], budget: float = math.inf, *, loss: float = 0.0,
-    most_exact: int | None = None,
+    most_exact: int | None = None, steps: int | None = None,
 ) -> tuple[dict[HeadIndex, Way], list[CurveStep]]:  # fmt: skip
     """The way of each head, and the curve: every step that was bought, best first.
 
@@ -80,6 +80,7 @@ def spend(
 
     Args:
         most_exact: How many heads may become exact; None: any number.
+        steps: How many steps may be bought; None: any number.
 
     Example:
         >>> heads = {(0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1)], (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0.0)]}
@@ -105,7 +106,7 @@ def spend(
 
     queue = [(step[0], step[1]) for head in ways if (step := best(head)) is not None]
     heapq.heapify(queue)
-    while queue and cost > loss:
+    while queue and cost > loss and (steps is None or len(curve) <= steps):
         slope, head = heapq.heappop(queue)
         step = best(head)
         if step is None:

@@ -25,7 +25,8 @@ from hf_rfa.calibration.divergence import Divergence
 from hf_rfa.calibration.fitting import HeadFit, LayerFit
 from hf_rfa.calibration.head_choice import choose_heads
 from hf_rfa.calibration.layer_gradients import LayerGradients
-from hf_rfa.calibration.outputs import OutputReader, Outputs
+from hf_rfa.calibration.measuring import Measurement
+from hf_rfa.calibration.outputs import Outputs
 from hf_rfa.calibration.processes import sum_over_processes
 from hf_rfa.calibration.progress import Progress, progress_bar
 from hf_rfa.calibration.strings import read_texts
@@ -34,7 +35,7 @@ from hf_rfa.errors import ConfigError
 from hf_rfa.report import NATS, CalibrationReport, HeadCalibration
 from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import named_adapters
-from hf_rfa.runtime.quiet import plain_torch, quiet_eval
+from hf_rfa.runtime.quiet import plain_torch
 from hf_rfa.runtime.record import base_model, conversion_config, store_report
 from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
@@ -113,12 +114,11 @@ def calibrate_on(
     set_softmax_heads(model, [])
     fits = {layer: fit.choose(fitted.scale) for layer, fit in fitted.layers.items()}
     costs = {(layer, head): fit.cost for layer, rows in fits.items() for head, fit in enumerate(rows)}
-    choice = choose_heads(base, config, costs, [text for text, _ in fitted.measured], progress)
+    measurement = Measurement(base, fitted.measured, progress)
+    choice = choose_heads(base, config, costs, measurement, progress)
     config = conversion_config(model)
-    set_softmax_heads(model, sorted(choice.exact))
     progress.stage("calibrating: measuring")
-    with quiet_eval(model):
-        silenced, after, window = _hold_to_window(base, fitted.measured, converted, fits, progress)
+    silenced, after, window = _hold_to_window(measurement, converted, fits)
     heads = [
         HeadCalibration(layer, head, softmax=(layer, head) in choice.exact, **_fields(fit, layer in silenced))
         for layer, rows in fits.items()
@@ -207,26 +207,19 @@ def _merge(sources: Mapping[RFAAdapter, CandidateSource]) -> None:
 
 
 def _hold_to_window(
-    base: PreTrainedModel, measured: list[tuple[Text, Outputs]], converted: list[RFAAdapter],
-    fits: Mapping[int, list[HeadFit]], progress: Progress,
-) -> tuple[list[int], Divergence, Divergence]:  # fmt: skip
+    measurement: Measurement, converted: list[RFAAdapter], fits: Mapping[int, list[HeadFit]]
+) -> tuple[list[int], Divergence, Divergence]:
     """Switch off far parts until the model is no worse than with its window alone, those first that gained least.
 
     Returns the layers, and the divergences of the resulting model and of the window alone.
     """
-    reader = OutputReader(base)
     gammas = {adapter.layer: adapter.gamma.clone() for adapter in converted}
 
     def run(silent: list[int]) -> Divergence:
         for adapter in converted:
             gamma = gammas[adapter.layer] * (adapter.layer not in silent)
             adapter.set_kernel(adapter.feature_maps, gamma=gamma)
-        found = Divergence()
-        for text, original in measured:
-            found.add(original, reader(text.inputs))
-            progress.done(text.tokens)
-        found.merge(sum_over_processes)
-        return found
+        return measurement()
 
     layers = [adapter.layer for adapter in converted]
     if converted[0].config.window == 0:

@@ -9,7 +9,7 @@ The curve, and the walk along it, are those of `budget`.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -17,13 +17,17 @@ from transformers import PreTrainedModel
 from hf_rfa.budget_curve import CurveStep
 from hf_rfa.calibration.budget import NUMBERS, Way, exact_way, linear_way, numbers_for, sold_out, spend, total_bytes
 from hf_rfa.calibration.head_costs import HeadOption, costs_on
+from hf_rfa.calibration.loss_walk import walk_to_loss
+from hf_rfa.calibration.measuring import Measurement
 from hf_rfa.calibration.processes import greatest_over_processes
 from hf_rfa.calibration.progress import Progress
 from hf_rfa.calibration.texts import Text
 from hf_rfa.config import HeadIndex, RFAConfig
 from hf_rfa.errors import UnsupportedModelError
+from hf_rfa.runtime.adapter import RFAAdapter
 from hf_rfa.runtime.adapters import named_adapters
 from hf_rfa.runtime.set_kept_keys import set_kept_keys
+from hf_rfa.runtime.softmax_heads import set_softmax_heads
 
 logger = logging.getLogger(__name__)
 
@@ -49,31 +53,54 @@ class HeadChoice:
 
 
 def choose_heads(
-    base: PreTrainedModel, config: RFAConfig, costs: Mapping[HeadIndex, float], texts: list[Text], progress: Progress
-) -> HeadChoice:
-    """Choose the exact heads; sets the kept keys of the others if they are to be chosen.
+    base: PreTrainedModel, config: RFAConfig, costs: Mapping[HeadIndex, float], measurement: Measurement,
+    progress: Progress,
+) -> HeadChoice:  # fmt: skip
+    """Set the exact heads, and the kept keys of the others if they are to be chosen.
 
     Args:
         costs: Nats/token of each head as it was fitted.
-        texts: What is measured to tell numbers of kept keys apart.
+        measurement: Its texts tell numbers of kept keys apart; itself, how far to go for a loss.
 
     Raises:
         UnsupportedModelError: `softmax_heads` names heads that do not exist.
     """
+    if config.budget is None and config.softmax_heads != "auto" and not _numbers_open(config):
+        return HeadChoice(_take(base, config, dict.fromkeys(_fixed(config, costs))))
+    ways = _ways(base, config, costs, measurement.texts, progress)
+    if config.budget is None:
+        return _walk_to_loss(base, config, ways, measurement, progress)
+    budget = total_bytes(config, _converted(base), base.dtype.itemsize)
+    chosen, curve = spend(ways, budget)
+    choice = HeadChoice(_take(base, config, _numbers(chosen)), curve, budget, sold_out(ways, chosen))
+    _warn_unless_spent(choice, config, _longest(measurement.texts))
+    return choice
+
+
+def _longest(texts: Sequence[Text]) -> int:
+    """Tokens of the longest text of all processes."""
+    return greatest_over_processes(max(text.length for text in texts))
+
+
+def _numbers_open(config: RFAConfig) -> bool:
+    """Whether calibration decides how many keys the heads keep."""
+    return config.budget is not None or config.kept_keys == "auto"
+
+
+def _converted(base: PreTrainedModel) -> list[RFAAdapter]:
+    return [adapter for _, _, adapter in named_adapters(base) if adapter.converted]
+
+
+def _ways(
+    base: PreTrainedModel, config: RFAConfig, costs: Mapping[HeadIndex, float], texts: Sequence[Text],
+    progress: Progress,
+) -> dict[HeadIndex, list[Way]]:  # fmt: skip
+    """All ways to compute each head that there are to choose from."""
     by_bytes = config.budget is not None
     may_be_exact = not isinstance(config.budget, str) if by_bytes else config.softmax_heads == "auto"
-    numbers_open = by_bytes or config.kept_keys == "auto"
     fixed = set[HeadIndex]() if by_bytes or may_be_exact else _fixed(config, costs)
-    if not may_be_exact and not numbers_open:
-        return HeadChoice(fixed)
-    if numbers_open:
-        progress.stage("calibrating: the budget", 4 * sum(text.tokens for text in texts))
-        # The same numbers in all processes, whose costs are added.
-        longest = greatest_over_processes(max(text.length for text in texts))
-        options = {number: HeadOption(kept_keys=number) for number in numbers_for(longest)}
-        by_number = costs_on(base, texts, options, draws=1)
-        progress.done(4 * sum(text.tokens for text in texts))
-    adapters = {adapter.layer: adapter for _, _, adapter in named_adapters(base) if adapter.converted}
+    by_number = _costs_by_number(base, texts, progress) if _numbers_open(config) else None
+    adapters = {adapter.layer: adapter for adapter in _converted(base)}
     element, heads = base.dtype.itemsize, getattr(base.config.get_text_config(), "num_attention_heads", 1)
 
     def ways_of(head: HeadIndex) -> list[Way]:
@@ -81,8 +108,8 @@ def choose_heads(
         exact = exact_way(config, adapter, element)
         if head in fixed:
             return [exact]
-        if numbers_open:
-            own = {number: by_number[number][head] for number in options}
+        if by_number is not None:
+            own = {number: found[head] for number, found in by_number.items()}
         else:
             kept = adapter.kept_keys
             own = {kept if isinstance(kept, int) else kept[head[1]]: costs[head]}
@@ -90,19 +117,60 @@ def choose_heads(
         linear = [linear_way(config, adapter, number, cost, element, groups) for number, cost in own.items()]
         return [*linear, exact] if may_be_exact else linear
 
-    ways = {head: ways_of(head) for head in costs}
-    budget = total_bytes(config, list(adapters.values()), element) if by_bytes else None
-    if budget is not None:
-        chosen, curve = spend(ways, budget)
-    else:
-        chosen, curve = spend(ways, loss=config.loss_budget, most_exact=max(1, round(AUTO_SHARE * len(costs))))
-    numbers = {head: way.kept_keys for head, way in chosen.items() if way.kept_keys is not None}
-    if numbers_open:
-        set_kept_keys(base, config.usual_kept_keys, numbers)
-    choice = HeadChoice(set(chosen) - set(numbers), curve, budget, budget is not None and sold_out(ways, chosen))
-    if by_bytes:
-        _warn_unless_spent(choice, config, longest)
-    return choice
+    return {head: ways_of(head) for head in costs}
+
+
+def _costs_by_number(
+    base: PreTrainedModel, texts: Sequence[Text], progress: Progress
+) -> dict[int, dict[HeadIndex, float]]:
+    """What each head costs with each number of kept keys that there is to choose from."""
+    work = 4 * sum(text.tokens for text in texts)
+    progress.stage("calibrating: the budget", work)
+    # The same numbers in all processes, whose costs are added.
+    options = {number: HeadOption(kept_keys=number) for number in numbers_for(_longest(texts))}
+    found = costs_on(base, texts, options, draws=1)
+    progress.done(work)
+    return found
+
+
+def _numbers(chosen: Mapping[HeadIndex, Way]) -> dict[HeadIndex, int | None]:
+    return {head: way.kept_keys for head, way in chosen.items()}
+
+
+def _take(base: PreTrainedModel, config: RFAConfig, numbers: Mapping[HeadIndex, int | None]) -> set[HeadIndex]:
+    """Set how many keys each head keeps, if that was to be chosen; None is an exact head. Returns the exact heads."""
+    if _numbers_open(config):
+        kept = {head: number for head, number in numbers.items() if number is not None}
+        set_kept_keys(base, config.usual_kept_keys, kept)
+    exact = {head for head, number in numbers.items() if number is None}
+    set_softmax_heads(base, sorted(exact))
+    return exact
+
+
+def _walk_to_loss(
+    base: PreTrainedModel, config: RFAConfig, ways: Mapping[HeadIndex, Sequence[Way]], measurement: Measurement,
+    progress: Progress,
+) -> HeadChoice:  # fmt: skip
+    """`choose_heads` for a loss: as far along the curve as the model's divergence, measured, asks for."""
+    most_exact = max(1, round(AUTO_SHARE * len(ways)))
+    _, whole = spend(ways, most_exact=most_exact)
+
+    def take(steps: int) -> set[HeadIndex]:
+        return _take(base, config, _numbers(spend(ways, most_exact=most_exact, steps=steps)[0]))
+
+    def divergence(steps: int) -> float:
+        progress.stage("calibrating: the loss", sum(text.tokens for text in measurement.texts))
+        take(steps)
+        return measurement().mean
+
+    steps, found = walk_to_loss(whole, config.loss_budget, divergence)
+    if found > config.loss_budget:
+        logger.warning(
+            "loss_budget=%g is exceeded: the model diverges by %.4g with the heads that were chosen, after %d of %d "
+            "steps along the curve. At most a quarter of the heads may become exact. Accept a larger loss, or set "
+            "`budget` instead, which has no such limit.", config.loss_budget, found, steps, len(whole) - 1,
+        )  # fmt: skip
+    return HeadChoice(take(steps), whole[: steps + 1])
 
 
 def _warn_unless_spent(choice: HeadChoice, config: RFAConfig, longest: int) -> None:

@@ -237,7 +237,7 @@ def _curve_section(comparison: Comparison) -> list[str]:
     if conversion.budget is not None:
         end = f"until a budget of {conversion.budget} at {conversion.budget_context:,} tokens was spent"
     else:
-        end = f"until the other heads cost {conversion.loss_budget} nats/token, or a quarter of all heads was exact"
+        end = f"until {conversion.loss_budget} nats/token were measured, or a quarter of all heads was exact"
     return [
         "## What the bytes bought",
         f"Exact heads and kept keys were bought where a byte lowers the estimated cost most, {end}. Bytes of exact "
