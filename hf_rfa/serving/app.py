@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_rfa.serving.engine import Engine
 from hf_rfa.serving.errors import RequestError, broken, invalid
+from hf_rfa.serving.faults import fault_of
 from hf_rfa.serving.metrics import Metrics
 from hf_rfa.serving.orders import Orders
 from hf_rfa.serving.replies import Reply, sent
@@ -161,27 +162,20 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
-    """The first field of a body that is no request; of a field with several kinds, the one that fits best."""
+    """What is wrong with a body that is no request."""
     assert isinstance(error, RequestValidationError)
-    faults = error.errors()
-    kinds = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
-    first = max(kinds, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
-    place = [
-        str(part) for part in first["loc"] if part not in ("body", "str", "constrained-str") and "[" not in str(part)
-    ]
-    field = ".".join(place) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
+    faults = [fault | {"loc": fault["loc"][1:]} for fault in error.errors()]  # without "body"
+    first = faults[0]
+    field, message = None, ""
     if first["type"] == "json_invalid":
-        message, field = f"The body is no JSON: {first.get('ctx', {}).get('error', message)}.", None
-    elif first["type"] == "model_attributes_type" and not field:
+        message = f"The body is no JSON: {first['ctx']['error']}."
+    elif first["type"] == "model_attributes_type" and not first["loc"]:
         message = (
             "The body must be a JSON object, sent with the header `Content-Type: application/json`. Got the content "
             f"type {request.headers.get('content-type', 'none')!r}."
         )
-    elif first["type"] == "extra_forbidden":
-        message = f"`{field}` is unknown. Leave it out."
-    elif first["type"] != "value_error":
-        message = f"`{field or 'body'}`: {message}."
+    else:
+        field, message = fault_of(faults, error.body)
     return await _refused(request, invalid(message, field))
 
 

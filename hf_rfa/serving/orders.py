@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -15,6 +15,7 @@ from hf_rfa.serving.text import TextStream
 
 #: OpenAI's default of `max_tokens` for completions; chats may fill the context.
 _COMPLETION_TOKENS = 16
+_Tokens = TypeVar("_Tokens", list[int], frozenset[int])
 
 
 class Orders:
@@ -50,7 +51,7 @@ class Orders:
                 1.0 if request.temperature is None else request.temperature,
                 1.0 if request.top_p is None else request.top_p, request.top_k or None, request.seed,
             ),
-            tuple(request.stops), self._ends if request.ends is None else request.ends,
+            tuple(request.stops), self._ends if request.ends is None else self._known(request.ends, "eos_token_id"),
         )  # fmt: skip
         return Sequence(order, TextStream(self._writer, prompt, order.stop), emit)
 
@@ -60,7 +61,11 @@ class Orders:
             tokens = self._chat(request) if isinstance(request, ChatRequest) else self._completion(request)
         if not tokens:
             raise invalid(f"`{field}` is empty. Got no token. Send some text.", field)
-        wrong = max(tokens)
+        return self._known(tokens, field)
+
+    def _known(self, tokens: _Tokens, field: str) -> _Tokens:
+        """The tokens themselves, none of which may be above those of the model."""
+        wrong = max(tokens, default=0)
         if wrong >= self._vocabulary:
             raise invalid(f"`{field}` has the token {wrong}. The model knows 0 to {self._vocabulary - 1}.", field)
         return tokens

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from hf_rfa.serving.choice import Choice, Token
+from hf_rfa.serving.faults import FieldError
 from hf_rfa.serving.generation_config import fields_of
 from hf_rfa.serving.unsupported import refuse_unless_neutral
 
@@ -19,9 +21,6 @@ _IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
 
-#: Stop strings of a request, and characters of each: every token looks for all of them.
-_STOPS, _STOP_LENGTH = 16, 1000
-
 
 def _of_characters(text: str) -> str:
     """JSON may hold halves of characters (`\\ud800`), which are no text and which no tokenizer takes."""
@@ -31,8 +30,7 @@ def _of_characters(text: str) -> str:
 
 
 String = Annotated[str, AfterValidator(_of_characters)]
-Stop = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
-Tokens = list[Annotated[int, Field(ge=0)]]
+Tokens = list[Token]
 #: Fields of a message that say nothing where they are empty.
 _EMPTY = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
 
@@ -52,19 +50,11 @@ class StreamOptions(BaseModel):
         return self
 
 
-class AnyRequest(BaseModel):
+class AnyRequest(Choice):
     """What both kinds of requests have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     model: String
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
-    eos_token_id: int | Tokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -92,19 +82,11 @@ class AnyRequest(BaseModel):
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` belongs to streamed answers. Set `stream` to true, or leave it out.")
+            raise FieldError(
+                "stream_options",
+                "`stream_options` belongs to streamed answers. Set `stream` to true, or leave it out.",
+            )
         return self
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def ends(self) -> frozenset[int] | None:
-        """The tokens that end the answer; None for the model's own."""
-        found = self.eos_token_id
-        return None if found is None else frozenset([found] if isinstance(found, int) else found)
 
     @property
     def wants_usage(self) -> bool:
@@ -171,8 +153,9 @@ class ChatRequest(AnyRequest):
     def _one_limit(self) -> Self:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            raise ValueError(
-                "`max_tokens` is the old name of `max_completion_tokens`. Got both, with different values. Set one."
+            raise FieldError(
+                "max_tokens",
+                "`max_tokens` is the old name of `max_completion_tokens`. Got both, with different values. Set one.",
             )
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self

@@ -13,7 +13,8 @@ class Sampling:
     Attributes:
         temperature: Logits are divided by it; 0 is greedy.
         top_p: Tokens are drawn from the smallest set of the most probable ones with at least this probability.
-        top_k: From at most as many of the most probable ones, before `top_p` counts; None for all.
+        top_k: From as many of the most probable ones, and those as probable as the last of them, before `top_p`
+            counts; None for all.
         seed: The same seed gives the same tokens; None for another one every time.
     """
 
@@ -72,12 +73,16 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], truncated: bool) ->
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
-    scaled = logits.double() / column([sampler.sampling.temperature for sampler in samplers])
+    # From the largest one on, so that none is infinite after a division by a tiny temperature.
+    scaled = logits.double() - logits.double().amax(dim=-1, keepdim=True)
+    scaled = scaled / column([sampler.sampling.temperature for sampler in samplers])
     order = None
     if truncated:
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        kept = column([each.sampling.top_k or torch.inf for each in samplers])
-        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=scaled.device) >= kept, -torch.inf)
+        size = scaled.shape[1]
+        last_kept = [min(each.sampling.top_k or size, size) - 1 for each in samplers]
+        least = scaled.gather(1, torch.tensor(last_kept, device=scaled.device).unsqueeze(1))
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
     share = scaled.softmax(dim=-1).cumsum(dim=-1)
     end = share.shape[1] - 1
     mass = share[:, -1:]

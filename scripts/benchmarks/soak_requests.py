@@ -79,6 +79,9 @@ def questions(tokenizer: Any, limit: int, chance: random.Random) -> list[Questio
             found.append(_completion(chance.choices(words, k=length), new))
     found += [_completion(text, 12) for text in _TEXTS]
     found.append(Question(found[0].path, {**found[0].body, "stop": ["e", "w1"], "max_tokens": 20}))
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 1, "max_new_tokens": 8, "eos_token_id": []}
+    drawn = {"model": "model", "prompt": _TEXTS[0], "generation_config": json.dumps(settings)}
+    found.append(Question("/v1/completions", drawn))
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": _TEXTS[1]}]
         body = {"model": "model", "messages": messages, "max_tokens": 15, "temperature": 0}
@@ -94,7 +97,9 @@ def malformed(limit: int) -> Sequence[Malformed]:
         {"max_tokens": 0}, {"max_tokens": -3}, {"max_tokens": 1.5}, {"max_tokens": "2"}, {"max_tokens": 10**12},
         {"prompt": [5] * (limit + 1)}, {"n": 2}, {"temperature": "hot"}, {"temperature": -1}, {"top_p": 2},
         {"stop": ""}, {"stop": 3}, {"seed": 1e99}, {"logprobs": 3}, {"stream": "yes"}, {"nonsense": 1},
-        {"prompt": "\ud800"},
+        {"prompt": "\ud800"}, {"top_k": -1}, {"top_k": 1.5}, {"eos_token_id": "x"}, {"eos_token_id": 10**9},
+        {"generation_config": {}}, {"generation_config": '{"num_beams": 4}'}, {"generation_config": '{"\\ud800": 1}'},
+        {"generation_config": 5000 * "["}, {"generation_config": '{"temperature": NaN}'},
     ]  # fmt: skip
     bodies = [Malformed(json.dumps({**good, **each}).encode()) for each in wrong]
     broken = [
@@ -110,6 +115,7 @@ def malformed(limit: int) -> Sequence[Malformed]:
     bodies += [Malformed(each) for each in broken]
     bodies.append(Malformed(json.dumps({**good, "model": "another"}).encode(), 404))
     bodies.append(Malformed(b'{"model": "model", "messages": []}', path="/v1/chat/completions"))
+    bodies.append(Malformed(b"{}", path="/load_model"))
     return bodies
 
 

@@ -207,6 +207,7 @@ def test_what_real_generation_configs_hold_besides_is_taken(server):
         "_from_model_config": True, "transformers_version": "5.24.0", "bos_token_id": 1, "pad_token_id": 0,
         "eos_token_id": [2, 3], "use_cache": True, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 4096,
         "max_new_tokens": 2, "do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7,
+        "cache_implementation": "hybrid",
     }  # fmt: skip
     with server.http() as client:
         answer = client.post("/v1/chat/completions", json=CHAT | {"generation_config": json.dumps(config)})
@@ -325,6 +326,7 @@ def slow_down(monkeypatch, seconds=0.02):
 COMPLETION = {"model": NAME, "prompt": "w3", "max_tokens": 2}
 JSON = {"Content-Type": "application/json"}  # httpx cannot write halves of characters
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tokens": 2}
+NESTED = json.loads(500 * "[" + 500 * "]")
 
 
 @pytest.mark.parametrize(
@@ -347,8 +349,16 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tok
         ({"echo": True}, 400, "`echo` is not supported"),
         ({"logit_bias": {"3": 1}}, 400, "`logit_bias` is not supported"),
         ({"best": 5}, 400, "`best` is unknown"),
+        ({"str": 5}, 400, "`str` is unknown"),  # a field may be called as one of pydantic's kinds
+        ({"a[b": 5}, 400, "`a[b` is unknown"),
         ({"top_k": -1}, 400, "`top_k`: Input should be greater than or equal to 0"),
-        ({"eos_token_id": [3, "w4"]}, 400, "`eos_token_id"),
+        ({"eos_token_id": [3, "w4"]}, 400, "`eos_token_id.1`: Input should be a valid integer"),
+        ({"eos_token_id": "w4"}, 400, "`eos_token_id`: Input should be a valid integer"),
+        ({"eos_token_id": -1}, 400, "`eos_token_id`: Input should be greater than or equal to 0"),
+        ({"eos_token_id": [-1]}, 400, "`eos_token_id.0`: Input should be greater than or equal to 0"),
+        ({"eos_token_id": 128}, 400, "`eos_token_id` has the token 128. The model knows 0 to 127"),
+        ({"eos_token_id": [3, 10**400]}, 400, "`eos_token_id` has the token 1000"),
+        ({"n": NESTED}, 400, "`n` is not supported. Got [[[[...]]]]. Send"),
         ({"stop": ""}, 400, "`stop`"),
         ({"stop": 17 * ["w3"]}, 400, "`stop`: List should have at most 16 items"),
         ({"stop": 1001 * "w"}, 400, "`stop`: String should have at most 1000 characters"),
@@ -387,12 +397,22 @@ def test_requests_that_are_refused(server, changes, status, message):
         ({"generation_config": "{"}, "must be the JSON of an object, as `GenerationConfig.to_json_string()` writes"),
         ({"generation_config": {"do_sample": False}}, "in a string. Got {'do_sample': False}"),
         ({"generation_config": "[3]"}, "Got '[3]'"),
-        ({"generation_config": '{"do_sample": 1}'}, "`generation_config.do_sample` must be true or false. Got 1"),
+        ({"generation_config": '{"do_sample": 1}'}, "`generation_config.do_sample`: Input should be a valid boolean"),
         ({"generation_config": '{"num_beams": 4}'}, "`generation_config.num_beams` is not supported. Got 4. Set it"),
         ({"generation_config": '{"repetition_penalty": 1.1}'}, "`generation_config.repetition_penalty` is not supp"),
         ({"generation_config": '{"max_length": 20}'}, "`generation_config.max_length` is not supported. Got 20. Set"),
         ({"generation_config": '{"no_such": 1}'}, "`generation_config.no_such` is not supported. Got 1."),
-        ({"generation_config": '{"do_sample": true, "temperature": 3}'}, "`temperature`: Input should be less than"),
+        ({"generation_config": '{"temperature": 3}'}, "`generation_config.temperature`: Input should be less than"),
+        ({"generation_config": '{"temperature": NaN}'}, "`generation_config.temperature`: Input should be less than"),
+        ({"generation_config": '{"max_new_tokens": Infinity}'}, "`generation_config.max_new_tokens`: Input should be"),
+        ({"generation_config": '{"max_new_tokens": 0}'}, "`generation_config.max_new_tokens`: Input should be"),
+        ({"generation_config": '{"stop_strings": ["a", ""]}'}, "`generation_config.stop_strings.1`: String should"),
+        ({"generation_config": '{"stop_strings": {"a": 1}}'}, "`generation_config.stop_strings`: Input should be"),
+        ({"generation_config": '{"eos_token_id": 999}'}, "`eos_token_id` has the token 999. The model knows 0 to 127"),
+        ({"generation_config": '{"cache_implementation": "quantized"}'}, "cache_implementation` is not supported"),
+        ({"generation_config": '{"\\ud800": 1}'}, r"`generation_config.\ud800` is not supported. Got 1."),
+        ({"generation_config": 5000 * "["}, "must be the JSON of an object"),
+        ({"generation_config": f'{{"suppress_tokens": {NESTED}}}'}, "Got [[[[...]]]]. Set it to null"),
     ],
 )
 def test_chats_that_are_refused(server, changes, message):
@@ -400,6 +420,28 @@ def test_chats_that_are_refused(server, changes, message):
         answer = client.post("/v1/chat/completions", content=json.dumps(CHAT | changes), headers=JSON)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"n": 2}, "n"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"max_completion_tokens": 3}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": {"str": 1}}]}, "messages.0.content"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"generation_config": 3}, "generation_config"),
+        ({"generation_config": '{"num_beams": 2}'}, "generation_config.num_beams"),
+        ({"generation_config": '{"stop_strings": ["a", 3]}'}, "generation_config.stop_strings.1"),
+    ],
+)
+def test_a_refusal_names_the_field_as_the_client_wrote_it(server, changes, field):
+    with server.http() as client:
+        answer = client.post("/v1/chat/completions", content=json.dumps(CHAT | changes), headers=JSON)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
 
 
 def test_fields_that_ask_for_nothing_are_taken(server):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tokenizers_of_tests import byte_tokenizer, word_tokenizer
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hf_rfa.serving.sampling import Sampler, Sampling, choose
 from hf_rfa.serving.text import TextStream
@@ -100,17 +101,57 @@ def test_frequencies(sampling, expected):
     assert (drawn([0.1, 0.2, 0.3, 0.4], **sampling) - torch.tensor(expected)).abs().max() < 0.03
 
 
+class Numbered(Sampler):
+    """Draws the numbers that it is told to."""
+
+    def __init__(self, number, **sampling):
+        super().__init__(Sampling(**sampling))
+        self.draw = lambda: number
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 4, 5, 12, pytest.param(10**400, id="huge")])
+@pytest.mark.parametrize("top_p", [0.0, 0.4, 0.9, 1.0])
+def test_the_distribution_is_that_of_generate(temperature, top_k, top_p):
+    """Its own steps, in its order; several tokens have the same logit, as they often have in bfloat16."""
+    logits = torch.tensor([[1.5, -torch.inf, 0.25, 3.0, 2.0, 1.5, 2.0, -4.0, 1.5, 0.25, -9.0, 2.0]])
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
+    expected = (TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores).softmax(-1)[0]
+    count = 2000
+    samplers = [Numbered((n + 0.5) / count, temperature=temperature, top_k=top_k, top_p=top_p) for n in range(count)]
+    found = torch.bincount(torch.tensor(choose(logits.expand(count, -1), samplers)), minlength=12) / count
+    # Of tokens with the same logit, which `top_p` may part, it does not say which are kept.
+    for same in logits.unique():
+        group = logits[0] == same
+        torch.testing.assert_close(found[group].sum(), expected[group].sum(), atol=2 / count, rtol=0)
+        if top_p == 1:
+            torch.testing.assert_close(found[group], expected[group], atol=2 / count, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_tiny_temperature_is_greedy(temperature, top_k):
+    logits = torch.tensor([[1.0, 80.0, -torch.inf, 79.99, -80.0], [-1.0, -80.0, -0.5, -3.0, -9.0]])
+    samplers = [Sampler(Sampling(temperature=temperature, top_k=top_k)) for _ in logits]
+    assert choose(logits, samplers) == [1, 2]
+
+
+def test_a_row_is_chosen_as_alone_whatever_the_others_ask_for():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    asked = [
+        {"seed": 1}, {"seed": 1, "top_k": 3}, {"temperature": 0.0, "top_k": 3}, {"seed": 1, "top_k": 10**400},
+        {"seed": 1, "top_k": 20, "top_p": 0.5, "temperature": 0.7}, {"temperature": 0.0},
+    ]  # fmt: skip
+    alone = [choose(row[None], [Sampler(Sampling(**each))])[0] for row, each in zip(logits, asked, strict=True)]
+    assert choose(logits, [Sampler(Sampling(**each)) for each in asked]) == alone
+
+
 def test_tokens_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
 
-    class Extreme(Sampler):
-        def draw(self):
-            return self.number
-
     for number in (0.0, 1 - 2**-53):
-        sampler = Extreme(Sampling())
-        sampler.number = number
-        assert choose(logits, [sampler]) == [1]
+        assert choose(logits, [Numbered(number)]) == [1]
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
