@@ -140,9 +140,13 @@ def steps_of(*nats):
     return [CurveStep(float(place), value, None, None, None) for place, value in enumerate(nats)]
 
 
-@pytest.mark.parametrize(
-    "factor", [lambda n: 0.3, lambda n: 1, lambda n: 3, lambda n: 1 + n / 20, lambda n: 5 - n / 50], ids=str
-)
+FACTORS = {
+    "too high": lambda n: 0.3, "right": lambda n: 1, "too low": lambda n: 3, "ever lower": lambda n: 1 + n / 20,
+    "less low": lambda n: 5 - n / 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
 def test_few_measurements_find_the_place_of_a_loss(factor):
     curve = steps_of(*(0.97**n for n in range(200)))
     asked = []
