@@ -149,7 +149,7 @@ def test_the_curve_joins_the_report(comparison, tmp_path):
     assert "| 1.000 | 0.50000 |  |" in text
     assert "| 2.000 | 0.25000 | 64 kept keys in 1 head |" in text
     assert "| 4.000 | 0.00400 | exact: 3.1 |" in text
-    assert "until the other heads cost 0.005 nats/token" in text
+    assert "until 0.005 nats/token were measured" in text
     assert "(curve.png)" in text
     assert "keeps up to 64 far keys" in text
     assert paths[-1].name == "curve.png"
