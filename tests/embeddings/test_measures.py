@@ -49,10 +49,11 @@ def test_val_at_far_by_folds_of_identities():
                     (touching if inside else different).append(distances[i, j])
                 elif i != j and inside:
                     same.append(distances[i, j])
-        threshold = max(d for d in different if np.mean(np.array(different) <= d) <= 0.01)
+        different = np.array(different)
+        threshold = max(d for d in different if np.mean(different <= d) <= 0.01)
         vals.append(np.mean(np.array(same) <= threshold))
         fars.append(np.mean(np.array(touching) <= threshold))
-        allowed.append(np.mean(np.array(different) <= threshold))
+        allowed.append(np.mean(different <= threshold))
     assert found.val == pytest.approx(np.mean(vals))
     assert found.error == pytest.approx(np.std(vals, ddof=1) / 2)
     assert found.far == pytest.approx(np.mean(fars))
