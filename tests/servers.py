@@ -32,6 +32,11 @@ CHAT_TEMPLATE = (
 )
 
 
+#: Bodies that are answered; tests change them.
+COMPLETION = {"model": NAME, "prompt": "w3", "max_tokens": 2}
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tokens": 2}
+
+
 def tiny_model(*, original=False):
     model = llama(vocab_size=WORDS, max_position_embeddings=POSITIONS)
     with torch.no_grad():
@@ -61,6 +66,13 @@ def continued(model, tokens, count, **options):
     ids = torch.tensor([tokens])
     options = {"max_new_tokens": count, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     return model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+
+
+def complete(client, text, count, **options):
+    """Ask a client for a greedy completion."""
+    return client.completions.create(
+        **{"model": NAME, "prompt": text, "max_tokens": count, "temperature": 0, **options}
+    )
 
 
 def words(text):

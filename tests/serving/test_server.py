@@ -7,38 +7,25 @@ import logging
 import openai
 import pytest
 from families import llama
-from servers import NAME, POSITIONS, generated, prompt_of, serving, tiny_model, tokenizer, words
-from transformers import GenerationConfig
+from servers import (
+    CHAT,
+    COMPLETION,
+    NAME,
+    POSITIONS,
+    complete,
+    generated,
+    prompt_of,
+    serving,
+    tiny_model,
+    tokenizer,
+    words,
+)
 
 import hf_rfa
 from hf_rfa.errors import CheckpointError
 from hf_rfa.serving.batch import Batch
 from hf_rfa.serving.server import app_of
 from hf_rfa.serving.settings import ServeSettings
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model, prefill_tokens=64) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with server.openai() as found:
-        yield found
-
-
-def complete(client, text, count, **options):
-    return client.completions.create(
-        **{"model": NAME, "prompt": text, "max_tokens": count, "temperature": 0, **options}
-    )
-
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
@@ -163,58 +150,6 @@ def test_a_seed_gives_the_same_answer_and_temperature_another(client, model):
     assert words(nucleus.choices[0].text) == generated(model, "w3", 20)
 
 
-def chat_by(client, generation_config, **options):
-    """An answer with the settings that `transformers chat` sends."""
-    messages = [{"role": "user", "content": prompt_of(40)}]
-    body = {"generation_config": generation_config.to_json_string()}
-    return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **options).choices[0]
-
-
-def test_a_generation_config_chooses_as_generate_does(client, model):
-    text = f"w9 {prompt_of(40)} w10"
-    greedy = generated(model, text, 12)
-    for config in (GenerationConfig(max_new_tokens=12), GenerationConfig(max_new_tokens=12, do_sample=False)):
-        assert words(chat_by(client, config).message.content) == greedy
-    drawn = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
-    assert words(chat_by(client, drawn).message.content) != greedy
-    drawn.update(top_k=1)
-    assert words(chat_by(client, drawn).message.content) == greedy
-    drawn.update(top_k=None, top_p=0.0)
-    assert words(chat_by(client, drawn).message.content) == greedy
-
-
-def test_a_generation_config_ends_answers(client, model):
-    text = f"w9 {prompt_of(40)} w10"
-    greedy = generated(model, text, 12)
-    place = next(n for n in range(3, 12) if greedy[n] not in greedy[:n])
-    for end in (greedy[place], [1, greedy[place]]):
-        answer = chat_by(client, GenerationConfig(max_new_tokens=12, eos_token_id=end))
-        assert (words(answer.message.content), answer.finish_reason) == (greedy[:place], "stop")
-    answer = chat_by(client, GenerationConfig(max_new_tokens=12, stop_strings=[f" w{greedy[place]}"]))
-    assert (words(answer.message.content), answer.finish_reason) == (greedy[:place], "stop")
-
-
-def test_fields_of_the_request_come_before_those_of_its_generation_config(client, model):
-    greedy = generated(model, f"w9 {prompt_of(40)} w10", 12)
-    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
-    for limit in ("max_tokens", "max_completion_tokens"):
-        answer = chat_by(client, config, temperature=0, **{limit: 7})
-        assert words(answer.message.content) == greedy[:7]
-
-
-def test_what_real_generation_configs_hold_besides_is_taken(server):
-    config = {
-        "_from_model_config": True, "transformers_version": "5.24.0", "bos_token_id": 1, "pad_token_id": 0,
-        "eos_token_id": [2, 3], "use_cache": True, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 4096,
-        "max_new_tokens": 2, "do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7,
-        "cache_implementation": "hybrid",
-    }  # fmt: skip
-    with server.http() as client:
-        answer = client.post("/v1/chat/completions", json=CHAT | {"generation_config": json.dumps(config)})
-        assert client.post("/v1/chat/completions", json=CHAT | {"generation_config": None}).status_code == 200
-    assert answer.status_code == 200, answer.text
-
-
 def test_the_token_that_ends_a_text_ends_an_answer(model):
     expected = generated(model, prompt_of(33), 20)
     last = expected[4]
@@ -321,152 +256,7 @@ def slow_down(monkeypatch, seconds=0.02):
     monkeypatch.setattr(Batch, "step", step)
 
 
-# --- requests that are refused ---------------------------------------------------------------------------------------
-
-COMPLETION = {"model": NAME, "prompt": "w3", "max_tokens": 2}
-JSON = {"Content-Type": "application/json"}  # httpx cannot write halves of characters
-CHAT = {"model": NAME, "messages": [{"role": "user", "content": "w3"}], "max_tokens": 2}
-NESTED = json.loads(500 * "[" + 500 * "]")
-
-
-@pytest.mark.parametrize(
-    ("changes", "status", "message"),
-    [
-        ({"prompt": ""}, 400, "`prompt` is empty"),
-        ({"prompt": []}, 400, "`prompt` is empty"),
-        ({"prompt": ["w3", "w4"]}, 400, "`prompt` may be one text. Got 2"),
-        ({"prompt": [3, 128]}, 400, "has the token 128. The model knows 0 to 127"),
-        ({"prompt": [-1]}, 400, "greater than or equal to 0"),
-        ({"prompt": prompt_of(POSITIONS)}, 400, "context is 512 tokens. Got 512 in the prompt and 2 to generate"),
-        ({"max_tokens": POSITIONS}, 400, "context is 512 tokens. Got 1 in the prompt and 512 to generate"),
-        ({"max_tokens": 0}, 400, "`max_tokens`: Input should be greater than or equal to 1"),
-        ({"max_tokens": "2"}, 400, "`max_tokens`: Input should be a valid integer"),
-        ({"temperature": 3}, 400, "`temperature`: Input should be less than or equal to 2"),
-        ({"top_p": -1}, 400, "`top_p`"),
-        ({"n": 2}, 400, "`n` is not supported. Got 2. Send one request for each answer"),
-        ({"best_of": 2}, 400, "`best_of` is not supported"),
-        ({"logprobs": 5}, 400, "`logprobs` is not supported. Got 5"),
-        ({"echo": True}, 400, "`echo` is not supported"),
-        ({"logit_bias": {"3": 1}}, 400, "`logit_bias` is not supported"),
-        ({"best": 5}, 400, "`best` is unknown"),
-        ({"str": 5}, 400, "`str` is unknown"),  # a field may be called as one of pydantic's kinds
-        ({"a[b": 5}, 400, "`a[b` is unknown"),
-        ({"top_k": -1}, 400, "`top_k`: Input should be greater than or equal to 0"),
-        ({"eos_token_id": [3, "w4"]}, 400, "`eos_token_id.1`: Input should be a valid integer"),
-        ({"eos_token_id": "w4"}, 400, "`eos_token_id`: Input should be a valid integer"),
-        ({"eos_token_id": -1}, 400, "`eos_token_id`: Input should be greater than or equal to 0"),
-        ({"eos_token_id": [-1]}, 400, "`eos_token_id.0`: Input should be greater than or equal to 0"),
-        ({"eos_token_id": 128}, 400, "`eos_token_id` has the token 128. The model knows 0 to 127"),
-        ({"eos_token_id": [3, 10**400]}, 400, "`eos_token_id` has the token 1000"),
-        ({"n": NESTED}, 400, "`n` is not supported. Got [[[[...]]]]. Send"),
-        ({"stop": ""}, 400, "`stop`"),
-        ({"stop": 17 * ["w3"]}, 400, "`stop`: List should have at most 16 items"),
-        ({"stop": 1001 * "w"}, 400, "`stop`: String should have at most 1000 characters"),
-        ({"prompt": "w3 \ud800"}, 400, "half of a character"),
-        ({"prompt": ["\udfff"]}, 400, "half of a character"),
-        ({"model": "\ud800"}, 400, "half of a character"),
-        ({"stream_options": {"include_usage": True}}, 400, "`stream_options` belongs to streamed answers"),
-        ({"model": "another"}, 404, "no model 'another' here. Ask for 'tiny'"),
-        ({"model": None}, 400, "`model`"),
-    ],
-)
-def test_requests_that_are_refused(server, changes, status, message):
-    with server.http() as client:
-        answer = client.post("/v1/completions", content=json.dumps(COMPLETION | changes), headers=JSON)
-    assert answer.status_code == status
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert message in error["message"]
-    assert error["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"messages": []}, "`messages`: List should have at least 1 item"),
-        ({"messages": [{"role": "nobody", "content": "w3"}]}, "`messages.0.role`"),
-        ({"messages": [{"role": "tool", "content": "w3"}]}, "chat template refuses these messages: No tools here"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "`messages.0.content"),
-        ({"messages": [{"role": "user", "content": prompt_of(POSITIONS)}]}, "context is 512 tokens. Got 514"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a character"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "half of a character"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "`messages.0.tool_calls` is unknown"),
-        ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
-        ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
-        ({"max_completion_tokens": 3}, "old name of `max_completion_tokens`"),
-        ({"generation_config": "{"}, "must be the JSON of an object, as `GenerationConfig.to_json_string()` writes"),
-        ({"generation_config": {"do_sample": False}}, "in a string. Got {'do_sample': False}"),
-        ({"generation_config": "[3]"}, "Got '[3]'"),
-        ({"generation_config": '{"do_sample": 1}'}, "`generation_config.do_sample`: Input should be a valid boolean"),
-        ({"generation_config": '{"num_beams": 4}'}, "`generation_config.num_beams` is not supported. Got 4. Set it"),
-        ({"generation_config": '{"repetition_penalty": 1.1}'}, "`generation_config.repetition_penalty` is not supp"),
-        ({"generation_config": '{"max_length": 20}'}, "`generation_config.max_length` is not supported. Got 20. Set"),
-        ({"generation_config": '{"no_such": 1}'}, "`generation_config.no_such` is not supported. Got 1."),
-        ({"generation_config": '{"temperature": 3}'}, "`generation_config.temperature`: Input should be less than"),
-        ({"generation_config": '{"temperature": NaN}'}, "`generation_config.temperature`: Input should be less than"),
-        ({"generation_config": '{"max_new_tokens": Infinity}'}, "`generation_config.max_new_tokens`: Input should be"),
-        ({"generation_config": '{"max_new_tokens": 0}'}, "`generation_config.max_new_tokens`: Input should be"),
-        ({"generation_config": '{"stop_strings": ["a", ""]}'}, "`generation_config.stop_strings.1`: String should"),
-        ({"generation_config": '{"stop_strings": {"a": 1}}'}, "`generation_config.stop_strings`: Input should be"),
-        ({"generation_config": '{"eos_token_id": 999}'}, "`eos_token_id` has the token 999. The model knows 0 to 127"),
-        ({"generation_config": '{"cache_implementation": "quantized"}'}, "cache_implementation` is not supported"),
-        ({"generation_config": '{"\\ud800": 1}'}, r"`generation_config.\ud800` is not supported. Got 1."),
-        ({"generation_config": 5000 * "["}, "must be the JSON of an object"),
-        ({"generation_config": f'{{"suppress_tokens": {NESTED}}}'}, "Got [[[[...]]]]. Set it to null"),
-    ],
-)
-def test_chats_that_are_refused(server, changes, message):
-    with server.http() as client:
-        answer = client.post("/v1/chat/completions", content=json.dumps(CHAT | changes), headers=JSON)
-    assert answer.status_code == 400
-    assert message in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"temperature": 3}, "temperature"),
-        ({"n": 2}, "n"),
-        ({"stream_options": {}}, "stream_options"),
-        ({"max_completion_tokens": 3}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
-        ({"messages": [{"role": "user", "content": {"str": 1}}]}, "messages.0.content"),
-        ({"eos_token_id": True}, "eos_token_id"),
-        ({"generation_config": 3}, "generation_config"),
-        ({"generation_config": '{"num_beams": 2}'}, "generation_config.num_beams"),
-        ({"generation_config": '{"stop_strings": ["a", 3]}'}, "generation_config.stop_strings.1"),
-    ],
-)
-def test_a_refusal_names_the_field_as_the_client_wrote_it(server, changes, field):
-    with server.http() as client:
-        answer = client.post("/v1/chat/completions", content=json.dumps(CHAT | changes), headers=JSON)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == field
-
-
-def test_fields_that_ask_for_nothing_are_taken(server):
-    neutral = {
-        "n": 1, "logprobs": None, "frequency_penalty": 0.0, "presence_penalty": 0, "tools": [], "user": "me",
-        "response_format": {"type": "text"}, "stop": None, "stream": None, "seed": None, "max_completion_tokens": 2,
-    }  # fmt: skip
-    with server.http() as client:
-        assert client.post("/v1/chat/completions", json=CHAT | neutral).status_code == 200
-
-
-@pytest.mark.parametrize("body", ["", "{", "[]", "3", '{"model": "tiny"'])
-def test_bodies_that_are_no_request(server, body):
-    with server.http() as client:
-        answer = client.post("/v1/completions", content=body, headers=JSON)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)])
-def test_routes_that_are_not_there(server, method, path, status):
-    with server.http() as client:
-        answer = client.request(method, path)
-    assert answer.status_code == status
-    assert "error" in answer.json()
+# --- requests that wait, or have no template -------------------------------------------------------------------------
 
 
 def test_a_model_without_a_chat_template(model):

@@ -8,6 +8,7 @@ import pytest
 from servers import (
     NAME,
     Running,
+    complete,
     continued,
     free_port,
     prompt_of,
@@ -63,12 +64,6 @@ def expected(model):
     own = tokenizer()
     tokens = {text: continued(model, own(text).input_ids, count) for text, count in QUESTIONS}
     return {text: own.decode(answer) for text, answer in tokens.items()}
-
-
-def complete(client, text, count, **options):
-    return client.completions.create(
-        **{"model": NAME, "prompt": text, "max_tokens": count, "temperature": 0, **options}
-    )
 
 
 def test_a_server_that_was_killed_is_started_again(process, expected):
