@@ -1,9 +1,9 @@
-"""The curve of nats against bytes: one walk along it, which ends at a number of bytes or at a number of nats.
+"""The curve of nats against bytes: one walk along it, which ends at a number of bytes or of steps.
 
 Every way to compute a head (so many kept keys, or exact softmax) has a cost in nats (`head_costs`) and a price in
 bytes. Each head begins with its cheapest way; then the step that saves most nats per byte is bought, again and again,
 each to the way to which a head saves most per byte: the lower convex hull of its nats against its bytes. A budget says
-how far to go in bytes, `RFAConfig.loss_budget` in nats.
+how far to go in bytes; for `RFAConfig.loss_budget` the model is measured after some steps (`loss_walk`).
 """
 
 import heapq
@@ -69,14 +69,13 @@ def exact_way(config: RFAConfig, adapter: RFAAdapter, element: int) -> Way:
 
 
 def spend(
-    ways: Mapping[HeadIndex, Sequence[Way]], budget: float = math.inf, *, loss: float = 0.0,
+    ways: Mapping[HeadIndex, Sequence[Way]], budget: float = math.inf, *,
     most_exact: int | None = None, steps: int | None = None,
 ) -> tuple[dict[HeadIndex, Way], list[CurveStep]]:  # fmt: skip
     """The way of each head, and the curve: every step that was bought, best first.
 
     The walk ends where no step is left that saves anything, and none is bought with which the heads would take more
-    than `budget` bytes, or once they cost no more than `loss` nats together. The cheapest ways are taken even if they
-    cost more than the budget.
+    than `budget` bytes. The cheapest ways are taken even if they cost more than the budget.
 
     Args:
         most_exact: How many heads may become exact; None: any number.
@@ -87,7 +86,7 @@ def spend(
         >>> chosen, curve = spend(heads, 40)
         >>> chosen[0, 0].kept_keys, chosen[0, 1].kept_keys, [(step.bytes, step.nats) for step in curve]
         (64, 0, [(20, 0.7), (30, 0.3)])
-        >>> [(step.bytes, step.nats) for step in spend(heads, loss=0.3)[1]]
+        >>> [(step.bytes, step.nats) for step in spend(heads, steps=1)[1]]
         [(20, 0.7), (30, 0.3)]
     """
     left = math.inf if most_exact is None else most_exact
@@ -106,7 +105,7 @@ def spend(
 
     queue = [(step[0], step[1]) for head in ways if (step := best(head)) is not None]
     heapq.heapify(queue)
-    while queue and cost > loss and (steps is None or len(curve) <= steps):
+    while queue and (steps is None or len(curve) <= steps):
         slope, head = heapq.heappop(queue)
         step = best(head)
         if step is None:

@@ -166,9 +166,9 @@ def _walk_to_loss(
     steps, found = walk_to_loss(whole, config.loss_budget, divergence)
     if found > config.loss_budget:
         logger.warning(
-            "loss_budget=%g is exceeded: the model diverges by %.4g with the heads that were chosen, after %d of %d "
-            "steps along the curve. At most a quarter of the heads may become exact. Accept a larger loss, or set "
-            "`budget` instead, which has no such limit.", config.loss_budget, found, steps, len(whole) - 1,
+            "loss_budget=%g is exceeded: the model diverges by %.4g with all that there is to buy, of which at most a "
+            "quarter of the heads exact. Accept a larger loss, or set `budget` instead, which has no such limit.",
+            config.loss_budget, found,
         )  # fmt: skip
     return HeadChoice(take(steps), whole[: steps + 1])
 

@@ -3,7 +3,8 @@
 The nats of the curve are estimates: they rank the heads, but their sum may be a third of the divergence that results
 (docs/calibration.md). So the model is measured where the estimate meets the loss, then where it would meet it if it
 were off everywhere by the factor just seen, and so on until one place is known to fail and one to meet; from there on
-halfway between the two, since a divergence may fall at one step by what it falls at hundreds of others.
+halfway between the two, since a divergence may fall at one step by what it falls at hundreds of others. If none has
+met before the last measurement but one, that one is of everything bought.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def walk_to_loss(curve: Sequence[CurveStep], loss: float, measure: Callable[[int
         measure: The divergence after so many steps. It falls along the curve, or nearly.
 
     Returns:
-        The fewest steps that were seen to be enough; if none were, the most that were tried.
+        The fewest steps that were seen to be enough; all, if not even those are.
 
     Example:
         >>> steps = [CurveStep(n, 1 / (n + 1), None, None, None) for n in range(100)]
@@ -37,7 +38,7 @@ def walk_to_loss(curve: Sequence[CurveStep], loss: float, measure: Callable[[int
     fails, meets = -1, last + 1  # the most steps that were too few, the fewest that were enough
     seen = dict[int, float]()
     place = _first_below(curve, loss)
-    for _ in range(MEASUREMENTS):
+    for left in reversed(range(MEASUREMENTS)):
         found = seen[place] = measure(place)
         if found <= loss:
             meets = place
@@ -50,6 +51,8 @@ def walk_to_loss(curve: Sequence[CurveStep], loss: float, measure: Callable[[int
             if most - least <= CLOSE * most:
                 break
             place = next(n for n in range(fails + 1, meets) if curve[n].bytes >= (least + most) / 2 or n == meets - 1)
+        elif meets > last and left <= 2:
+            place = last
         else:
             aim = AIM * loss * curve[place].nats / found if found > 0 else loss
             place = min(max(_first_below(curve, aim), fails + 1), meets - 1)

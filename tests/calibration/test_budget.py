@@ -51,16 +51,15 @@ def test_no_other_choice_of_the_same_bytes_costs_less_on_convex_curves():
         assert [step.bytes for step in curve] == sorted(step.bytes for step in curve)
 
 
-def test_the_walk_ends_once_the_cost_is_small():
+def test_the_walk_is_the_same_whatever_ends_it():
     ways = {
         (0, 0): [Way(0, 10, 0.5), Way(64, 20, 0.1), Way(None, 90, 0.0)],
         (0, 1): [Way(0, 10, 0.2), Way(None, 90, 0)],
     }
     whole = spend(ways)[1]
     assert [step.nats for step in whole] == [0.7, 0.3, 0.1, 0.0]
-    for number, step in enumerate(whole):  # the same steps, whatever ends them
-        assert spend(ways, loss=step.nats)[1] == spend(ways, step.bytes)[1] == whole[: number + 1]
-    assert spend(ways, loss=0.2)[1][-1].nats == 0.1
+    for number, step in enumerate(whole):
+        assert spend(ways, steps=number)[1] == spend(ways, step.bytes)[1] == whole[: number + 1]
 
 
 def test_few_heads_may_become_exact():
@@ -75,8 +74,8 @@ def test_few_heads_may_become_exact():
 def test_where_an_exact_head_is_the_cheaper_one_still_only_the_costliest_become_exact():
     """In short contexts the state of a linear head may take more bytes than all keys."""
     ways = {(0, head): [Way(4, 50, float(head)), Way(None, 40, 0.0)] for head in range(4)}
-    assert spend(ways, loss=3.0, most_exact=4)[0][0, 3].kept_keys is None
-    assert [step.nats for step in spend(ways, loss=3.0, most_exact=4)[1]] == [6, 3]
+    assert spend(ways, steps=1, most_exact=4)[0][0, 3].kept_keys is None
+    assert [step.nats for step in spend(ways, steps=1, most_exact=4)[1]] == [6, 3]
     assert {way.kept_keys for way in spend(ways, 1000)[0].values()} == {None}
 
 
@@ -128,9 +127,8 @@ def test_a_loss_that_is_not_to_be_had_is_said_and_all_is_bought(caplog):
     config = hf_rfa.RFAConfig(window=8, sink_tokens=2, kept_keys=3, softmax_heads="auto", loss_budget=0.0)
     model = hf_rfa.convert(build("llama"), config, calibrate=token_ids(2, 200))
     report = hf_rfa.calibration_report(model)
-    said = f"loss_budget=0 is exceeded: the model diverges by {report.divergence:.4g} with the heads that were chosen"
+    said = f"loss_budget=0 is exceeded: the model diverges by {report.divergence:.4g} with all that there is to buy"
     assert said in caplog.text
-    assert "after 1 of 1 steps" in caplog.text
     caplog.clear()
     hf_rfa.calibrate(hf_rfa.convert(build("llama"), dataclasses.replace(config, loss_budget=9.0)), token_ids(2, 200))
     assert "loss_budget" not in caplog.text
@@ -173,6 +171,21 @@ def test_a_divergence_that_falls_at_one_step_is_found():
     place, found = walk_to_loss(curve, 0.04, measure)
     assert found <= 0.04
     assert 263 <= place <= 263 * 1.01 + 1
+    assert len(asked) <= 7
+
+
+def test_nothing_is_given_up_while_something_is_left_to_buy():
+    """A divergence that hardly falls before the last steps."""
+    curve = steps_of(*(0.99**n for n in range(540)))
+    asked = []
+
+    def measure(place):
+        asked.append(place)
+        return 0.01 if place > 530 else 0.051
+
+    place, found = walk_to_loss(curve, 0.05, measure)
+    assert found == 0.01
+    assert place > 530
     assert len(asked) <= 7
 
 
